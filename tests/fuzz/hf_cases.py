@@ -18,7 +18,7 @@ from tests.builders import CHATML, TinyLlama, make_weights, write_tiny_hf_llama
 from tests.families.pooled_models import write_classifier, write_embedder
 from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
-from tests.fuzz.hf_image import File, Image, Link, Tree, make_tensors, mutate_file, read_image
+from tests.fuzz.hf_image import File, Image, Link, Tensors, Tree, make_tensors, mutate_file, read_image
 from tests.fuzz.mutate import TEXTS, strange_value
 from tests.text.vocabularies import spm_metadata
 from tinyvllm.text.gguf_tokenizer import rank_merges
@@ -33,6 +33,7 @@ MORE_KEYS: dict[str, dict[str, Any]] = {
         "model_type": "llama",
         "text_config": {"model_type": "llama", "num_hidden_layers": 2},
         "quantization_config": {"quant_method": "awq", "bits": 4, "config_groups": {"g": {"weights": {"num_bits": 4}}}},
+        "sparsity_config": {"format": "dense"},
         "quantization": {"group_size": 32, "bits": 4, "model.embed_tokens": {"bits": 8, "group_size": 32}},
         "rope_scaling": YARN,
         "rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
@@ -230,7 +231,9 @@ def base_images() -> tuple[Image, ...]:
             write(Path(folder) / str(number))
             images.append(read_image(Path(folder) / str(number)))
     llama = images[0]
-    images += [_quantized(llama, *one) for one in _formats()]
+    images += [_quantized(llama, *one) for one in FORMATS]
+    images.append(_gpt_oss_in_mxfp4(images[5 + list(RECIPES).index("gpt_oss")]))
+    images.append({name: file for name, file in images[1].items() if name != INDEX})
     images += [llama | {TOKENIZER: Tree(tokenizer)} for tokenizer in _tokenizers(llama)]
     return tuple(images)
 
@@ -255,87 +258,143 @@ def _tokenizers(llama: Image) -> Iterator[dict[str, Any]]:
     yield bpe | {"model": unigram, "pre_tokenizer": metaspace}
 
 
-def _formats() -> Iterator[tuple[dict[str, Any], Callable[[np.ndarray], dict[str, tuple[str, np.ndarray]]]]]:
-    """(quantization_config, the tensors of a matrix by the ends of their names) of each method."""
-    ones = np.ones
-
-    def words(rows: int, columns: int) -> np.ndarray:
-        return np.full((rows, columns), 0x12345678, np.int32)
-
-    def mlx(w: np.ndarray) -> dict[str, tuple[str, np.ndarray]]:
-        n, k = w.shape
-        scale = ("F16", ones((n, k // 32), np.float16))
-        return {".weight": ("U32", words(n, k // 8)), ".scales": scale, ".biases": scale}
-
-    def awq(w: np.ndarray) -> dict[str, tuple[str, np.ndarray]]:
-        n, k = w.shape
-        scale = ("F16", ones((k // 32, n), np.float16))
-        return {".qweight": ("I32", words(k, n // 8)), ".qzeros": ("I32", words(k // 32, n // 8)), ".scales": scale}
-
-    def gptq(w: np.ndarray) -> dict[str, tuple[str, np.ndarray]]:
-        n, k = w.shape
-        order = ("I32", np.arange(k, dtype=np.int32) // 32)
-        scale = ("F16", ones((k // 32, n), np.float16))
-        zeros = ("I32", words(k // 32, n // 8))
-        return {".qweight": ("I32", words(k // 8, n)), ".qzeros": zeros, ".scales": scale, ".g_idx": order}
-
-    def fp8(w: np.ndarray) -> dict[str, tuple[str, np.ndarray]]:
-        n, k = w.shape
-        scale = ones((-(-n // 128), -(-k // 128)), np.float32)
-        return {".weight": ("F8_E4M3", ones((n, k), np.uint8)), ".weight_scale_inv": ("F32", scale)}
-
-    def packed(w: np.ndarray) -> dict[str, tuple[str, np.ndarray]]:
-        n, k = w.shape
-        scale, shape = ("BF16", ones((n, k // 32), np.uint16)), ("I64", np.array([n, k]))
-        zeros = ("I32", words(n // 8, k // 32))
-        return {".weight_packed": ("I32", words(n, k // 8)), ".weight_scale": scale, ".weight_shape": shape} | {
-            ".weight_zero_point": zeros
-        }
-
-    def nvfp4(w: np.ndarray) -> dict[str, tuple[str, np.ndarray]]:
-        n, k = w.shape
-        scale = ("F8_E4M3", ones((n, k // 16), np.uint8))
-        whole = ("F32", ones(1, np.float32))
-        return {".weight": ("U8", ones((n, k // 2), np.uint8)), ".weight_scale": scale, ".weight_scale_2": whole}
-
-    def nf4(w: np.ndarray) -> dict[str, tuple[str, np.ndarray]]:
-        n, k = w.shape
-        state = {"shape": [n, k], "blocksize": 64, "quant_type": "nf4", "dtype": "bfloat16", "nested_blocksize": 256}
-        text = np.frombuffer(json.dumps(state | {"nested_offset": 0.1}).encode(), np.uint8)
-        return {
-            ".weight": ("U8", ones((n * k // 2, 1), np.uint8)),
-            ".weight.absmax": ("U8", ones(n * k // 64, np.uint8)),
-            ".weight.quant_map": ("F32", np.linspace(-1, 1, 16, dtype=np.float32)),
-            ".weight.nested_absmax": ("F32", ones(-(-n * k // 64 // 256), np.float32)),
-            ".weight.nested_quant_map": ("F32", np.linspace(-1, 1, 256, dtype=np.float32)),
-            ".weight.quant_state.bitsandbytes__nf4": ("U8", text),
-        }
-
-    ints = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
-    group = {"weights": ints, "input_activations": None, "targets": ["Linear"]}
-    yield {"group_size": 32, "bits": 4}, mlx
-    yield {"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": 32}, awq
-    yield {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq", "desc_act": False}, gptq
-    yield {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}, fp8
-    yield {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": group}}, packed
-    yield {"quant_method": "modelopt", "quant_algo": "NVFP4"}, nvfp4
-    yield {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, nf4
+Arrays = dict[str, tuple[str, np.ndarray]]  # (safetensors' name of the type, values) by the end of a name
 
 
-def _quantized(
-    llama: Image, settings: dict[str, Any], parts: Callable[[np.ndarray], dict[str, tuple[str, np.ndarray]]]
-) -> Image:
-    arrays: dict[str, tuple[str, np.ndarray]] = {}
-    for name, weight in make_weights(TinyLlama()).items():
+def _words(*shape: int) -> tuple[str, np.ndarray]:
+    return "I32", np.full(shape, 0x12345678, np.int32)
+
+
+def _ones(kind: str, *shape: int) -> tuple[str, np.ndarray]:
+    """Numbers of a type, small ones."""
+    dtypes = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "I64": np.int64}
+    return kind, np.ones(shape, dtypes.get(kind, np.uint8))
+
+
+def _mlx(n: int, k: int, bits: int = 4) -> Arrays:
+    scales = _ones("F16", n, k // 32)
+    return {".weight": ("U32", _words(n, k * bits // 32)[1]), ".scales": scales, ".biases": scales}
+
+
+def _mlx_floats(bits: int, group: int, n: int, k: int) -> Arrays:
+    return {".weight": ("U32", _words(n, k * bits // 32)[1]), ".scales": _ones("U8", n, k // group)}
+
+
+def _awq(n: int, k: int) -> Arrays:
+    scales = _ones("F16", k // 32, n)
+    return {".qweight": _words(k, n // 8), ".qzeros": _words(k // 32, n // 8), ".scales": scales}
+
+
+def _gptq(bits: int, n: int, k: int) -> Arrays:
+    order = "I32", np.arange(k, dtype=np.int32) // 32
+    parts = {".qweight": _words(k * bits // 32, n), ".qzeros": _words(k // 32, n * bits // 32)}
+    return parts | {".scales": _ones("F16", k // 32, n), ".g_idx": order}
+
+
+def _fp8(scale: str, scale_shape: str, n: int, k: int) -> Arrays:
+    shapes = {"tensor": (), "channel": (n, 1), "block": (-(-n // 128), -(-k // 128)), "group": (n, k // 32)}
+    return {".weight": _ones("F8_E4M3", n, k), scale: _ones("F32", *shapes[scale_shape])}
+
+
+def _int8(n: int, k: int) -> Arrays:
+    zeros = _ones("I8", n, 1)
+    return {".weight": _ones("I8", n, k), ".weight_scale": _ones("F16", n, 1), ".weight_zero_point": zeros}
+
+
+def _packed(n: int, k: int) -> Arrays:
+    shape, zeros = ("I64", np.array([n, k])), _words(n // 8, k // 32)
+    parts = {".weight_packed": _words(n, k // 8), ".weight_scale": _ones("BF16", n, k // 32)}
+    return parts | {".weight_shape": shape, ".weight_zero_point": zeros}
+
+
+def _fp4(group: int, n: int, k: int) -> Arrays:
+    parts = {".weight_packed": _ones("U8", n, k // 2)}
+    if group == 32:
+        return parts | {".weight_scale": _ones("U8", n, k // 32)}
+    return parts | {".weight_scale": _ones("F8_E4M3", n, k // 16), ".weight_global_scale": _ones("F32", 1)}
+
+
+def _nvfp4(n: int, k: int) -> Arrays:
+    scale = _ones("F8_E4M3", n, k // 16)
+    return {".weight": _ones("U8", n, k // 2), ".weight_scale": scale, ".weight_scale_2": _ones("F32", 1)}
+
+
+def _nf4(nested: bool, n: int, k: int) -> Arrays:
+    state = {"shape": [n, k], "blocksize": 64, "quant_type": "nf4", "dtype": "bfloat16"}
+    state |= {"nested_blocksize": 256, "nested_offset": 0.1} if nested else {}
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    parts: Arrays = {
+        ".weight": _ones("U8", n * k // 2, 1),
+        ".weight.absmax": _ones("U8" if nested else "F32", n * k // 64),
+        ".weight.quant_map": ("F32", np.linspace(-1, 1, 16, dtype=np.float32)),
+        ".weight.quant_state.bitsandbytes__nf4": ("U8", text),
+    }
+    if nested:
+        parts[".weight.nested_absmax"] = _ones("F32", -(-n * k // 64 // 256))
+        parts[".weight.nested_quant_map"] = "F32", np.linspace(-1, 1, 256, dtype=np.float32)
+    return parts
+
+
+INTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
+GROUP = {"weights": INTS | {"block_structure": [128, 128]}, "input_activations": None, "targets": ["Linear"]}
+COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"g": GROUP}}
+# (quantization_config, the tensors of a matrix of n x k) of each format
+FORMATS: tuple[tuple[dict[str, Any], Callable[[int, int], Arrays]], ...] = (
+    ({"group_size": 32, "bits": 4}, _mlx),
+    ({"group_size": 32, "bits": 8}, functools.partial(_mlx, bits=8)),
+    ({"group_size": 32, "bits": 4, "mode": "mxfp4"}, functools.partial(_mlx_floats, 4, 32)),
+    ({"group_size": 32, "bits": 8, "mode": "mxfp8"}, functools.partial(_mlx_floats, 8, 32)),
+    ({"group_size": 16, "bits": 4, "mode": "nvfp4"}, functools.partial(_mlx_floats, 4, 16)),
+    ({"quant_method": "awq", "bits": 4, "version": "gemm", "group_size": 32}, _awq),
+    ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq"}, functools.partial(_gptq, 4)),
+    ({"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}, functools.partial(_gptq, 8)),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, functools.partial(_fp8, ".weight_scale_inv", "block")),
+    ({"quant_method": "fbgemm_fp8"}, functools.partial(_fp8, ".weight_scale", "channel")),
+    (COMPRESSED | {"format": "float-quantized"}, functools.partial(_fp8, ".weight_scale", "tensor")),
+    (COMPRESSED | {"format": "float-quantized"}, functools.partial(_fp8, ".weight_scale", "group")),
+    (COMPRESSED | {"format": "int-quantized"}, _int8),
+    (COMPRESSED | {"format": "pack-quantized"}, _packed),
+    (COMPRESSED | {"format": "nvfp4-pack-quantized"}, functools.partial(_fp4, 16)),
+    (COMPRESSED | {"format": "mxfp4-pack-quantized"}, functools.partial(_fp4, 32)),
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, _nvfp4),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, functools.partial(_nf4, True)),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, functools.partial(_nf4, False)),
+)
+
+
+def _quantized(llama: Image, settings: dict[str, Any], parts: Callable[[int, int], Arrays]) -> Image:
+    arrays: Arrays = {}
+    for name, weight in make_weights(TinyLlama(layers=1, hidden=128, heads=8, ffn=128)).items():
         if weight.ndim == 2 and "_proj" in name:
             module = name.removesuffix(".weight")
-            arrays |= {module + end: array for end, array in parts(weight).items()}
+            arrays |= {module + end: array for end, array in parts(*weight.shape).items()}
         else:
-            arrays[name] = ("F32", weight)
+            arrays[name] = "F32", weight
     config = llama[CONFIG]
     assert isinstance(config, Tree)
-    changed = config.value | {"quantization_config": settings}
+    sizes = {"num_hidden_layers": 1, "hidden_size": 128, "num_attention_heads": 8, "intermediate_size": 128}
+    changed = config.value | sizes | {"quantization_config": settings}
     return llama | {CONFIG: Tree(changed), "model.safetensors": make_tensors(arrays)}
+
+
+def _gpt_oss_in_mxfp4(image: Image) -> Image:
+    """As its own repository has it: blocks and scales of all experts."""
+    file, config = image["model.safetensors"], image[CONFIG]
+    assert isinstance(file, Tensors) and isinstance(config, Tree)
+    arrays: Arrays = {}
+    for name, entry in file.header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        shape = entry["shape"]
+        if name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
+            experts, cols, rows = shape  # a row for each input
+            arrays[f"{name}_blocks"] = _ones("U8", experts, rows, cols // 32, 16)
+            arrays[f"{name}_scales"] = _ones("U8", experts, rows, cols // 32)
+        else:
+            arrays[name] = "F32", np.frombuffer(file.data[begin:end], np.float32).reshape(shape)
+    settings = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}}
+    return image | {CONFIG: Tree(config.value | settings), "model.safetensors": make_tensors(arrays)}
 
 
 # --- Cases -----------------------------------------------------------------------------------------------------------
@@ -348,12 +407,19 @@ def make_case(seed: int) -> Image:
     """A directory with one or a few mutations, mostly of one file."""
     rng = Random(seed)
     image = dict(rng.choice(base_images()))
+    is_quantized = isinstance(config := image[CONFIG], Tree) and "quantization_config" in config.value
     for _ in range(rng.choice((1, 1, 1, 2))):
-        _mutate(rng, image)
+        if is_quantized and rng.random() < 0.7:
+            image["model.safetensors"] = mutate_file(rng, image["model.safetensors"])
+        else:
+            _mutate(rng, image)
     return image
 
 
 def _mutate(rng: Random, image: Image) -> None:
+    if rng.random() < 0.02:  # a name by which others know their own formats
+        name = rng.choice([name for name in image if name.endswith(".safetensors")])
+        image[rng.choice(("consolidated.safetensors", "pytorch_model.bin", "model-1.safetensors"))] = image.pop(name)
     if rng.random() < 0.06:
         name = rng.choice([*image, "chat_template.jinja", GENERATION, SPECIAL])
         image[name] = rng.choice(LINKS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,11 +28,13 @@ class Tree:
 
 @dataclass(frozen=True)
 class Tensors:
-    """A safetensors file. `size`: what it says of its header's length, if that is a lie."""
+    """A safetensors file. `size`: what it says of its header's length, if that is a lie. `is_whole`: the header has not
+    been mutated."""
 
     header: Any
     data: bytes
     size: int | None = None
+    is_whole: bool = True
 
     def to_bytes(self) -> bytes:
         header = dump_json(self.header)
@@ -67,13 +70,9 @@ def _parse(path: Path) -> File:
 
 def make_tensors(arrays: Mapping[str, tuple[str, np.ndarray]]) -> Tensors:
     """A safetensors file of (the format's name of the type, values) by name."""
-    header, data = {}, b""
-    for name, (dtype, values) in arrays.items():
-        raw = np.ascontiguousarray(values).tobytes()
-        shape = list(values.shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    return Tensors(header, data)
+    return _laid_out(
+        {name: (kind, list(values.shape), values.tobytes(order="C")) for name, (kind, values) in arrays.items()}
+    )
 
 
 def write_image(directory: Path, image: Image) -> None:
@@ -103,10 +102,10 @@ def mutate_file(rng: Random, file: File) -> File:
         return Tree(mutate_json(rng, file.value, rng.choice((1, 1, 1, 2, 4))))
     assert isinstance(file, Tensors)
     choice = rng.random()
-    if choice < 0.5:
-        return replace(file, header=mutate_json(rng, file.header, rng.choice((1, 1, 2))))
-    if choice < 0.7:
-        return replace(file, header=_retyped(rng, file.header))
+    if choice < 0.25:
+        return replace(file, header=mutate_json(rng, file.header, rng.choice((1, 1, 2))), is_whole=False)
+    if choice < 0.7 and file.is_whole:
+        return _retyped(rng, file)
     if choice < 0.8:
         return replace(file, size=rng.choice((0, 1, 7, 2**31, 2**32, 2**63, 2**64 - 1, rng.randrange(5000))))
     if choice < 0.9:
@@ -120,22 +119,37 @@ ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16"
 ITEM_BYTES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 
 
-def _retyped(rng: Random, header: dict[str, Any]) -> dict[str, Any]:
-    """The header with tensors of other types, shapes and names, whose bytes are right: the format's rules hold."""
-    header = dict(header)
-    for name in rng.sample(sorted(header), min(len(header), rng.choice((1, 1, 2, 5)))):
-        entry = dict(header[name])
-        if "data_offsets" not in entry:
-            continue
-        num_bytes = entry["data_offsets"][1] - entry["data_offsets"][0]
-        kind = rng.choice(sorted(ITEM_BYTES))
-        if rng.random() < 0.5 and num_bytes % ITEM_BYTES[kind] == 0:
-            entry |= {"dtype": kind, "shape": [num_bytes // ITEM_BYTES[kind]]}
-        size, shape = num_bytes // ITEM_BYTES.get(entry["dtype"], 1), entry["shape"]
-        entry["shape"] = rng.choice(
-            ([size], [size, 1], [1, size], [1, 1, size], shape[::-1], [*shape, 1], [1] * 5 + shape, shape)
-        )
-        other = rng.choice((name, name, name + "_", rng.choice(sorted(header)), name.rpartition(".")[0]))
-        header.pop(name)
-        header[other] = entry
-    return header
+def _retyped(rng: Random, file: Tensors) -> Tensors:
+    """A file whose header keeps the format's rules, with tensors of other types, shapes, names and sizes."""
+    arrays = {
+        name: (entry["dtype"], entry["shape"], file.data[slice(*entry["data_offsets"])])
+        for name, entry in file.header.items()
+        if name != "__metadata__"
+    }
+    for name in rng.sample(sorted(arrays), min(len(arrays), rng.choice((1, 1, 2, 5)))):
+        kind, shape, raw = arrays.pop(name)
+        if rng.random() < 0.3:
+            kind = rng.choice(sorted(ITEM_BYTES))
+        size = len(raw) // ITEM_BYTES[kind]
+        place = rng.randrange(len(shape)) if shape else 0
+        changed = [*shape[:place], rng.choice((0, 1, 2, 3, 7, 32, 100)), *shape[place + 1 :]] if shape else [1]
+        flat: tuple[list[int], ...] = ([size], [size, 1], [1, size], [1, 1, size], [2 * size], [])
+        near = (shape[::-1], [*shape, 1], [1, *shape], shape[1:], shape[:-1], [2, *shape])
+        shape = rng.choice((*flat, *near, *[shape] * 2, *[changed] * 3))
+        num_bytes = ITEM_BYTES[kind] * math.prod(shape)
+        raw = raw[:num_bytes] + rng.choice((b"\0", b"\xff", b"\x01")) * (num_bytes - len(raw))
+        other = rng.choice((name, name, name, name + "_", rng.choice(sorted([*arrays, name])), name.rpartition(".")[0]))
+        if rng.random() < 0.95:  # otherwise it is missing
+            arrays[other] = kind, shape, raw
+    if rng.random() < 0.05:
+        wrapper = rng.choice(("module.", "_orig_mod.", "model.", "language_model."))
+        arrays = {wrapper + name: array for name, array in arrays.items()}
+    return _laid_out(arrays)
+
+
+def _laid_out(arrays: Mapping[str, tuple[str, list[int], bytes]]) -> Tensors:
+    header, at = {}, 0
+    for name, (kind, shape, raw) in arrays.items():
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + len(raw)]}
+        at += len(raw)
+    return Tensors(header, b"".join(raw for _, _, raw in arrays.values()))

@@ -14,15 +14,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.fuzz.hf_cases import base_images, make_case
 from tests.fuzz.hf_image import write_image
 from tests.fuzz.outcome import Runner, run_cases
+from tinyvllm.arrays import to_float32
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.execution.model_check import examine_files, fit
 from tinyvllm.model.registry import complete_config
+from tinyvllm.model.rope import rope_table
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
 from tinyvllm.storage.model_summary import summarize
@@ -50,9 +53,12 @@ def load(path: Path) -> None:
 def load_weights(files: ModelFiles) -> None:
     report = examine_files(files, "CPU")
     fit(report, "CPU", 1 << 30)
-    checkpoint = open_checkpoint(files, complete_config(read_model_config(files)))
+    config = complete_config(read_model_config(files))
+    for rope in (config.rope, config.local_rope or config.rope):
+        assert np.isfinite(rope_table(rope, config.head_dim, 100, config.query_scaling)).all(), rope
+    checkpoint = open_checkpoint(files, config)
     for tensor in checkpoint.tensors.values():
-        tensor.read()
+        to_float32(tensor.read())
 
 
 def load_text(files: ModelFiles) -> None:

@@ -19,7 +19,7 @@ from tests.builders import CHATML
 from tests.fuzz.gguf_cases import base_images, make_case
 from tests.fuzz.outcome import run_cases
 from tinyvllm.config import ModelFiles
-from tinyvllm.errors import ModelError
+from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.model_check import examine_files, fit
 from tinyvllm.model.registry import complete_config
 from tinyvllm.model.rope import inverse_frequencies
@@ -43,7 +43,7 @@ def load(path: Path) -> None:
     for part in (load_weights, load_text, summarize, read_generation_defaults):
         try:
             part(files)
-        except ModelError as error:
+        except TinyvllmError as error:
             refusals.append(error)
     if refusals:
         raise refusals[0]

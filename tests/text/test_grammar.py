@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tests.text.vocabularies import make_byte_level, make_spm
+from tests.text.vocabularies import byte_level_metadata, make_byte_level, make_spm
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError
 from tinyvllm.text.grammar import Grammar, GrammarLimits, Matcher, Vocabulary, compile_grammar
@@ -370,6 +370,14 @@ def test_a_long_forced_text_is_encoded_a_piece_at_a_time() -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(RequestError, match="json_schema"):
         GrammarSpec("xml", "")
+
+
+def test_a_token_that_is_too_long_for_the_library_is_never_allowed() -> None:
+    tokens = [*byte_level_metadata()["tokenizer.ggml.tokens"], "a" * 1024, "a" * 1025]
+    tokenizer = make_byte_level(tokens=tokens, token_type=[1] * len(tokens))
+    vocabulary = Vocabulary(tokenizer, tokenizer.vocab_size, tokenizer.eos_ids)
+    matcher = compile_grammar(GrammarSpec("regex", "a+"), vocabulary).matcher()
+    assert {260} == {*allowed(matcher, vocabulary.vocab_size)} & {260, 261}
 
 
 def test_a_model_without_an_end_cannot_be_constrained() -> None:

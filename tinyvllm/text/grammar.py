@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 MAX_CHOICES = 1000
 _MAX_FORCED_BYTES = 1024  # of a forced text that are encoded for one mask: 1 ms
+_MAX_TOKEN_BYTES = 1024  # llguidance panics at longer ones
 _LOCATE_TRIES = 200  # subschemas that are compiled separately to find the faulty one
 
 
@@ -76,7 +77,8 @@ class _Bytes:
         self._tokenizer = tokenizer
         self.eos_token_id = min(eos_ids)
         self.bos_token_id = tokenizer.bos_id
-        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(vocab_size)]
+        all_bytes = map(tokenizer.token_bytes, range(vocab_size))
+        self.tokens = [data if len(data) <= _MAX_TOKEN_BYTES else b"" for data in all_bytes]  # empty: never allowed
         self.special_token_ids = sorted(tokenizer.special_ids | eos_ids)
         self._id_of: dict[bytes, int] | None = None
         self._longest = 0

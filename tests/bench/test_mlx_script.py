@@ -34,7 +34,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             yield 7, None
 
     array = SimpleNamespace(nbytes=1000, dtype="mlx.core.uint32")
-    core = SimpleNamespace(array=list, cpu="cpu", default_device=lambda: "cpu", set_default_device=lambda device: None)
+    core = SimpleNamespace(array=list, cpu="cpu", float32="float32", default_device=lambda: "cpu")
+    dtypes: list[str] = []
+    model = SimpleNamespace(parameters=dict, set_dtype=dtypes.append)
     modules = {
         "mlx": SimpleNamespace(core=core),
         "mlx.core": core,
@@ -43,7 +45,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "mlx_lm.generate": SimpleNamespace(generate_step=generate_step),
         "mlx_lm.utils": SimpleNamespace(
             get_total_parameters=lambda model: 2000,
-            load_model=lambda path: (SimpleNamespace(parameters=dict), CONFIG),
+            load_model=lambda path: (model, CONFIG),
         ),
     }
     for name, fake in modules.items():
@@ -55,6 +57,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "describe_environment", lambda seed, library: {"seed": seed, "library": library})
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now_s)
+    monkeypatch.setattr(module, "test_dtypes", dtypes, raising=False)
     return module
 
 
@@ -64,6 +67,7 @@ def test_rows_are_those_of_bench_latency(
     flags = "--prefill 100 --context 20 --tokens 8 --repeats 3 --json -"
     monkeypatch.setattr(sys, "argv", ["bench_mlx.py", "/models/tiny-mlx-4", *flags.split()])
     script.main()
+    assert script.test_dtypes == ["float32"]  # float16 would be computed in software
     prefill, decode = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (prefill["kind"], prefill["test"], prefill["model"]) == ("latency", "pp100", "tiny-mlx-4 (mlx-lm)")
     assert prefill["tok_s"] == pytest.approx(100 / PREFILL_S) and prefill["dtype"] == "mlx-4bit-g64"

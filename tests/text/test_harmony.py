@@ -18,7 +18,7 @@ from tests.text.harmony import TEMPLATE, encode, make_tokenizer, written
 from tests.text.write_harmony_reference import CHATS, DATE, FORMED, MALFORMED, OUTPUT, PIECES, TOOL
 from tinyvllm.config import GrammarSpec
 from tinyvllm.errors import RequestError
-from tinyvllm.text import chat
+from tinyvllm.text import template_environment
 from tinyvllm.text.chat import ChatTemplate, end_of_turn_ids
 from tinyvllm.text.detokenizer import SPECIAL_MARK, Detokenizer, detokenize
 from tinyvllm.text.grammar import Grammar, Vocabulary, compile_grammar
@@ -202,7 +202,7 @@ def test_instructions_are_one_message_and_none_is_lost() -> None:
 
 
 def test_efforts_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "strftime_now", lambda _: DATE)
+    monkeypatch.setattr(template_environment, "strftime_now", lambda _: DATE)
     efforts = {"minimal": "low", "none": "low", "high": "high", "xhigh": "high", "medium": "medium"}
     for effort, meant in efforts.items():
         assert f"Reasoning: {meant}<" in render("question", reasoning_effort=effort)

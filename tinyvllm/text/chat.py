@@ -1,26 +1,19 @@
 """Chat templates: from messages to the text format that a model was trained on.
 
 Templates come from the model's files or the operator, never from a request, and run in Jinja's sandbox: no access to
-Python's internals, no changes to their arguments, ranges of at most 100,000. Their output is limited to MAX_CHAT_CHARS.
-The remaining risk: a malicious template can spend time in nested loops without output, or memory in one expression
-(`"a" * 10**9`), so trust a template only as far as the model's weights.
+Python's internals, no changes to their arguments. What a rendering takes is limited (template_limits.py): time,
+iterations, the size of each value and of all together, and the output. A template is rendered once when it is loaded.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, RequestError
@@ -32,6 +25,8 @@ from tinyvllm.storage.values import Values
 from tinyvllm.text import gguf_tokenizer, hf_tokenizer
 from tinyvllm.text.template_abilities import EFFORTS, Abilities
 from tinyvllm.text.template_adapter import adapt
+from tinyvllm.text.template_environment import BUDGET, make_environment
+from tinyvllm.text.template_limits import MAX_CHARS, Budget, TemplateLimitError
 from tinyvllm.text.template_probes import find_abilities, find_effort
 from tinyvllm.text.template_tools import WITHOUT_TOOLS, bare, complete, describe_in_system, plain
 
@@ -42,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_TEMPLATE_BYTES = 1 << 22  # of a template's source; the largest known have 40 kB
-MAX_CHAT_CHARS = 16 * 1024 * 1024  # of a rendered chat: far more than any context window holds
+MAX_CHAT_CHARS = MAX_CHARS  # of a rendered chat
 
 
 def load_chat_template(files: ModelFiles, override_path: str | Path | None = None) -> ChatTemplate | None:
@@ -60,7 +55,11 @@ def load_chat_template(files: ModelFiles, override_path: str | Path | None = Non
         sources = read_hf_templates(files.path)
     if override_path is not None:
         sources = {"default": read_template_file(Path(override_path))}
-    return ChatTemplate(sources, special_texts, files.name) if sources else None
+    if not sources:
+        return None
+    template = ChatTemplate(sources, special_texts, files.name)
+    template.check()
+    return template
 
 
 def read_gguf_templates(metadata: Mapping[str, Any], source: Path) -> dict[str, str]:
@@ -110,6 +109,9 @@ class ChatTemplate:
             except jinja2.TemplateSyntaxError as error:
                 where = f"the chat template {name!r} of {model_name}, line {error.lineno}"
                 raise ModelError(f"{where}: it does not parse: {error.message}") from error
+            except Exception as error:  # Jinja's parser and Python's compiler have limits of their own
+                what = f"{type(error).__name__}: {str(error)[:200]}"
+                raise ModelError(f"the chat template {name!r} of {model_name} cannot be compiled: {what}") from error
 
     def render(
         self,
@@ -146,8 +148,36 @@ class ChatTemplate:
             )
         except (RequestError, MemoryError):
             raise
+        except TemplateLimitError as error:
+            remedy = "send fewer or shorter messages, or set another template with --chat-template"
+            raise refuse(f"{error}: {remedy}") from error
         except Exception as error:  # a template can raise anything
             raise refuse(f"rejected the messages: {error or type(error).__name__}") from error
+
+    def check(self) -> None:
+        """Render a short conversation. Raises ModelError if that takes too much; logs it if it fails otherwise, because
+        the template may be for another kind of conversation."""
+        for has_tools in (False, True) if "tool_use" in self._templates else (False,):
+            reason = self._fault(has_tools)
+            if reason is not None:
+                logger.warning("the chat template of %s fails for a short conversation: %s", self._name, reason)
+
+    def _fault(self, has_tools: bool) -> str | None:
+        """Why a short conversation cannot be rendered, if neither form of its content can be."""
+        reason = None
+        for content in ("Hi.", [{"type": "text", "text": "Hi."}]):
+            messages = [{"role": "user", "content": content}]
+            try:
+                self._write(messages, tools=None, add_generation_prompt=True, has_tools=has_tools)
+                return None
+            except TemplateLimitError as error:
+                raise ModelError(
+                    f"the chat template of {self._name} {error}, for a conversation of one short message: set another "
+                    "with --chat-template"
+                ) from error
+            except Exception as error:  # a template can raise anything
+                reason = str(error) or type(error).__name__
+        return reason
 
     def abilities(self, *, has_tools: bool) -> Abilities:
         """What the template can take, with tools or without: probed at the first call."""
@@ -193,6 +223,7 @@ class ChatTemplate:
         variables = {
             **self._special_texts,
             **kwargs,
+            BUDGET: Budget([*messages, *(tools if isinstance(tools, Sequence) else ())]),
             "messages": messages,
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
@@ -261,55 +292,3 @@ def end_of_turn_ids(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, 
 
 def refuse(what: str) -> RequestError:
     return RequestError(f"the model's chat template {what}", param="messages")
-
-
-# --- Functions and tags for templates, as in transformers --------------------------------------------------------
-# https://github.com/huggingface/transformers/blob/5e43e2e892453b405ce6d2cb94387b3a3213f30a/src/transformers/utils/chat_template_utils.py
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's tokens for training; here only its body counts."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line_number = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line_number)
-
-
-def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
-
-
-class Verbatim(str):
-    """Text that a template's `tojson` leaves as it is."""
-
-    __slots__ = ()
-
-
-def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without HTML escapes, which Jinja's own filter adds."""
-    if isinstance(value, Verbatim):
-        return str(value)
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def strftime_now(date_format: str) -> str:
-    return datetime.now().strftime(date_format)

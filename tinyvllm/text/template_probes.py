@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tinyvllm.text.template_abilities import EFFORTS, REASONING_FIELDS, Abilities, Message, thinking_part
+from tinyvllm.text.template_limits import TemplateLimitError
 from tinyvllm.text.template_tools import WITHOUT_TOOLS, bare, complete, describe_in_system, plain
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ def find_abilities(write: Write, *, has_tools: bool) -> Abilities:
     except _OutOfTime:
         logger.warning("the chat template is too slow to be probed: it gets messages unchanged")
         return Abilities()
+    except TemplateLimitError as error:
+        logger.warning("the chat template %s when it is probed: it gets messages unchanged", error)
+        return Abilities()
 
 
 class _OutOfTime(Exception):
@@ -87,7 +91,7 @@ def find_effort(write: Write, effort: str) -> str | None:
     start = EFFORTS.index(effort)
     for candidate in sorted(EFFORTS, key=lambda one: abs(EFFORTS.index(one) - start)):
         probe = Probe(functools.partial(write, reasoning_effort=candidate))
-        with contextlib.suppress(_OutOfTime):
+        with contextlib.suppress(_OutOfTime, TemplateLimitError):
             if probe.find_form("user") is not None:
                 return candidate
     return None
@@ -148,6 +152,8 @@ class Probe:
             raise _OutOfTime
         try:
             return self.write(list(messages), tools=self.tools)
+        except TemplateLimitError:
+            raise
         except Exception:  # a template can raise anything
             return None
 

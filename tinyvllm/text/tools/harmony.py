@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tinyvllm.errors import RequestError
-from tinyvllm.text.chat import Verbatim
 from tinyvllm.text.detokenizer import SPECIAL_MARK
 from tinyvllm.text.grammar import lark_string
+from tinyvllm.text.template_environment import Verbatim
 from tinyvllm.text.tools.base import TEXT_RULE, Tool, ToolFormat, mark, named_call_rules
 from tinyvllm.text.tools.harmony_parser import CHANNEL, CONSTRAIN, FUNCTIONS, MESSAGE, START, HarmonyParser, Header
 

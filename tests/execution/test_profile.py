@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
@@ -170,8 +171,11 @@ def test_a_log_of_debug_2_and_a_profile_have_the_same_kernels(
         assert {kernel.operation for kernel in loading} == {"copy"}, "of weights; capturing runs no step"
         for plan in (decode_plan(CONTEXT, 9), prefill_plan(11)):
             output = watched.execute(plan)
-            trace = parse_trace(capsys.readouterr().out)
+            text = capsys.readouterr().out
+            trace = parse_trace(text)
             assert trace.num_cut == trace.num_untimed == 0
+            shown = [line for line in text.splitlines() if re.search("scheduled|copy|tm.*ms|GFLOPS|GB/s", line)]
+            assert len(shown) == len(trace.lines) and all("tm " in line and "GB/s" in line for line in shown)
             lines, profile = trace.kernels(last_steps=1), inspectors[0].profile(plan, repeats=1, warmup=0)
             assert [facts(line) for line in lines] == [facts(kernel) for kernel in profile.kernels]
             for line, kernel in zip(lines, profile.kernels, strict=True):

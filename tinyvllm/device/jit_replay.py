@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from tinygrad import Tensor, TinyJit, UOp
 from tinygrad.engine.realize import get_runtime, runtime_cache
-from tinygrad.helpers import DEBUG, JIT, Context, getenv
+from tinygrad.helpers import DEBUG, JIT, NO_COLOR, Context, ansistrip, getenv
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import Ops, buffers
 
@@ -105,7 +105,9 @@ def _described(call: UOp, number: int, label: str) -> UOp:
     nbytes, flops = (UOp.variable(name, 0, MAX_AMOUNT) for name in (_bytes_name(number), _flops_name(number)))
     sink, *rest = program.src
     sink = sink.replace(arg=replace(sink.arg, estimates=Estimates(ops=flops, lds=nbytes, mem=nbytes)))
-    info = replace(program.arg, name=f"{label}: {program.arg.name}")
+    # a name from the cache of programs may have the colors of an earlier start
+    name = ansistrip(program.arg.name) if NO_COLOR else program.arg.name
+    info = replace(program.arg, name=f"{label}: {name}")
     named = program.replace(src=(sink, *rest), arg=info)
     device = call.src[1].device
     runtime_cache[named.key, device] = get_runtime(device, program)

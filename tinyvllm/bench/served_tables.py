@@ -111,6 +111,11 @@ def _process_rows(level: ServedLevel) -> list[list[str]]:
             for thread in process["threads"]
             if thread["cpu_share"] >= MIN_SHARE
         ]
+        rows += [
+            [f"  lock held by {holder['thread']}: {holder['where']}", "", "", f"{holder['share']:.0%}", *[""] * 3]
+            for holder in ([] if lock is None else lock["holders"])
+            if holder["share"] >= MIN_SHARE
+        ]
     return rows
 
 

@@ -121,6 +121,10 @@ def process_as_json(recording: Recording) -> dict[str, Any]:
             "max_wait_ms": lock.max_ns / 1e6,
             "floor_ms": lock.floor_ns / 1e6,
             "core_wait_ms": lock.core_wait_ns / 1e6,
+            "holders": [
+                {"thread": one.thread, "where": one.where, "share": one.num_probes / lock.num_probes}
+                for one in lock.holders
+            ],
         },
     }
 

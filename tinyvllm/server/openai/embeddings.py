@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from tinyvllm.profiling import measure
+from tinyvllm.server.context import request_span
 from tinyvllm.server.intake import ERRORS, check_ids, json_response, make_heading, require_model
 from tinyvllm.server.openai.protocol.common import truncated
 from tinyvllm.server.openai.protocol.embeddings import Embedding, EmbeddingList, EmbeddingRequest, EmbeddingUsage
@@ -67,7 +68,7 @@ def _read_inputs(state: ServerState, body: EmbeddingRequest) -> list[list[int]]:
     for text in body.input:
         ids, adds_special = text, isinstance(text, str) and body.add_special_tokens is not False
         if isinstance(text, str):
-            with measure.span(measure.TOKENIZE):
+            with request_span(measure.TOKENIZE):
                 ids = state.engine.tokenizer.encode(fitted(text), add_special_tokens=adds_special)
         ids = truncated(
             state.engine.tokenizer,

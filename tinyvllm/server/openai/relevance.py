@@ -17,6 +17,7 @@ import numpy as np
 
 from tinyvllm.errors import RequestError
 from tinyvllm.profiling import measure
+from tinyvllm.server.context import request_span
 from tinyvllm.server.intake import check_ids
 from tinyvllm.server.text_limits import fit
 from tinyvllm.server.workers import on_thread
@@ -120,7 +121,7 @@ class Judge:
             # the last character may be cut
             return text if len(ids) <= (limit or 0) else tokenizer.decode(ids[:limit]).rstrip("\ufffd")
 
-        with measure.span(measure.TOKENIZE):
+        with request_span(measure.TOKENIZE):
             return [Pair(pair.query, beginning(pair.document)) for pair in pairs]
 
     def _cut(self, ids: list[int], num_others: int, *, has_special_tokens: bool) -> list[int]:
@@ -141,7 +142,7 @@ class Judge:
         return fit(self.state, param=self.param, is_cut=self.num_prompt_tokens is not None)(text)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        with measure.span(measure.TOKENIZE):
+        with request_span(measure.TOKENIZE):
             encoded = [self.state.engine.tokenizer.encode(self._fitted(text)) for text in texts]
         encoded = [self._cut(ids, 0, has_special_tokens=True) for ids in encoded]
         for ids in encoded:
@@ -151,7 +152,7 @@ class Judge:
     def _prompts(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Marks of the prompt's format in a query or a document are text."""
         tokenizer = self.state.engine.tokenizer
-        with measure.span(measure.TOKENIZE):
+        with request_span(measure.TOKENIZE):
             prefix, suffix = (tokenizer.encode(text, add_special_tokens=False) for text in (PREFIX, SUFFIX))
             asked = [
                 tokenizer.encode(

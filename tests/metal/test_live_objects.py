@@ -1,5 +1,5 @@
 """A long generation leaves no object of Metal's behind: one per layer and token ended other engines after some
-thousand tokens, with every count of bytes flat. 20,000 steps of one token:
+thousand tokens, with every count of bytes flat. 20,000 steps of one token, and a million tokens in steps of 64:
 python -m pytest -m slow tests/metal/test_live_objects.py"""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.test_live_buffers import TINY, generate
+from tests.engine.test_live_buffers import EACH, TINY, generate, generate_batches
 from tests.metal.simulator import Settings, live_objects, where_nothing_runs
 
 pytestmark = pytest.mark.timeout(1800)
@@ -38,4 +38,22 @@ def test_a_long_generation_leaves_no_objects_behind(simulator: Settings, tmp_pat
         generate(llm, num_tokens)
         assert simulator.num_graph_runs - runs >= num_tokens, "a step is a graph's run"
         assert objects_now() == before
+        llm.close()
+
+
+@pytest.mark.slow
+def test_a_million_tokens_in_batches_leave_no_objects_behind(simulator: Settings, tmp_path: Path) -> None:
+    """As above, with 64 requests at once."""
+    from tests.builders import write_tiny_hf_llama
+    from tinyvllm import LLM
+
+    files = write_tiny_hf_llama(tmp_path / "model", **TINY)
+    with where_nothing_runs(simulator):
+        llm = LLM(str(files.path), max_model_len=128, max_num_seqs=64, max_num_batched_tokens=64, warm_up="background")
+        generate_batches(llm, 64 * EACH)
+        before, done = objects_now(), 0
+        for _ in range(20):
+            done += generate_batches(llm, 50_000)
+            print(f"{done} tokens", flush=True)
+            assert objects_now() == before, done
         llm.close()

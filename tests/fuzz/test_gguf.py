@@ -38,7 +38,8 @@ def load(path: Path) -> None:
     """What a start reads of a file, and what `tinyvllm models` and `--check` say of it, up to compiling kernels. Each
     part is tried, whatever the others say; raises the first refusal."""
     files = ModelFiles("gguf", path, path.stem)
-    warnings.simplefilter("error")  # numbers that overflow
+    warnings.simplefilter("error")  # numbers that overflow, but for those of weights
+    warnings.filterwarnings("ignore", module="tinyvllm.arrays")
     refusals = []
     for part in (load_weights, load_text, summarize, read_generation_defaults):
         try:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import ml_dtypes
 import numpy as np
 import pytest
@@ -22,10 +23,13 @@ from tests.builders import (
     write_tiny_gguf,
     write_tiny_hf_llama,
 )
+from tests.fuzz.gguf_image import parse
 from tests.model.weights.test_checkpoint import assert_same, open_files, take_all
 from tinyvllm.arrays import to_float32
 from tinyvllm.config import ModelFiles
-from tinyvllm.errors import ModelError, UnsupportedModelError
+from tinyvllm.errors import ModelError, UnsupportedModelError, WeightMismatchError
+from tinyvllm.model.dry_load import require_tensors
+from tinyvllm.model.registry import complete_config
 from tinyvllm.storage.model_config import read_model_config
 from tinyvllm.storage.resolve import resolve_model
 
@@ -186,6 +190,27 @@ def test_norms_of_a_gguf_file_may_be_halves(tmp_path: Path, dtype: Any) -> None:
     checkpoint = open_files(write_tiny_gguf(tmp_path / "m.gguf", tweaks=tweaks))
     taken = to_float32(checkpoint.take("model.layers.1.input_layernorm.weight", (64,)))
     np.testing.assert_array_equal(taken, norm.astype(np.float32))
+
+
+def test_norms_of_a_gguf_file_may_be_quantized(tmp_path: Path) -> None:
+    norm = np.linspace(0.5, 2, 64, dtype=np.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    blocks = gguf.quants.quantize(norm[None], kind)
+    image = parse(write_tiny_gguf(tmp_path / "m.gguf").path.read_bytes())
+    place = next(place for place, one in enumerate(image.tensors) if one.name == b"blk.1.attn_norm.weight")
+    info = image.tensors[place]
+    image.tensors[place] = replace(info, kind=int(kind))
+    data = image.data[: info.offset] + blocks.tobytes() + image.data[info.offset + blocks.size :]
+    (tmp_path / "q.gguf").write_bytes(replace(image, data=data).to_bytes())
+    checkpoint = open_files(ModelFiles("gguf", tmp_path / "q.gguf", "q"))
+    taken = to_float32(checkpoint.take("model.layers.1.input_layernorm.weight", (64,)))
+    np.testing.assert_array_equal(taken, gguf.quants.dequantize(blocks, kind)[0])
+
+
+def test_a_surplus_bias_of_no_whole_number_of_heads_is_named(tmp_path: Path) -> None:
+    files = write_tiny_gguf(tmp_path / "m.gguf", tweaks=GGUFTweaks(extra={"blk.0.attn_k.bias": np.ones(3)}))
+    with pytest.raises(WeightMismatchError, match=r"does not use: model\.layers\.0\.self_attn\.k_proj\.bias"):
+        require_tensors(complete_config(read_model_config(files)), open_files(files))
 
 
 def test_counts_of_heads_may_be_lists_of_equal_numbers(tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ def read_as_written(path: Path, rotary_dim: int | None = None) -> dict[str, Stor
                 f"known: {', '.join(KNOWN_TYPES)}"
             )
         dim = rotary_dim if tensor.name.endswith(ROTARY_TENSORS) else None
+        if dim is not None and _num_rows(tensor) % dim:
+            dim = None  # whoever takes the tensor refuses its shape
         read = partial(_read, tensor, dim, _multiplier(path, tensor, stored))
         format_name = DENSE_NAMES.get(tensor.ggml_type, tensor.ggml_type)
         tensors[tensor.name] = StoredTensor(tensor.shape, read, format_name, tensor.data.nbytes)
@@ -190,7 +192,10 @@ def _multiplier(path: Path, weight: GGUFTensor, stored: Mapping[str, GGUFTensor]
 def _read(tensor: GGUFTensor, rotary_dim: int | None, multiplier: np.ndarray | None) -> HostMatrix:
     """The values; of quantized experts, the rows of all. `rotary_dim`: of heads whose rows come in Hugging Face's
     order; whole rows of blocks are moved before they are split. `multiplier`: of all values, or of each expert's."""
-    raw, num_rows = tensor.data, math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.shape[0]
+    raw, num_rows = tensor.data, _num_rows(tensor)
+    if len(tensor.shape) == 1 and tensor.ggml_type in QUANTIZED_KINDS:
+        values = to_float32(decompose(tensor.ggml_type, raw, (1, num_rows)))[0]
+        return values if rotary_dim is None else values[half_order(num_rows, rotary_dim)]
     if rotary_dim is not None:
         raw = raw.reshape(num_rows, -1)[half_order(num_rows, rotary_dim)].reshape(-1)
     if tensor.ggml_type not in QUANTIZED_KINDS:
@@ -200,6 +205,11 @@ def _read(tensor: GGUFTensor, rotary_dim: int | None, multiplier: np.ndarray | N
         return matrix
     factors = np.repeat(multiplier, num_rows // len(multiplier))
     return replace(matrix, scale=replace(matrix.scale, multiplier=factors))
+
+
+def _num_rows(tensor: GGUFTensor) -> int:
+    """Of a matrix or a stack of them; the length of a vector."""
+    return math.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.shape[0]
 
 
 def half_order(num_rows: int, head_dim: int) -> np.ndarray:

@@ -61,6 +61,7 @@ def install(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Let the clock take the place of the real ones."""
     monkeypatch.setattr(time, "perf_counter_ns", clock.look_ns)
     monkeypatch.setattr(time, "perf_counter", clock.look_s)
+    monkeypatch.setattr(time, "monotonic", clock.look_s)  # by which requests are dated
     monkeypatch.setattr(time, "thread_time_ns", clock.thread_ns)
     return clock
 

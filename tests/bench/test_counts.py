@@ -15,6 +15,7 @@ from tests.bench.write_counts import BASELINE
 from tinyvllm.bench.compare import compare, regressions
 from tinyvllm.bench.counts import GUARDED
 from tinyvllm.config import ModelFiles
+from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner
 
 
@@ -64,3 +65,11 @@ def test_any_rise_of_a_count_is_a_regression(clean: dict[str, Any], name: str) -
     worse["cases"][0]["per_step"]["decode"][name] += 1
     assert len(regressions(compare(clean, worse, 1.0, counts_only=True))) == 1
     assert regressions(compare(worse, clean, 1.0, counts_only=True)) == []
+
+
+def test_a_kernel_that_runs_twice_is_one_more_and_goes_again(runner: ModelRunner, clean: dict[str, Any]) -> None:
+    with RunnerInspector(runner).repeated_kernel():
+        twice = measure(runner)
+    changes = [change for change in compare(clean, twice, 1.0, counts_only=True) if change.name == "kernels"]
+    assert len(changes) == 4 and {change.after - change.before for change in changes} == {1}  # two cases of two phases
+    assert regressions(compare(clean, measure(runner), 1.0, counts_only=True)) == []

@@ -186,7 +186,7 @@ def _compare_figures(before: RunCase, after: RunCase, max_regress: float) -> lis
     stages = [_stage_change(before, after, one, two, max_regress) for one, two in pairs if two.kind == STAGE]
     most = max(stages, key=lambda change: change.growth_ms, default=None)
     stages = [_without_consequence(change, most) for change in stages]
-    wholes = [_whole_change(after.name, one, two, max_regress, most) for one, two in pairs if two.kind != STAGE]
+    wholes = [_whole_change(before, one, two, max_regress, most) for one, two in pairs if two.kind != STAGE]
     return [*wholes, *stages]
 
 
@@ -197,11 +197,13 @@ def _without_consequence(change: Change, most: Change | None) -> Change:
     return dataclasses.replace(change, is_regression=False)
 
 
-def _whole_change(case: str, before: Figure, after: Figure, max_regress: float, most: Change | None) -> Change:
+def _whole_change(case: RunCase, before: Figure, after: Figure, max_regress: float, most: Change | None) -> Change:
     """A time or a rate of the whole, or a part of a start."""
     one, two = before.value, after.value
     worse = one.value - two.value if after.kind == RATE else two.value - one.value
     chance, limit, least = noise(one, two), max_regress, 0.0
+    if after.kind == WHOLE:
+        least = floor_ms(case.step_ms)
     if after.kind == START:
         limit, least = max(START_LIMITS * max_regress, MIN_START_SHARE), MIN_START_MS
     is_worse = worse > limit * one.value and worse > max(chance, least)
@@ -215,7 +217,7 @@ def _whole_change(case: str, before: Figure, after: Figure, max_regress: float, 
         )
         if most is not None and most.growth_ms > 0 and after.kind == WHOLE:
             why += f"; the stage that grew most is {most.name}, by {most.growth_ms:,.3f} ms"
-    return Change(case, after.name, one.value, two.value, unit, is_worse, why, after.kind)
+    return Change(case.name, after.name, one.value, two.value, unit, is_worse, why, after.kind)
 
 
 def _stage_change(before: RunCase, after: RunCase, one: Figure, two: Figure, max_regress: float) -> Change:

@@ -25,6 +25,8 @@ from tinyvllm.profiling.request_stages import STAGES as SERVED_STAGES
 WHOLE, STAGE, START, RATE = "whole", "stage", "start", "rate"
 BREAKDOWN, SERVED, LOAD, COLD_START, PROFILE = "breakdown", "served breakdown", "load", "cold start", "profile"
 CONTEXTS = "contexts"
+# From a request's arrival until its first step: what stages of its own and of other requests' steps take meanwhile
+QUEUE_WAIT = "wait in the queue"
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
 MACHINE_FIELDS = ("cpu", "cores", "system")
 START_PARTS = ("import_s", "load_s", "schedule_s", "compile_s", "capture_s", "first_token_s", "all_graphs_s")
@@ -142,7 +144,7 @@ def _breakdown_case(case: Mapping[str, Any]) -> RunCase:
         if name in case
     ]
     if "queue_wait_s" in case:
-        wholes.append(Figure("wait in the queue", STAGE, _repeated(case["queue_wait_s"]), per="request"))
+        wholes.append(Figure(QUEUE_WAIT, WHOLE, _repeated(case["queue_wait_s"]), per="request"))
     names = [name for name in STAGES if stages.get(name, {}).get("count")]
     return RunCase(
         name=case["name"],

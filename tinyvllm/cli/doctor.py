@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from typer import Argument, Option
 
-from tinyvllm.cli.bench_flags import DEFAULT_WEIGHTS, print_table, refuse_weights, write_file
+from tinyvllm.cli.bench_flags import DEFAULT_WEIGHTS, print_table, refuse_weights, write_rows
 from tinyvllm.cli.flags import EngineFlags
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.terminal import out, progress_bars
+from tinyvllm.config import EngineConfig
 from tinyvllm.storage.catalog import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from tinyvllm.bench.subject import Subject
 
 MARKS = {"ok": "[green]ok[/]", "odd": "[yellow]look[/]", "bad": "[red]bad[/]"}
 
@@ -33,6 +37,14 @@ def doctor(
             show_default=False,
         ),
     ] = None,
+    profiler: Annotated[
+        bool,
+        Option(
+            "--profiler",
+            help="Check the profiler instead: plant known delays, waits, copies and slow kernels, and see which are "
+            "attributed right. Takes about a minute.",
+        ),
+    ] = False,
     json_file: Annotated[
         str | None,
         Option(
@@ -58,6 +70,9 @@ def doctor(
             return Subject.of_shape(shape, weights or DEFAULT_WEIGHTS)
         return Subject.of_files(require_model(model, pull=engine.pull))
 
+    if profiler:
+        _check_profiler(find(), config, engine, json_file)
+        return
     with progress_bars() as report:
         checks = list(examine(find, config, report))
     table = Table(show_header=False, box=None)
@@ -67,10 +82,34 @@ def doctor(
             table.add_row("", "", f"[bold]{check.remedy}[/]")
     print_table(table)
     found = as_json(checks)
-    if json_file == "-":
-        print(json.dumps(found))
-    elif json_file is not None:
-        write_file(json_file, json.dumps(found, indent=1) + "\n")
+    write_rows(json_file, found)
+    if json_file not in (None, "-"):
         out.print(f"written to {json_file}", highlight=False)
     if not found["ok"]:
+        raise typer.Exit(1)
+
+
+def _check_profiler(subject: Subject, config: EngineConfig, engine: EngineFlags, json_file: str | None) -> None:
+    """Print what is blamed for each planted fault. Raises typer.Exit with code 1 if a fault is attributed wrong."""
+    from tinyvllm.bench.breakdown_measure import fit_config, longest_case
+    from tinyvllm.bench.kernel_profile import find_hardware
+    from tinyvllm.bench.profiler_check import WORK, WORK_OF_IDS, attribution_table, check_profiler
+    from tinyvllm.execution.inspector import RunnerInspector
+    from tinyvllm.text.tokenizer import load_tokenizer
+
+    tokenizer = None if subject.files is None else load_tokenizer(subject.files)
+    work = WORK_OF_IDS if tokenizer is None else WORK
+    fitted = fit_config(dataclasses.asdict(config), work, longest_case(work, tokenizer), subject.model_config)
+    with progress_bars() as report:
+        runner = subject.load(fitted, report)
+        try:
+            inspector = RunnerInspector(runner)
+            chip = find_hardware(inspector, None)
+            machine = subject.describe(runner, chip.bandwidth_gbps, config.seed)
+            found = check_profiler(inspector, tokenizer, machine, chip, report)
+        finally:
+            runner.close()
+    print_table(attribution_table(found))
+    write_rows(json_file, {"kind": "profiler check", "plants": [one.as_json() for one in found]})
+    if not all(one.is_right for one in found):
         raise typer.Exit(1)

@@ -50,6 +50,15 @@ class RecordedStep:
     kept: tuple[Buffer, ...]
 
 
+def with_repeated_call(step: RecordedStep) -> RecordedStep:
+    """The step with its call of the most bytes twice in a row, which computes the same: a kernel does not write what it
+    reads."""
+    sizes = [sum(buffer.nbytes for buffer in call.buffers) for call in step.calls]
+    place = sizes.index(max(sizes))
+    calls = (*step.calls[: place + 1], *step.calls[place:])
+    return replace(step, calls=calls, cut=step.cut + (place < step.cut))
+
+
 @dataclass(frozen=True)
 class SavedStep:
     """A step as plain values and programs, without buffers.

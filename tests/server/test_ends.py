@@ -152,12 +152,13 @@ def streaming(server: Server) -> Iterator[Iterator[str]]:
 
 
 @pytest.mark.parametrize("count", [ALONE, SEVERAL])
-def test_idle_connections_signals_and_keys_in_queries(tmp_path: Path, count: str) -> None:
+def test_it_holds_out_idle_connections_signals_and_a_log_that_nobody_reads(tmp_path: Path, count: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))  # for this end of the connections
     flags = ("--max-connections", "3000")
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(serving(tmp_path, "endless", count, *flags, preexec_fn=limit_files))
+        options: dict[str, Any] = {"max_log_chars": 20_000, "preexec_fn": limit_files}
+        server = stack.enter_context(serving(tmp_path, "endless", count, *flags, **options))
         wait_for(lambda: server.get("/ready") == 200)
         with streaming(server) as lines:
             url = urlsplit(server.address)
@@ -176,14 +177,28 @@ def test_idle_connections_signals_and_keys_in_queries(tmp_path: Path, count: str
             wait_for(lambda: b"most recent call first" in server.log)
             assert server.get("/health") == 200
             next(lines)
+        if count == ALONE:
+            write_unread_log(server, num_lines=400)
+            server.is_read.set()
+            wait_for(lambda: b" lines are missing here: nobody read the log" in server.log)
+        with streaming(server) as lines:
+            write_unread_log(server, num_lines=60)
             server.signal(signal.SIGHUP if count == ALONE else signal.SIGQUIT)
             wait_for(lambda: server.get("/ready") == 503)
             assert list(lines)[-2] == "data: [DONE]", "it drains"
-        assert server.process.wait(timeout=30) == 0
+        assert server.process.wait(timeout=30) == 0, "with a full pipe, too"
         log = server.log.decode()
         assert '"GET /v1/models HTTP/1.1" 200' in log and "sk-secret" not in log
         assert log.count("idle connections make room") == 1 and len(log) < 100_000
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def write_unread_log(server: Server, num_lines: int) -> None:
+    """More than the pipe holds."""
+    server.is_read.clear()
+    with httpx.Client(base_url=server.address, timeout=10) as client:
+        for _ in range(num_lines):  # each has a hundred characters
+            assert client.get("/version").status_code == 200
 
 
 def limit_files() -> None:
@@ -191,27 +206,10 @@ def limit_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
-@pytest.mark.parametrize("count", [ALONE, SEVERAL])
-def test_a_log_that_nobody_reads_holds_nothing_up(tmp_path: Path, count: str) -> None:
-    with serving(tmp_path, "answering", count, max_log_chars=20_000) as server:
-        wait_for(lambda: server.get("/ready") == 200)
-        for _ in range(2):
-            server.is_read.clear()
-            with httpx.Client(base_url=server.address, timeout=10) as client:
-                for _ in range(400):  # each is a line of a hundred characters
-                    assert client.get("/version").status_code == 200
-            if count == ALONE and b"lines are missing here" not in server.log:
-                server.is_read.set()
-                wait_for(lambda: b"lines are missing here: nobody read the log" in server.log)
-        start_s = server.signal()
-        assert server.process.wait(timeout=30) == 0
-        assert time.monotonic() - start_s < 5 + SLACK_S
-
-
 # ---- How it ends ----
 
 
-@pytest.mark.parametrize(("count", "is_door"), [(ALONE, False), (SEVERAL, False), (ALONE, True), (SEVERAL, True)])
+@pytest.mark.parametrize(("count", "is_door"), [(ALONE, False), (SEVERAL, True)])
 def test_a_stop_during_a_load_that_compiles_is_clean_and_leaves_nothing(
     tmp_path: Path, count: str, is_door: bool
 ) -> None:
@@ -237,7 +235,7 @@ def worker_pids(server: Server) -> list[int]:
 
 @pytest.mark.parametrize(
     ("count", "num_signals", "limit_s"),
-    [(ALONE, 1, 1 + 5.0), (SEVERAL, 1, 1 + 5.0), (SEVERAL, 2, 3.0), (ALONE, 3, 0.5)],
+    [(ALONE, 1, 1 + 5.0), (SEVERAL, 2, 3.0), (ALONE, 3, 0.5)],
 )
 def test_a_step_that_never_ends_does_not_hold_up_a_stop(
     tmp_path: Path, count: str, num_signals: int, limit_s: float
@@ -261,12 +259,12 @@ def ask(server: Server) -> None:
         httpx.post(server.address + "/v1/completions", json={"prompt": "x"}, timeout=60)
 
 
-@pytest.mark.parametrize("is_door", [False, True])
-def test_nothing_outlives_a_killed_server(tmp_path: Path, is_door: bool) -> None:
-    with serving(tmp_path, "compiling", SEVERAL, *(DOOR_FLAGS if is_door else ())) as server:
-        if is_door:
-            threading.Thread(target=ask, args=(server,), daemon=True).start()
+def test_nothing_outlives_a_killed_door(tmp_path: Path) -> None:
+    """Neither its model's supervisor, nor that one's front-end and engine, nor the engine's compiler."""
+    with serving(tmp_path, "compiling", SEVERAL, *DOOR_FLAGS) as server:
+        threading.Thread(target=ask, args=(server,), daemon=True).start()
         wait_for(lambda: len(worker_pids(server)) == 1)
         pids = server.descendants()
+        assert len(pids) >= 4
         os.kill(server.process.pid, signal.SIGKILL)
         wait_until_gone(pids)

@@ -165,6 +165,7 @@ def begin_worker() -> None:
     """Yield to running steps, which share the cores if the device is a CPU. Collect garbage rarely: a kernel has many
     nodes, which reference counts free, and the search for cycles took a third of the compile time."""
     Context(ALLOW_DEVICE_USAGE=0, VIZ=0, TRACK_MATCH_STATS=0, PARALLEL=0).__enter__()
+    logging.disable(logging.WARNING)  # the parent has said what is wrong with the cache
     share_disk_cache()
     gc.set_threshold(*WORKER_GC)
     os.nice(WORKER_NICENESS)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -119,6 +121,33 @@ def test_where_memory_is_limited_a_text_is_refused_and_the_process_lives(files: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("refused: prompt has 4194300 bytes of text, which take too much memory"), done.stdout
     assert done.stdout.endswith("\n10\n")
+
+
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from tinyvllm.config import ModelFiles
+from tinyvllm.text.long_texts import LongTexts
+
+texts = LongTexts(ModelFiles("hf", Path(sys.argv[1]), "tiny"))
+text = "x" * (16 * 2**20)
+threading.Thread(target=lambda: texts.encode(text, parse_special=True, param="prompt"), daemon=True).start()
+while texts._process is None:
+    time.sleep(0.01)
+time.sleep(2.0)
+print(texts._process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_process_does_not_outlive_one_that_is_killed(files: ModelFiles) -> None:
+    command = [sys.executable, "-c", KILLED, str(files.path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=60)
+    status, end_s = Path(f"/proc/{done.stdout.strip()}/status"), time.monotonic() + 20
+    while status.exists() and "(zombie)" not in status.read_text() and time.monotonic() < end_s:
+        time.sleep(0.05)
+    assert time.monotonic() < end_s
 
 
 def test_texts_are_bounded_and_cut_by_the_longest_token(files: ModelFiles) -> None:

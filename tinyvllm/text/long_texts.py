@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import contextlib
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -108,7 +109,7 @@ class LongTexts:
     def _start(self) -> subprocess.Popen[bytes]:
         if self._is_closed:
             raise _EndedError
-        files = [self._files.kind, str(self._files.path), self._files.name, str(self._base_bytes)]
+        files = [self._files.kind, str(self._files.path), self._files.name, self._base_bytes, os.getpid()]
         try:
             return subprocess.Popen(
                 [sys.executable, "-m", "tinyvllm.text.long_text_process", json.dumps(files)],

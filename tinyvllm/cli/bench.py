@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Option
@@ -18,6 +18,11 @@ from tinyvllm.cli.bench_start import cold_start
 from tinyvllm.cli.flags import RunnerFlags, spread
 from tinyvllm.config import CAPTURES, EngineConfig
 from tinyvllm.errors import TinyvllmError
+
+if TYPE_CHECKING:
+    from tinyvllm.bench.latency import LatencyWork
+    from tinyvllm.bench.rows import Row
+    from tinyvllm.bench.subject import Subject
 
 bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure how fast a model runs on this machine.")
 
@@ -65,32 +70,44 @@ def latency(
     runner.apply()
     config = EngineConfig(model=subject.model or "", max_num_seqs=1, **runner.settings())
 
-    from tinyvllm.bench.capture_table import capture_table, tag_capture
-    from tinyvllm.bench.fusion_table import fusion_table, tag_fusion
-    from tinyvllm.bench.latency import Case, LatencyWork, fit_config, measure_latency
+    from tinyvllm.bench.capture_table import capture_table
+    from tinyvllm.bench.fusion_table import fusion_table
+    from tinyvllm.bench.latency import Case, LatencyWork, fit_config
     from tinyvllm.bench.tables import latency_table
-    from tinyvllm.execution.inspector import RunnerInspector
 
     cases = [Case("prefill", *parse_prompt(text)) for text in split_list(prefill)]
     pairs = itertools.product(parse_counts("batch", batch), parse_counts("context", context))
     cases += [Case("decode", *pair) for pair in pairs]
     work = LatencyWork(tuple(cases), tokens, repeats, warmup, runner.seed, num_extra=repeats)
     found = subject.find(pull=runner.pull)
-    fitted, rows_of = fit_config(config, work, found.model_config), {}
-    variants = [(capture, False) for capture in (CAPTURES if compare_capture else (config.capture,))]
-    variants += [(config.capture, True)] if unfused else []
-    for capture, is_unfused in variants:
-        wanted = dataclasses.replace(fitted, capture=capture, unfused=is_unfused)
-        with loaded(found, wanted) as (model_runner, report):
-            inspector = RunnerInspector(model_runner)
-            bandwidth = inspector.measure_bandwidth() / 1e9 if bandwidth is None else bandwidth
-            machine = found.describe(model_runner, bandwidth, runner.seed)
-            rows = tag_capture(measure_latency(inspector, machine, work, report), capture)
-            rows_of[capture, is_unfused] = tag_fusion(rows, unfused=True) if is_unfused else rows
+    fitted = fit_config(config, work, found.model_config)
+    variants = [dataclasses.replace(fitted, capture=one) for one in CAPTURES] if compare_capture else [fitted]
+    variants += [dataclasses.replace(fitted, unfused=True)] if unfused else []
+    runs = _run_variants(found, variants, work, bandwidth)
     if not subject.markdown:
         both = capture_table if compare_capture else fusion_table
-        print_table(both(*rows_of.values()) if len(rows_of) > 1 else latency_table(*rows_of.values()))
-    subject.write([row for rows in rows_of.values() for row in rows])
+        print_table(both(*runs) if len(runs) > 1 else latency_table(*runs))
+    subject.write([row for rows in runs for row in rows])
+
+
+def _run_variants(
+    found: Subject, variants: list[EngineConfig], work: LatencyWork, bandwidth: float | None
+) -> list[list[Row]]:
+    """The rows of each variant of the settings, one after the other. `bandwidth` in GB/s, measured if None."""
+    from tinyvllm.bench.capture_table import tag_capture
+    from tinyvllm.bench.fusion_table import tag_fusion
+    from tinyvllm.bench.latency import measure_latency
+    from tinyvllm.execution.inspector import RunnerInspector
+
+    runs = []
+    for config in variants:
+        with loaded(found, config) as (model_runner, report):
+            inspector = RunnerInspector(model_runner)
+            bandwidth = inspector.measure_bandwidth() / 1e9 if bandwidth is None else bandwidth
+            machine = found.describe(model_runner, bandwidth, work.seed)
+            rows = tag_capture(measure_latency(inspector, machine, work, report), config.capture)
+            runs.append(tag_fusion(rows, unfused=True) if config.unfused else rows)
+    return runs
 
 
 @bench.command()

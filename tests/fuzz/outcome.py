@@ -30,6 +30,7 @@ FAULTS: tuple[Kind, ...] = ("uncaught", "slow", "died", "memory")
 Loader = Callable[[Path], object]
 
 CPU_S = 2.0  # of one case; the processor's time, since the machine may be busy with other work
+START_S = 300.0  # imports take minutes on a machine that does much else
 WALL_S = 30.0  # for a case that waits instead: a pipe, a lock
 MEMORY_BYTES = 256 << 20  # of address space for a case beside `MEMORY_PER_BYTE` of its files
 MEMORY_PER_BYTE = 40  # a uint16 of an array becomes an int (28 bytes) and a pointer to it (8)
@@ -100,6 +101,8 @@ class Runner:
                 self._child = context.Process(target=_serve, args=(its_end, self._load, self._cpu_s), daemon=True)
                 self._child.start()
             its_end.close()
+            assert self._connection.poll(START_S), f"the child has not started within {START_S:g} s"
+            self._connection.recv()  # it has imported what it needs, which counts for no case
         return self._child
 
     def _ended(self) -> int:
@@ -144,6 +147,7 @@ def _serve(connection: Connection, load: Loader, cpu_s: float) -> None:
     # after the traceback, the signal's default action: it ends the process in whatever library it is
     faulthandler.register(signal.SIGPROF, all_threads=False, chain=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    connection.send("ready")
     while True:
         try:
             path, memory_bytes = connection.recv()

@@ -19,6 +19,7 @@ from tests.text.vocabularies import (
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.storage.gguf_file import GGUFFile
+from tinyvllm.text import gguf_tokenizer
 from tinyvllm.text.gguf_tokenizer import read_gguf_tokenizer
 from tinyvllm.text.pre_tokenizers import PRE_TOKENIZERS
 from tinyvllm.text.tokenizer import Tokenizer, load_tokenizer
@@ -357,6 +358,12 @@ def test_tokens_with_damaged_characters_are_no_doubles() -> None:
     tokenizer = make_byte_level(tokens=tokens, token_type=[1] * len(tokens))
     assert tokenizer.vocab_size == len(tokens)
     assert [tokenizer.token_text(token_id) for token_id in (260, 262)] == ["\ufffd", "\ufffd"]
+
+
+def test_pieces_that_form_one_another_in_too_many_ways_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_tokenizer, "MAX_MERGES", 100)
+    with pytest.raises(ModelError, match=r"form one another in more than 100 ways"):
+        make_spm()
 
 
 def test_empty_token_text_is_no_obstacle() -> None:

@@ -46,7 +46,7 @@ SCALAR_DTYPES = {
 # Limits that llama.cpp does not have, far above what models need
 MAX_KEYS = 1 << 16  # files have fewer than a hundred
 MAX_TENSORS = 1 << 18  # Kimi K2 would have 70,000 if each expert's matrices were tensors of their own
-MAX_ITEMS = 1 << 23  # of all arrays together: Gemma's vocabulary of 262,144 tokens takes 1.3 million
+MAX_ITEMS = 1 << 22  # of all arrays together: Gemma's vocabulary of 262,144 tokens takes 1.3 million
 MAX_TEXT_BYTES = 1 << 26  # of one text: whole tokenizer.json files of 30 MB are in use
 MAX_NAME_BYTES = 0xFFFF  # of a key, and of a tensor's name: the format's own limit for keys
 MAX_DIMS = 4  # ggml's
@@ -146,8 +146,20 @@ class Cursor:
                 f"{MAX_ITEMS} together"
             )
         if type_number == GGUFValueType.STRING:
-            return [self.string() for _ in range(count)]
+            return self._strings(count)
         return self._scalars(key, type_number, count)
+
+    def _strings(self, count: int) -> list[str]:
+        """As `count` calls of `string`, which would take most of the time that a header takes."""
+        found, data, end, read = [], self.bytes, self.offset, U64.unpack_from
+        for _ in range(count):
+            begin = end + U64.size
+            end = begin + read(data, end)[0] if begin <= len(data) else begin
+            if end > len(data) or end - begin > MAX_TEXT_BYTES:
+                break
+            found.append(str(data[begin:end], "utf-8", "replace"))
+            self.offset = end
+        return found if len(found) == count else [*found, self.string()]  # which says what is wrong
 
     def _scalars(self, key: str, type_number: int, count: int) -> list[Any]:
         dtype = SCALAR_DTYPES.get(type_number)  # type: ignore[call-overload]

@@ -33,6 +33,7 @@ IN_MEMORY = Path("the GGUF metadata")  # what messages call metadata that were n
 MODELS = ("gpt2", "llama", "gemma4")  # values of tokenizer.ggml.model
 DAMAGED = "\ufffd"  # what readers put in place of bytes that are no UTF-8
 MAX_PIECE = 1024  # characters of a scored piece, of which every cut is tried; SentencePiece's own limit is 16
+MAX_MERGES = 1 << 21  # of scored pieces: Gemma 3 has 514,847
 LINES = r"[^\n]+|[\n]+"  # of `gemma4`: line breaks are apart from everything else
 
 # Texts that end a turn or a document. Files name one EOS, but a chat model has two or three: Llama 3 ends a turn with
@@ -234,9 +235,15 @@ def make_score_bpe(values: Values, vocabulary: Vocabulary) -> models.BPE:
             f"{values.source}: {PREFIX}tokens[{longest}] has {length} characters: a token with a score must have at "
             f"most {MAX_PIECE}"
         )
+    merges = rank_merges({vocabulary.tokens[token_id]: scores[token_id] for token_id in pieces})
+    if len(merges) > MAX_MERGES:
+        raise ModelError(
+            f"{values.source}: the pieces of {PREFIX}tokens form one another in more than {MAX_MERGES} ways, the most "
+            "for a vocabulary with scores"
+        )
     return models.BPE(
         vocab=vocabulary.ids,
-        merges=rank_merges({vocabulary.tokens[token_id]: scores[token_id] for token_id in pieces}),
+        merges=merges,
         unk_token=unknown_text(values, vocabulary),
         fuse_unk=True,
         byte_fallback=True,
@@ -277,6 +284,8 @@ def rank_merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
         if len(halves) > 1:  # most have one, and Gemma has 262,144 pieces
             halves.sort(key=lambda pair: (order[pair[0]], order[pair[1]]))
         pairs += halves
+        if len(pairs) > MAX_MERGES:
+            break  # the caller refuses them
     return pairs
 
 

@@ -46,7 +46,7 @@ SCALAR_DTYPES = {
 # Limits that llama.cpp does not have, far above what models need
 MAX_KEYS = 1 << 16  # files have fewer than a hundred
 MAX_TENSORS = 1 << 18  # Kimi K2 would have 70,000 if each expert's matrices were tensors of their own
-MAX_ITEMS = 1 << 22  # of all arrays together: Gemma's vocabulary of 262,144 tokens takes 1.3 million
+MAX_ITEMS = 3 << 20  # of all arrays together: Gemma's vocabulary of 262,144 tokens takes 1.3 million
 MAX_TEXT_BYTES = 1 << 26  # of one text: whole tokenizer.json files of 30 MB are in use
 MAX_NAME_BYTES = 0xFFFF  # of a key, and of a tensor's name: the format's own limit for keys
 MAX_DIMS = 4  # ggml's

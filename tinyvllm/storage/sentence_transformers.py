@@ -11,8 +11,8 @@ from pathlib import Path
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.storage.regular_file import file_inside, is_present
 from tinyvllm.storage.safetensors_header import read_header
-from tinyvllm.storage.strict_json import read_json_list
-from tinyvllm.storage.values import Values, read_json
+from tinyvllm.storage.strict_json import MAX_INDEX_BYTES, read_json, read_json_list
+from tinyvllm.storage.values import Values
 
 MODULES = "modules.json"
 # pooling_mode_*, and the values of pooling_mode in files since version 5.2, by our names
@@ -47,7 +47,7 @@ def tensor_names(directory: Path) -> set[str]:
     """Of the tensors in a directory's safetensors: from their index, or from the headers of the files."""
     index = directory / "model.safetensors.index.json"
     if is_present(index):
-        weight_map = Values(index, read_json(index)).inner("weight_map")
+        weight_map = Values(index, read_json(index, MAX_INDEX_BYTES)).inner("weight_map")
         return set() if weight_map is None else set(weight_map.values)
     names: set[str] = set()
     for path in directory.glob("*.safetensors"):

@@ -23,7 +23,8 @@ from typing import Any
 from tinyvllm.errors import ModelError
 from tinyvllm.storage.regular_file import is_present, read_regular
 
-MAX_JSON_BYTES = 1 << 26  # the index of a model of a trillion weights has 20 MB
+MAX_JSON_BYTES = 1 << 24  # of settings; with those of each quantized module, a model of a trillion weights has 6 MB
+MAX_INDEX_BYTES = 1 << 26  # of an index of tensors; of such a model 20 MB
 MAX_DEPTH = 64  # of real files: 12, in a quantization_config
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a pair, or of a character beyond 16 bits
 

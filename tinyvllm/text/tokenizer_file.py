@@ -31,6 +31,7 @@ from tinyvllm.text.regex_risk import MAX_PATTERN, find_risk
 MAX_TOKENIZER_BYTES = 1 << 28  # of tokenizer.json; the largest known have 35 MB
 MAX_TOKEN_TEXT = 4096  # characters; the longest known token has about 1000, of Unigram vocabularies 16
 MAX_ADDED_TOKENS = 1 << 18
+MAX_PART_BYTES = 1 << 22  # of a normalizer, ...; the largest known, tables of SentencePiece, have 0.4 MB
 MAX_PARTS = 64  # of a normalizer, a pre-tokenizer, ...; the most known are 8
 MAX_BYTE_LEVELS = 2  # each doubles what is not ASCII
 MAX_GROWTH = 256  # by which normalizing may multiply a text
@@ -146,6 +147,9 @@ class _Check:
 
     def part(self, name: str, stated: msgspec.Raw, kinds: Kinds) -> bytes:
         """Check one of the file's parts; returns its JSON."""
+        num_bytes = len(memoryview(stated))
+        if num_bytes > MAX_PART_BYTES:
+            raise ModelError(f"{self.path}: {name} has {num_bytes} bytes, but may have at most {MAX_PART_BYTES}")
         value = parse_json(bytes(stated), f"{name} of {self.path}")
         part = Values(self.path, {name: value}).inner(name)
         if part is not None:

@@ -19,7 +19,8 @@ from tinyvllm.model.weights.stored import DENSE_DTYPES, DENSE_NAMES, StoredTenso
 from tinyvllm.storage.regular_file import check_inside, file_inside, is_present, is_regular, shortened
 from tinyvllm.storage.resolve import PICKLE_SUFFIXES
 from tinyvllm.storage.safetensors_header import read_header
-from tinyvllm.storage.values import Values, read_json
+from tinyvllm.storage.strict_json import MAX_INDEX_BYTES, read_json
+from tinyvllm.storage.values import Values
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -64,7 +65,7 @@ def _read_index(directory: Path) -> dict[str, str]:
     path = directory / INDEX_NAME
     if not is_present(path):
         return {}
-    weight_map = Values(path, read_json(path)).inner("weight_map")
+    weight_map = Values(path, read_json(path, MAX_INDEX_BYTES)).inner("weight_map")
     if weight_map is None:
         raise ModelError(f"{path} has no weight_map from tensor names to file names")
     return {name: weight_map.text(name) for name in weight_map.values}

@@ -409,8 +409,9 @@ def make_case(seed: int) -> Image:
     image = dict(rng.choice(base_images()))
     is_quantized = isinstance(config := image[CONFIG], Tree) and "quantization_config" in config.value
     for _ in range(rng.choice((1, 1, 1, 2))):
-        if is_quantized and rng.random() < 0.7:
-            image["model.safetensors"] = mutate_file(rng, image["model.safetensors"])
+        weights = image.get("model.safetensors")
+        if is_quantized and isinstance(weights, Tensors) and rng.random() < 0.7:
+            image["model.safetensors"] = mutate_file(rng, weights)
         else:
             _mutate(rng, image)
     return image
@@ -418,7 +419,7 @@ def make_case(seed: int) -> Image:
 
 def _mutate(rng: Random, image: Image) -> None:
     if rng.random() < 0.02:  # a name by which others know their own formats
-        name = rng.choice([name for name in image if name.endswith(".safetensors")])
+        name = rng.choice([name for name in image if name.endswith(".safetensors")] or [CONFIG])
         image[rng.choice(("consolidated.safetensors", "pytorch_model.bin", "model-1.safetensors"))] = image.pop(name)
     if rng.random() < 0.06:
         name = rng.choice([*image, "chat_template.jinja", GENERATION, SPECIAL])

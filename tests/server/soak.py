@@ -355,9 +355,18 @@ async def run_traffic(
                 if (number + 1) % (num_requests // 4) == 0:
                     figures.reports.append(await asyncio.to_thread(process.report))
 
+        async def report_quarters() -> None:
+            """Of the time, where it is limited."""
+            while True:
+                await asyncio.sleep(seconds / 4)
+                figures.reports.append(await asyncio.to_thread(process.report))
+
+        timer = asyncio.create_task(report_quarters()) if seconds < math.inf else None
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(send_requests())
+        if timer is not None:
+            timer.cancel()
     await settle(process, figures)
     return figures
 

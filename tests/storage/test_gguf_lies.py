@@ -19,6 +19,7 @@ from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.storage.gguf_file import GGUFFile
 from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
 from tinyvllm.storage.model_summary import summarize
+from tinyvllm.text.chat import load_chat_template
 from tinyvllm.text.tokenizer import load_tokenizer
 
 U8, U32, I32, F32, BOOL, U64 = 0, 4, 5, 6, 7, 10
@@ -139,6 +140,12 @@ def test_a_token_without_a_row_of_the_embedding_is_refused(tmp_path: Path, image
     more = image.with_value(b"tokenizer.ggml.tokens", replace(tokens, item=[*tokens.item, b"more"]))
     with pytest.raises(ModelError, match=r"tokens has 261 entries, but token_embd\.weight has 260 rows"):
         load_tokenizer(write(tmp_path, more))
+
+
+def test_a_chat_template_that_takes_long_to_parse_is_refused(tmp_path: Path, image: Image) -> None:
+    long = image.with_value(b"tokenizer.chat_template", Value(STRING, b"{{ messages }}" * 100_000))
+    with pytest.raises(ModelError, match=r"chat template 'default' of m has 1400000 characters: it must have at most"):
+        load_chat_template(write(tmp_path, long))
 
 
 def test_two_tensors_for_one_matrix_are_refused(tmp_path: Path, image: Image) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_TEMPLATE_BYTES = 1 << 22  # of a template's source; the largest known have 40 kB
+MAX_TEMPLATE_BYTES = 1 << 18  # of a template's source, which takes a second to parse; the largest known have 40 kB
 MAX_CHAT_CHARS = MAX_CHARS  # of a rendered chat
 
 
@@ -104,6 +104,11 @@ class ChatTemplate:
         environment = make_environment()
         self._templates: dict[str, jinja2.Template] = {}
         for name, source in sources.items():
+            if len(source) > MAX_TEMPLATE_BYTES:
+                raise ModelError(
+                    f"the chat template {name!r} of {model_name} has {len(source)} characters: it must have at most "
+                    f"{MAX_TEMPLATE_BYTES}"
+                )
             try:
                 self._templates[name] = environment.from_string(source)
             except jinja2.TemplateSyntaxError as error:

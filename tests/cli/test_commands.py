@@ -180,7 +180,7 @@ def test_json_is_one_document_on_stdout(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (choice["text"], choice["finish_reason"], choice["token_ids"]) == ("ö!", "stop", [1, 1])
     assert [entry["token"] for entry in choice["logprobs"]] == ["ö", "!"]
     assert choice["logprobs"][0]["top"] == [{"token_id": 0, "token": "a", "logprob": -0.5}]
-    assert choice["timings"] == {"first_token_s": 3.0, "tokens_per_s": 0.25}
+    assert choice["timings"] == {"first_token_s": 3.5, "tokens_per_s": 0.25}
     assert document["usage"] == {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
     assert document["timings"]["start_s"] >= 0
 

@@ -183,7 +183,12 @@ def breakdown(
     A server that runs with --enable-profiling:  tinyvllm bench breakdown --served --url http://127.0.0.1:8000"""
     if _is_served(served, flags):
         measure_requests(served, subject, runner, named=flags.named, num_tokens=flags.tokens or SERVED_TOKENS)
-        return
+    else:
+        _measure_engine(flags, comparing, subject, runner)
+
+
+def _measure_engine(flags: BreakdownFlags, comparing: CompareFlags, subject: SubjectFlags, runner: RunnerFlags) -> None:
+    """Break down an engine in this process, from its imports on; show and write the figures, and judge them."""
     from tinyvllm.bench.cold_start import import_engine, process_age
     from tinyvllm.bench.memory import MemoryWatch
 

@@ -17,6 +17,8 @@ from tinyvllm.config import EngineConfig
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tinyvllm.bench.subject import Subject
 
 MARKS = {"ok": "[green]ok[/]", "odd": "[yellow]look[/]", "bad": "[red]bad[/]"}
@@ -62,17 +64,27 @@ def doctor(
         refuse_weights(weights)
     config = engine.make_config(model)
 
-    from tinyvllm.bench.doctor import as_json, examine
-    from tinyvllm.bench.subject import Subject
-
     def find() -> Subject:
-        if shape is not None:
-            return Subject.of_shape(shape, weights or DEFAULT_WEIGHTS)
-        return Subject.of_files(require_model(model, pull=engine.pull))
+        return _find(model, shape, weights, pull=engine.pull)
 
     if profiler:
         _check_profiler(find(), config, engine, json_file)
-        return
+    else:
+        _check_machine(find, config, json_file)
+
+
+def _find(model: str, shape: str | None, weights: str | None, *, pull: bool) -> Subject:
+    from tinyvllm.bench.subject import Subject
+
+    if shape is not None:
+        return Subject.of_shape(shape, weights or DEFAULT_WEIGHTS)
+    return Subject.of_files(require_model(model, pull=pull))
+
+
+def _check_machine(find: Callable[[], Subject], config: EngineConfig, json_file: str | None) -> None:
+    """Print each check with its remedy. Raises typer.Exit with code 1 if something does not work."""
+    from tinyvllm.bench.doctor import as_json, examine
+
     with progress_bars() as report:
         checks = list(examine(find, config, report))
     table = Table(show_header=False, box=None)

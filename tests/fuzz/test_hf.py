@@ -100,3 +100,10 @@ def test_a_mutated_directory_is_loaded_or_refused(tmp_path: Path) -> None:
 def test_many_mutated_directories_are_loaded_or_refused(tmp_path: Path) -> None:
     first = int(os.environ.get("TINYVLLM_FUZZ_FIRST", NUM_CASES))
     print(run_cases(load, cases(tmp_path, first, int(os.environ.get("TINYVLLM_FUZZ_CASES", 20_000)))))
+
+
+def test_cases_that_failed_are_refused(tmp_path: Path) -> None:
+    """201120: a single number where rows of several modules are meant."""
+    write_image(tmp_path / "201120", make_case(201120))
+    with pytest.raises(ModelError):
+        load(tmp_path / "201120")

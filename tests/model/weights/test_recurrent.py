@@ -105,7 +105,8 @@ def test_gguf_tensors_that_make_no_sense_are_named(
 def test_fused_projections_of_another_size_are_named() -> None:
     kind = StateKind(num_heads=6, num_key_heads=2, key_dim=4, value_dim=8, conv_width=4, norm_eps=1e-6)
     tensor = StoredTensor((111, 64), lambda: np.zeros((111, 64), np.float32), "float32", 0)
-    with pytest.raises(WeightMismatchError, match=r"in_proj_qkvz\.weight has 111 rows, .* ask for 112: 2 heads"):
+    message = r"in_proj_qkvz\.weight has shape \(111, 64\), .* ask for 112 rows: 2 heads"
+    with pytest.raises(WeightMismatchError, match=message):
         from_hf(Path("tiny"), {"model.layers.0.linear_attn.in_proj_qkvz.weight": tensor}, kind)
 
 

@@ -22,7 +22,7 @@ def split_fused(
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
         whole = next((key for key in fused if module.endswith("." + key)), None)
-        if whole is None:
+        if whole is None or not tensor.shape:  # a single number is refused later, as a tensor of no module
             found[name] = tensor
             continue
         prefix, parts = module.removesuffix(whole), fused[whole]

@@ -108,9 +108,9 @@ def _split(source: Path, tensors: Tensors, kind: StateKind) -> Iterator[tuple[st
             yield name, tensor
             continue
         num_rows = sum(len(index) for index in rows.values())
-        if tensor.shape[0] != num_rows:
+        if tensor.shape[:1] != (num_rows,):
             raise WeightMismatchError(
-                f"{source}: tensor {name} has {tensor.shape[0]} rows, but the model's settings ask for {num_rows}: "
+                f"{source}: tensor {name} has shape {tensor.shape}, but the model's settings ask for {num_rows} rows: "
                 f"{kind.num_key_heads} heads of queries and keys, {kind.num_heads} of values"
             )
         names = [f"{match['prefix']}{part}.weight" for part in rows]

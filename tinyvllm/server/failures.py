@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 import fastapi
@@ -208,9 +209,14 @@ async def answer_failure(request: Request, error: Exception) -> Response:
     """Starlette's handler for errors that routes raise, and for paths and methods that no route has."""
     if isinstance(error, ClientGone):
         return Response(status_code=499)  # nobody reads it; the status is nginx's for a client that left
-    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+    if isinstance(error, HTTPException) and error.status_code in (404, 405) and _is_from_router(error):
         error = HTTPException(error.status_code, _unrouted(request, error), error.headers)
     return failure_of(error).response(path_of(request.scope))
+
+
+def _is_from_router(error: HTTPException) -> bool:
+    """Starlette's router raises errors without a text of their own; routes of ours have one."""
+    return error.detail == HTTPStatus(error.status_code).phrase
 
 
 def _unrouted(request: Request, error: HTTPException) -> str:

@@ -73,7 +73,7 @@ TOOLS = (
     Tool("tinyvllm's first analysis", "`DEBUG=2`: every kernel with its time and rates", TRACE),
     Tool("", "the share of copies, scheduling and kernels in a token", "tinyvllm bench breakdown --per-token", "token"),
     Tool("akunu, optimization patterns", "fusion: what it saves", "tinyvllm profile --unfused", "fused"),
-    Tool("", "what to mend first, and what it would give", LEDGER, "entry"),
+    Tool("", "what to optimize first, and what it would gain", LEDGER, "entry"),
 )
 
 

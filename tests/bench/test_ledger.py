@@ -1,4 +1,4 @@
-"""A step's ledger: it adds up, ranks by what mending gives, and is checked by a later profile."""
+"""A step's ledger: it adds up, ranks losses by what removing them gains, and is checked by a later profile."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_prompt_and_other_files_are_refused() -> None:
             make_ledger(wrong)
 
 
-def test_a_later_profile_says_what_came_true() -> None:
+def test_a_later_profile_says_how_much_of_each_loss_is_gone() -> None:
     later = make_profile(
         by_operation=[row("head", 4, 0.75), row("qkv", 2, 0.75)], step_s=8 * MS, profiled_s=8 * MS, turn_s=9 * MS
     )
@@ -90,7 +90,7 @@ def test_a_later_profile_says_what_came_true() -> None:
         check(before, make_ledger(make_profile(batch=1)))
 
 
-def test_the_tables_name_what_to_mend_first() -> None:
+def test_the_tables_name_what_to_optimize_first() -> None:
     console = Console(width=110, record=True, file=io.StringIO())
     before = make_ledger(make_profile())
     console.print(ledger_table(before))

@@ -45,7 +45,7 @@ def test_no_program_is_over_a_limit_on_an_m1(simulator: Settings) -> None:
     check(graphs)
     factors = FACTORS["METAL"]
     predicted = [32 * factors.layer_kernels[column] + factors.other_kernels[column] for column in (1, 2)]
-    assert [graph.kernels for graph in graphs] == predicted, "mend FACTORS in tinyvllm/profiling/predict.py"
+    assert [graph.kernels for graph in graphs] == predicted, "correct FACTORS in tinyvllm/profiling/predict.py"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20, "KiB"
     assert not simulator.is_dry and simulator.family == "Apple9"
 

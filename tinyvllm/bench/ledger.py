@@ -1,6 +1,6 @@
-"""A step as a ledger: the least that its bytes and operations take, what each kernel loses to that, and what passes
-between kernels and on the host. The entries sum to the time of a step. Each says how many tokens a second the step
-would give without its loss, and a later profile says how much of that came true."""
+"""A step as a ledger: the least time that its bytes and operations take, what each kernel loses against that, the time
+between kernels, and the host's. The entries add up to the time of a step. Each loss has the tokens per second that the
+step would reach without it, and a later profile shows how much of that was gained."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ NUM_NAMED = 3  # entries that the summary names
 
 @dataclass(frozen=True)
 class Entry:
-    """One line. `seconds`: its part of a step. `is_loss`: whether it could be mended; the floor cannot. `tok_s`: what
-    the step would give without it. `dispatches`: of a kernel's loss."""
+    """One line. `seconds`: its part of a step. `is_loss`: false for the floor, which cannot be reduced. `tok_s`: tokens
+    per second of a step without it. `dispatches`: of the kernel, if it is a kernel's loss."""
 
     name: str
     seconds: float
@@ -71,9 +71,9 @@ class Ledger:
 def make_ledger(profile: Any) -> Ledger:
     """From the JSON of `tinyvllm profile`, of a decode step. Raises TinyvllmError for anything else.
 
-    Timing kernels slows a step, so their times, and those between them, are scaled to the step as it is served."""
+    Timing its kernels slows a step down, so their times and the gaps are scaled to the step as served."""
     if kind_of(profile) != PROFILE or profile["phase"] != "decode":
-        raise TinyvllmError("a ledger is made of a decode step's profile: tinyvllm profile MODEL --batch 1 --json FILE")
+        raise TinyvllmError("a ledger needs the profile of a decode step: tinyvllm profile MODEL --batch 1 --json FILE")
     batch, turn_s, served_s = profile["batch"], profile["turn_s"], profile["step_s"]
     turn_s = max(turn_s, served_s)  # two medians: the host's part is at least nothing
     kernels_s = sum(row["total_s"] for row in profile["by_operation"])
@@ -102,7 +102,7 @@ def make_ledger(profile: Any) -> Ledger:
 
 
 def _kernel(row: Mapping[str, Any], scale: float) -> tuple[float, Entry]:
-    """(the time of its bytes and operations at the roof, the entry of what it loses)."""
+    """(the time that its bytes and operations take at the roof, the entry of its loss)."""
     total_s, share = row["total_s"] * scale, row["roof_share"]
     ideal_s = min(total_s, row["total_s"] * (share or 0.0))  # an unknown roof: all of it could be lost
     return ideal_s, Entry(row["label"], total_s - ideal_s, True, 0.0, row["dispatches"], share)
@@ -114,7 +114,7 @@ def _with_rate(entry: Entry, tok_s: float) -> Entry:
 
 @dataclass(frozen=True)
 class Promise:
-    """What an entry would have given at most, and what a later profile of the same step found."""
+    """The most that removing a loss could have gained, and what a later profile of the same step found."""
 
     name: str
     promised_tok_s: float  # without any of the loss
@@ -123,12 +123,12 @@ class Promise:
 
     @property
     def share(self) -> float:
-        """Of the loss that is gone."""
+        """The share of the loss that is gone."""
         return 1 - self.after_s / self.before_s
 
 
 def check(before: Ledger, after: Ledger) -> list[Promise]:
-    """Of every loss of the earlier ledger, how much is gone. Raises TinyvllmError if they are of different steps."""
+    """How much of each earlier loss is gone. Raises TinyvllmError if the ledgers are of different steps."""
     if (before.subject, before.batch) != (after.subject, after.batch):
         raise TinyvllmError(f"the ledgers are of different steps: {before.subject}, and {after.subject}")
     found = {entry.name: entry.seconds for entry in after.losses}
@@ -158,11 +158,11 @@ def ledger_table(ledger: Ledger) -> RenderableType:
         "a step", f"{ledger.step_s * 1e3:,.3f}", "100.0%", "", "", f"{ledger.tok_s:,.1f} now", "", style="bold"
     )
     lines = [Text(f"{place}. {advice(entry)}") for place, entry in enumerate(ledger.losses[:NUM_NAMED], 1)]
-    return Group(Text(ledger.subject, style="bold"), table, Text("mend first:"), *lines)
+    return Group(Text(ledger.subject, style="bold"), table, Text("optimize first:"), *lines)
 
 
 def advice(entry: Entry) -> str:
-    """What an entry costs, and what to look at."""
+    """The time that an entry costs, and where to look."""
     cost = f"{entry.name}: {entry.seconds * 1e3:,.3f} ms"
     if entry.name in REMEDIES:
         return f"{cost}; {REMEDIES[entry.name]}"
@@ -174,7 +174,7 @@ def advice(entry: Entry) -> str:
 def promises_table(before: Ledger, after: Ledger, promises: Sequence[Promise]) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("loss", no_wrap=True)
-    for column in ("before ms", "after ms", "mended", "tok/s if all of it"):
+    for column in ("before ms", "after ms", "gone", "tok/s without it"):
         table.add_column(column, justify="right", no_wrap=True)
     for one in promises:
         values = (f"{one.before_s * 1e3:,.3f}", f"{one.after_s * 1e3:,.3f}", f"{one.share:+.0%}")

@@ -2,7 +2,7 @@
 
 Each fault is planted alone: a delay of PLANTED_MS in one function of the host, a second wait for the device, a copy
 nobody needs, a kernel that runs twice. A breakdown with it is compared with the clean one, as `bench compare` would. A
-fault is attributed right if its own stage or count is a regression, and no stage grew more.
+fault is attributed correctly if its own stage or count is a regression, and no stage grew more.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def attribution_table(found: list[Attribution]) -> RenderableType:
         mark = Text("right", "green") if one.is_right else Text("wrong", "red")
         table.add_row(one.plant, one.expected, ", ".join(blamed) or NOTHING, mark)
     num_right = sum(one.is_right for one in found)
-    line = f"{num_right} of {len(found)} were attributed right"
+    line = f"{num_right} of {len(found)} were attributed correctly"
     if num_right < len(found):
         line += ": on a busy machine the noise hides some; measure again when it is quiet, and report what stays wrong"
     return Group(table, Text(line, "bold"))

@@ -1,7 +1,7 @@
 """How far a figure can be trusted: what else the machine did while it was measured, and how much its repeats differ.
 
-A grade is the worst of its parts, by LIMITS. A: a difference of 2 % between two such figures means something. B: one of
-5 %. C: one of 15 %. D: measure again when the machine is quiet.
+A grade is the worst of its parts, by LIMITS. With A, differences between two figures mean something from 2 % on; with
+B, from 5 %; with C, from 15 %. D: measure again when the machine is quiet.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any, Self
 from tinyvllm.bench.estimate import Estimate
 
 GRADES = "ABCD"
-# The most of each that a grade allows, from A to C: the 95 % interval of the mean, relative to it; the share of all
-# cores' time that other processes took, and that the hypervisor gave to other machines; the share of the time in which
-# the container's quota had stopped this one.
+# The maximum of each for grades A, B and C: the 95 % confidence interval of the mean, relative to the mean; the share
+# of all cores' time that other processes took, and that the hypervisor gave to other machines; the share of wall time
+# in which the container's CPU quota stopped this process.
 LIMITS = {
     "noise": (0.02, 0.05, 0.15),
     "others": (0.05, 0.15, 0.40),
     "stolen": (0.01, 0.03, 0.10),
     "throttled": (0.01, 0.03, 0.10),
 }
-UNKNOWN_NOISE = 2  # the place in GRADES of a figure that was measured once
+UNKNOWN_NOISE = 2  # the index in GRADES for a figure that was measured once
 WORDS = {
     "noise": "repeats differ by ± {:.0%}",
     "others": "other processes took {:.0%} of the cores",
@@ -36,7 +36,7 @@ STAT, QUOTA_STAT = Path("/proc/stat"), Path("/sys/fs/cgroup/cpu.stat")
 
 @dataclass(frozen=True)
 class Trust:
-    """A figure's grade. The shares are None where the system does not tell; `why` is empty for an A."""
+    """A figure's grade. Shares are None where the system does not report them; `why` is empty for an A."""
 
     grade: str
     why: str
@@ -106,7 +106,7 @@ class ConditionsWatch:
             setattr(spent, name, so_far + after - before if known else None)
 
     def trust(self, estimate: Estimate) -> Trust:
-        """Of a figure that was measured in these intervals."""
+        """The trust in a figure that was measured in these intervals."""
         spent = self._spent
         capacity_s = spent.wall_s * self._cores
         others = None if spent.busy_s is None else max(0.0, spent.busy_s - spent.own_s)

@@ -21,10 +21,20 @@ def across(
     ] = None,
     shape: Annotated[str | None, Option(metavar="NAME", help="Random weights in the shape of a known model.")] = None,
     weights: Annotated[
-        str, Option(metavar="KINDS", help="With --shape: its formats, such as float16,Q8_0,Q4_0.")
+        str,
+        Option(
+            metavar="KINDS",
+            help="With --shape: its formats, such as float16,Q8_0,Q4_0. [default: float16]",
+            show_default=False,
+        ),
     ] = "none",
     device: Annotated[
-        str, Option(metavar="DEVICES", help="tinygrad's devices, such as CPU,CL. [default: the usual one]")
+        str,
+        Option(
+            metavar="DEVICES",
+            help="tinygrad's devices, such as CPU,CL. [default: METAL on a Mac, else CUDA if present, else CPU]",
+            show_default=False,
+        ),
     ] = "none",
     prefill: Annotated[str, Option(metavar="LENGTHS", help="Prompt lengths; none: skip.")] = "128",
     batch: Annotated[str, Option(metavar="COUNTS", help="Sequences that decode together; none: skip.")] = "1",
@@ -37,8 +47,8 @@ def across(
 ) -> None:
     """Compare quantizations, devices and engines in one table.
 
-    Each model, or each format of a shape, is measured on each device by `bench latency`, one after another. Files may
-    be mixed in, also those of scripts/bench_llama_cpp.py and scripts/bench_mlx.py:
+    Measures each model, or each format of a shape, on each device with `bench latency`, one after another. Files of
+    earlier runs may be added, also those of scripts/bench_llama_cpp.py and scripts/bench_mlx.py:
 
     tinyvllm bench across --shape smollm2-135m --weights float16,Q8_0,Q4_0 --device CPU,CL
 
@@ -67,7 +77,7 @@ def contexts(
 ) -> None:
     """Show how a decode step grows with the context, and attention's share of it.
 
-    Contexts that the model does not have are left out."""
+    Contexts beyond the model's limit are left out."""
     runner.apply()
     config = EngineConfig(model=subject.model or "", max_num_seqs=1, **runner.settings())
 

@@ -65,7 +65,7 @@ class BreakdownFlags:
         Option(
             "--full",
             help="Measure every prompt with every batch, 32 tokens each, however long it takes. By default a long, a "
-            "medium and a short prompt run within about a minute.",
+            "medium and a short prompt are measured within about a minute.",
         ),
     ] = False
     tokens: Annotated[
@@ -103,7 +103,7 @@ class BreakdownFlags:
 
     @property
     def is_default(self) -> bool:
-        """Whether nobody said what to measure, so that what fits into a minute is."""
+        """Whether no flag says what to measure, so that the command measures what fits into a minute."""
         return not self.full and self.prompts is None and self.context is None and self.batch is None
 
     def make_work(self, has_tokenizer: bool, seed: int) -> BreakdownWork:
@@ -250,9 +250,9 @@ def compare(
 ) -> None:
     """Compare two runs of a benchmark, stage by stage.
 
-    Takes what any benchmark's --json wrote: breakdown (with --served too), latency, throughput, serve, cold-start, and
-    `tinyvllm profile`. Exits with code 1 and names the stage if the later run is slower beyond its spread, or if any
-    count rose. Runs of different work are refused."""
+    Takes the JSON of any benchmark: breakdown (with --served too), latency, throughput, serve, cold-start, contexts,
+    and `tinyvllm profile`. Exits with code 1 and names the stage if the later run is slower by more than noise, or if
+    any count rose. Runs of different work are refused: see `tinyvllm bench diff`."""
     from tinyvllm.bench.compare import parse_share
     from tinyvllm.bench.runs import read_run
 

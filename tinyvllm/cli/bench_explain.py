@@ -23,10 +23,10 @@ def diff(
     *,
     json_file: JsonFile = None,
 ) -> None:
-    """Explain the difference of two runs as a waterfall, in ms for each stage or kernel.
+    """Explain the difference between two runs as a waterfall, in ms for each stage or kernel.
 
     The runs may differ in anything: weights, device, commit, tuning, settings. What differs is listed first. Parts
-    that differ by less than the interval of their repeats are dim."""
+    that differ by less than the confidence interval of their repeats are dim."""
     from tinyvllm.bench.diff import diff_table, explain
 
     found = explain(_read(before), _read(after))
@@ -39,13 +39,13 @@ def ledger(
     *,
     after: Annotated[
         str | None,
-        Option(metavar="FILE", help="A later profile of the same step: how much of each loss is gone."),
+        Option(metavar="FILE", help="A later profile of the same step: show how much of each loss is gone."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Split a step into its floor, each kernel's loss, gaps and the host's part, and rank what to mend.
+    """Split a step into its floor, each kernel's loss, gaps and the host's part, and rank what to optimize.
 
-    "tok/s without it" is what the step would give if that loss alone were gone."""
+    "tok/s without it" is the speed if that loss alone were gone."""
     from tinyvllm.bench.ledger import check, ledger_table, make_ledger, promises_table
 
     found = make_ledger(_read(profile))

@@ -112,8 +112,8 @@ def refuse_weights(kind: str | None) -> None:
 
 
 def print_table(table: RenderableType) -> None:
-    """Print tables as wide as they are: in a narrower terminal rich would cut cells off ("requests..."), while the
-    terminal only breaks the lines. Text between tables is wrapped to the terminal."""
+    """Print tables at their full width: in a narrower terminal rich would truncate cells ("requests..."), while the
+    terminal only breaks the lines. Text between tables is wrapped to the terminal's width."""
     from rich.console import Console, Group
     from rich.text import Text
 

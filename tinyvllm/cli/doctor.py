@@ -43,8 +43,8 @@ def doctor(
         bool,
         Option(
             "--profiler",
-            help="Check the profiler instead: plant known delays, waits, copies and slow kernels, and see which are "
-            "attributed right. Takes about a minute.",
+            help="Check the profiler instead: plant known delays, waits, copies and slow kernels, and show which are "
+            "attributed correctly. Takes about a minute.",
         ),
     ] = False,
     json_file: Annotated[
@@ -102,7 +102,7 @@ def _check_machine(find: Callable[[], Subject], config: EngineConfig, json_file:
 
 
 def _check_profiler(subject: Subject, config: EngineConfig, engine: EngineFlags, json_file: str | None) -> None:
-    """Print what is blamed for each planted fault. Raises typer.Exit with code 1 if a fault is attributed wrong."""
+    """Print what is blamed for each planted fault. Raises typer.Exit with code 1 if any is attributed wrongly."""
     from tinyvllm.bench.breakdown_measure import fit_config, longest_case
     from tinyvllm.bench.kernel_profile import find_hardware
     from tinyvllm.bench.profiler_check import WORK, WORK_OF_IDS, attribution_table, check_profiler

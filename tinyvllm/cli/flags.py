@@ -29,7 +29,7 @@ from tinyvllm.text.reasoning import ALIASES, FORMATS
 from tinyvllm.text.tools import FAMILIES
 
 _STANDARD = EngineConfig(model="")  # for its defaults
-MAX_NUMBER = 1e9  # of a flag with a fraction: as seconds, 30 years
+MAX_NUMBER = 1e9  # of a flag that takes fractions: as seconds, 30 years
 _DTYPES = ", ".join(("auto", *DTYPES))
 
 Model = Annotated[
@@ -337,7 +337,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _check_number(name: str, value: Any) -> None:
-    """Raises TinyvllmError for a number that no flag can mean, and that would fail much later in other words."""
+    """Raises TinyvllmError for a number that is valid for no flag, and would cause a less clear error much later."""
     is_far = isinstance(value, float) and not abs(value) <= MAX_NUMBER  # so is nan
     if is_far or (isinstance(value, int) and abs(value) >= 2**63):
         shown = value if isinstance(value, float) else "a number of more than 64 bits"

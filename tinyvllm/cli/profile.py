@@ -33,14 +33,14 @@ class ProfileFlags:
         int | None,
         Option(
             metavar="TOKENS",
-            help="Profile a prompt of this length, with all of its steps together, instead of a decode step.",
+            help="Profile a prompt of this length, all of its steps together, instead of a decode step.",
         ),
     ] = None
     tokens: Annotated[
         int | None,
         Option(
             metavar="COUNT",
-            help="Timed repeats of the step; medians are reported. [default: 20, of a prompt 5]",
+            help="Timed repeats of the step; medians are reported. [default: 20, or 5 with --prefill]",
             show_default=False,
         ),
     ] = None
@@ -82,7 +82,7 @@ class ProfileFlags:
     ] = None
 
 
-# the flags that a log and a prediction have a use for
+# The flags that have an effect with --from, and with --predict
 OF_LOGS = ("from_", "last_steps", "by", "chip", "trace", "json", "markdown", "log_level")
 OF_PREDICTIONS = (
     *("predict", "model", "shape", "weights", "layers", "batch", "context", "prefill", "json", "pull", "log_level"),
@@ -104,7 +104,7 @@ def profile(*, flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) 
     elif flags.predict is not None:
         refuse_others(groups, OF_PREDICTIONS, "--predict calculates a step from counts, and runs no kernel")
     elif flags.last_steps is not None:
-        raise TinyvllmError("--last-steps chooses steps of a log: give --from FILE too")
+        raise TinyvllmError("--last-steps selects steps of a log: give --from FILE too")
     if flags.by not in GROUPINGS:
         raise TinyvllmError(f"--by is {flags.by!r}: give one of {', '.join(GROUPINGS)}")
     runner.apply()

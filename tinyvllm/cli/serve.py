@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RECORDING_S = 30.0  # for --profile and --trace to gather and write what was recorded, after the stop
+RECORDING_S = 30.0  # after the stop, for --profile and --trace to collect and write the recording
 
 
 def serve(
@@ -138,7 +138,7 @@ def _serve_one(
 
 
 def _end_on_signals() -> None:
-    """Until the server listens to signals, a stop signal ends the command, as a clean stop does."""
+    """Until the server handles signals, a stop signal ends the command, as a clean stop does."""
     if is_queued():  # not in a test's process
         for number in STOP_SIGNALS:
             if number != signal.SIGINT and hears_stop(number):

@@ -200,7 +200,7 @@ class ServerFlags:
         Option(
             metavar="COUNT",
             help="Maximum open connections; idle ones are closed to make room, then new ones are refused with 503. "
-            "[default: as many as the limit of open files has room for, at most 16384]",
+            "[default: as many as the limit of open files allows, at most 16384]",
             show_default=False,
         ),
     ] = None

@@ -24,7 +24,7 @@ def why(
         str | None,
         Argument(
             metavar="[REQUEST_ID]",
-            help="The x-request-id of the answer, or the id in its body. Without one, requests are listed.",
+            help="The x-request-id header of the answer, or the id in its body.",
             show_default=False,
         ),
     ] = None,
@@ -45,9 +45,10 @@ def why(
         str | None, Option("--json", metavar="FILE", help="Write the server's answer as JSON; -: on stdout.")
     ] = None,
 ) -> None:
-    """Show where the time of a request went, as a waterfall with its verdict.
+    """Show where the time of a request went, as a waterfall with a verdict.
 
-    The server keeps its latest 1,024 requests, in each process that answers any, without being asked to record."""
+    Without REQUEST_ID, list requests. Each process of a server that answers requests keeps its latest 1,024; nothing
+    needs to be turned on."""
     if request_id is not None and (last is not None or slowest is not None):
         raise TinyvllmError("--last and --slowest list requests: leave out the id, or the flags")
     path, query = "/requests", {}
@@ -69,7 +70,7 @@ def why(
 
 
 def _get(url: str, api_key: str | None, path: str, query: dict[str, int]) -> Any:
-    """The answer of a running server. Raises TinyvllmError if there is none, or it refuses."""
+    """The answer of a running server. Raises TinyvllmError if no server answers, or if it refuses."""
     import httpx
 
     from tinyvllm.bench.load import Target
@@ -110,11 +111,11 @@ def request_list(requests: list[dict[str, Any]]) -> RenderableType:
             f"{one['output_tokens']:,}",
             f"{one['verdict']['name']} ({one['verdict']['share']:.0%})",
         )
-    return Group(table, Text("tinyvllm why REQUEST shows one of them stage by stage"))
+    return Group(table, Text("tinyvllm why REQUEST_ID shows one of them stage by stage"))
 
 
 def waterfall(request: dict[str, Any]) -> RenderableType:
-    """The stages in the order of time, each with a bar where it lies."""
+    """The stages in order of time, each with a bar at its place."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

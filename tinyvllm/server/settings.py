@@ -33,7 +33,7 @@ class ServerSettings:
 
     max_num_queued_requests: int | None = 2048  # sequences beyond those that can run; the most that one call may have
     max_num_queued_tokens: int | None = None  # prompt tokens of sequences without output
-    max_connections: int | None = None  # of all front-ends; None: as many as the limit of open files has room for
+    max_connections: int | None = None  # of all front-ends; None: as many as the limit of open files allows
     max_body_bytes: int = 16 * 2**20  # a few million tokens of text, more than any context that a laptop serves
     clamp_max_tokens: bool = False  # a max_tokens that the context has no room for becomes the room; else it is refused
     request_timeout_s: float | None = None  # from arrival to the last token

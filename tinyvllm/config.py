@@ -585,6 +585,8 @@ class Capacity:
         return sum(group.num_blocks - 1 for group in self.groups)
 
 
+# How an error begins if following the grammar takes more work than a step may: the request is to blame, not the server
+GRAMMAR_TOO_COMPLEX = "the grammar is too complex to follow"
 GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "choice", "grammar", "lark")
 
 

@@ -167,6 +167,7 @@ class FakeEngine:
     hang_before: bool = False  # a request waits forever before its first delta
     hang_after: int | None = None  # after this many characters, a request waits forever
     fail_after: int | None = None  # after this many characters, the step fails
+    fail_text: str = "the step failed: logits are not finite"  # the reason of that
     abort_after: int | None = None  # after this many characters, the request is aborted
     refuse: Exception | None = None  # raised before the first delta
     crash_after: int | None = None  # after this many characters, the iterator raises an unexpected error
@@ -321,7 +322,7 @@ class FakeEngine:
         elif position >= limit:
             finish = "length"
         if self.fail_after is not None and position >= self.fail_after:
-            finish, error = "error", "the step failed: logits are not finite"
+            finish, error = "error", self.fail_text
         if self.abort_after is not None and position >= self.abort_after:
             finish = "abort"
         logprobs = (_logprob(text, params.logprobs),) if params.logprobs is not None and text else ()

@@ -8,12 +8,14 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from tests.server.client import CHAT, chat, client_of, complete, error_of, events, get, post
 from tests.server.fake_engine import FakeEngine, serving
 from tests.server.request_fields import BOTH, CHAT_ONLY, COMPLETION_ONLY, NEUTRAL
-from tinyvllm.config import GenerationDefaults
+from tinyvllm.config import GRAMMAR_TOO_COMPLEX, GenerationDefaults
 from tinyvllm.errors import ContextLengthError, EngineDeadError
+from tinyvllm.server.failures import Failure
 
 # ---- Completions ----
 
@@ -347,6 +349,30 @@ async def test_unknown_model_is_not_found() -> None:
         assert (error["code"], error["param"]) == ("model_not_found", "model") and "'tiny'" in error["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages", "/api/generate"])
+async def test_an_error_does_not_repeat_all_that_was_sent(path: str) -> None:
+    body = {"model": "x" * 2_000_000, "prompt": "a", "max_tokens": 1, **CHAT}
+    response = await post(FakeEngine(), path, body)
+    assert response.status_code == 404 and len(response.content) < 1000
+
+
+def test_no_message_of_an_error_is_long() -> None:
+    assert len(Failure(400, "x" * 2_000_000, "kind").response("/v1/completions").body) < 10_000
+
+
+async def test_an_unknown_route_is_answered_without_the_schema_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes the event loop half a second to build."""
+    monkeypatch.setattr(FastAPI, "openapi", lambda app: pytest.fail("the schema is built"))
+    response = await get(FakeEngine(), "/nope" * 1000)
+    message = error_of(response)["message"]
+    assert response.status_code == 404 and "/v1/models/{model_id}, " in message and len(message) < 1500
+
+
+async def test_what_a_route_does_not_find_is_not_called_an_unknown_route() -> None:
+    response = await get(FakeEngine(), "/requests/nope")
+    assert response.status_code == 404 and "'nope' is kept" in error_of(response)["message"]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"), [("GET", "/nope", 404), ("GET", "/v1/completions", 405), ("PUT", "/health", 405)]
 )
@@ -424,6 +450,13 @@ async def test_failed_step_is_an_internal_error(path: str) -> None:
     for stream in (False, True):
         response = await post(FakeEngine(fail_after=0), path, {"prompt": "a", **CHAT, "stream": stream})
         assert response.status_code == 500 and "logits are not finite" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_grammar_that_is_too_complex_is_an_error_of_the_request(path: str) -> None:
+    engine = FakeEngine(fail_after=0, fail_text=f"{GRAMMAR_TOO_COMPLEX}: too many items")
+    response = await post(engine, path, {"prompt": "a", **CHAT})
+    assert response.status_code == 400 and "too many items" in error_of(response)["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])

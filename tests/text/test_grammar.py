@@ -14,7 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.text.vocabularies import byte_level_metadata, make_byte_level, make_spm
-from tinyvllm.config import GrammarSpec
+from tinyvllm.config import GRAMMAR_TOO_COMPLEX, GrammarSpec
 from tinyvllm.errors import RequestError
 from tinyvllm.text.grammar import Grammar, GrammarLimits, Matcher, Vocabulary, compile_grammar
 from tinyvllm.text.reasoning import FORMATS
@@ -306,6 +306,12 @@ def test_a_schema_that_is_nested_too_deeply_is_refused() -> None:
 def test_a_grammar_that_is_too_large_is_refused_before_it_is_read() -> None:
     with pytest.raises(RequestError, match="has 300 characters, but the limit is 100"):
         compiled("regex", "a" * 300, max_chars=100)
+
+
+def test_a_grammar_that_explodes_at_its_first_token_is_called_too_complex() -> None:
+    matcher = compiled("regex", "(a?){5000}a{5000}").matcher()
+    assert not matcher.accept(TOKENIZERS["byte-level"].encode("a", add_special_tokens=False)[0])
+    assert matcher.error is not None and matcher.error.startswith(GRAMMAR_TOO_COMPLEX)
 
 
 @pytest.mark.parametrize("pattern", ["((.{1,9}a){1,90}){1,90}", "(.*){1,1000}x(.*){500}"])

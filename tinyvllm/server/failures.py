@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
 import fastapi
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute
 
 from tinyvllm.errors import EngineDeadError, RequestError, TinyvllmError
 from tinyvllm.server.error_bodies import ErrorDetail, error_body, error_event, path_of
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5  # while the engine warms up, or until another server has taken over
 QUEUE_RETRY_AFTER_S = 1  # while the queue is full: a place is free as soon as one answer is complete
+MAX_MESSAGE_CHARS = 8192
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 
@@ -96,7 +99,10 @@ class Failure:
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def detail(self) -> ErrorDetail:
-        return ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
+        message = self.message
+        if len(message) > MAX_MESSAGE_CHARS:  # most likely what the client has sent, which it knows
+            message = message[: MAX_MESSAGE_CHARS - 3] + "..."
+        return ErrorDetail(message=message, type=self.type, param=self.param, code=self.code)
 
     def response(self, path: str) -> Response:
         """In the format of the API that `path` belongs to."""
@@ -221,6 +227,19 @@ def _is_from_router(error: HTTPException) -> bool:
 
 def _unrouted(request: Request, error: HTTPException) -> str:
     path = ascii(request.url.path)[1:-1]
+    path = path if len(path) <= 200 else path[:197] + "..."
     if error.status_code == 405:
         return f"{path} does not take {request.method}: use {(error.headers or {}).get('Allow', 'another method')}"
-    return f"no route {request.method} {path}: there are {', '.join(sorted(request.app.openapi()['paths']))}"
+    # not from app.openapi(): building it stops the event loop for half a second
+    paths = sorted(set(_paths(request.app.routes)))
+    return f"no route {request.method} {path}: there are {', '.join(paths)}"
+
+
+def _paths(routes: Iterable[BaseRoute]) -> Iterator[str]:
+    """The paths of routes that the schema has, also of routers that FastAPI keeps whole."""
+    for route in routes:
+        if isinstance(route, APIRoute):
+            if route.include_in_schema:
+                yield route.path_format
+        elif (router := getattr(route, "original_router", None)) is not None:
+            yield from _paths(router.routes)

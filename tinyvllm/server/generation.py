@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
 
+from tinyvllm.config import GRAMMAR_TOO_COMPLEX
 from tinyvllm.engine.beam import BeamSettings
 from tinyvllm.engine.output import Delta
+from tinyvllm.errors import RequestError, TinyvllmError
 from tinyvllm.server.failures import AbortedError, StepFailedError
 from tinyvllm.server.request_limits import timed_out
 
@@ -148,8 +150,7 @@ class PromptReceiver:
         reason = delta.finish_reason
         # OpenAI has no finish_reason for these two
         if reason == "error":
-            message = delta.error or "the step on the device raised an error"
-            self._generation.end(StepFailedError(f"generation failed: {message}"))
+            self._generation.end(_failure(delta.error or "the step on the device raised an error"))
             return
         if reason == "abort":
             self._generation.end(AbortedError("the request was aborted before it was complete: the server is stopping"))
@@ -180,3 +181,10 @@ class BeamCall:
                     self._receiver.take(delta)
         except Exception as error:  # any error: nobody else would hear of it
             self._receiver.fail(error)
+
+
+def _failure(message: str) -> TinyvllmError:
+    """What the engine's message says about an output that it could not go on with."""
+    if message.startswith(GRAMMAR_TOO_COMPLEX):
+        return RequestError(message)
+    return StepFailedError(f"generation failed: {message}")

@@ -58,7 +58,7 @@ def require_model(state: ServerState, name: str | None) -> None:
 
 
 def does_not_exist(name: object, known: Collection[str]) -> UnknownModelError:
-    return UnknownModelError(f"the model {name!a} does not exist: this server has {', '.join(map(repr, known))}")
+    return UnknownModelError(f"the model {name!a:.200} does not exist: this server has {', '.join(map(repr, known))}")
 
 
 def check_request(state: ServerState, body: GenerationRequest) -> None:

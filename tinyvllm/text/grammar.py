@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
 from numpy.typing import NDArray
 
-from tinyvllm.config import GrammarSpec
+from tinyvllm.config import GRAMMAR_TOO_COMPLEX, GrammarSpec
 from tinyvllm.errors import RequestError
 from tinyvllm.faults import reach
 from tinyvllm.text.json_schema import parse_schema, prepare_schema, refuse, subschemas
@@ -175,10 +175,10 @@ class Matcher:
             return f"the output cannot be matched with its grammar: {type(self._failure).__name__}: {self._failure}"
         if not self._matcher.is_error():
             return None
-        return (
-            f"the output cannot be matched with its grammar: {_reason(self._matcher)}. If this names a limit, the "
-            "grammar is too ambiguous: simplify the repetitions and alternatives in its expressions"
-        )
+        reason = _reason(self._matcher)
+        if "satisfy the grammar" in reason:  # the mask was not applied
+            return f"the output cannot be matched with its grammar: {reason}"
+        return f"{GRAMMAR_TOO_COMPLEX}, {reason}: simplify the repetitions and alternatives in its expressions"
 
 
 def compile_grammar(spec: GrammarSpec, vocabulary: Vocabulary, limits: GrammarLimits = GrammarLimits()) -> Grammar:

@@ -70,7 +70,7 @@ def require_model(state: ServerState, name: str) -> None:
 
 def unknown_model(name: object, known: Collection[str]) -> UnknownModelError:
     """The error in Ollama's wording, which clients look for, with the served names."""
-    return UnknownModelError(f"model {name!a} not found: this server has {', '.join(map(repr, known))}")
+    return UnknownModelError(f"model {name!a:.200} not found: this server has {', '.join(map(repr, known))}")
 
 
 def tagged(name: str) -> str:

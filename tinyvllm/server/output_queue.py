@@ -1,8 +1,7 @@
 """stdout and stderr that never make a writer wait: a bounded queue, and a thread that writes.
 
-A pipe that nobody reads, or a terminal that is paused by Ctrl-S, blocks whoever writes to it, and so would freeze the
-event loop, the engine and the stop. Lines that do not fit into the queue are dropped, and their number is written where
-they are missing.
+A pipe that nobody reads, or a terminal that is paused by Ctrl-S, blocks its writers, which would freeze the event loop,
+the engine and the shutdown. Lines that do not fit into the queue are dropped, and a line in their place says how many.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from typing import Any, NoReturn, TextIO
 MAX_LOG_CHARS = 1 << 20  # of stderr
 MAX_OUTPUT_CHARS = 64 << 20  # of stdout: with DEBUG=2, tinygrad prints a line for each kernel
 PIECE_BYTES = 1 << 16  # a write to a pipe waits until its reader has made room for all of it
-FLUSH_S = 0.5  # how long the end waits for a reader that reads nothing
-MAX_FLUSH_S = 2.0  # and for one that reads
+FLUSH_S = 0.5  # how long the process's end waits for a reader that reads nothing
+MAX_FLUSH_S = 2.0  # and for one that does read
 STACKS_S = 0.1  # until the stacks of all threads are in the queue
 
 
 class QueuedOutput(io.TextIOBase):
-    """A text stream in place of `target`, whose descriptor a thread writes to. `write` may be called from any thread,
-    and from a signal's handler."""
+    """A text stream that replaces `target`; a thread writes to its descriptor. `write` may be called from any thread
+    and from signal handlers."""
 
     def __init__(self, target: TextIO, max_chars: int) -> None:
         """Raises OSError (io.UnsupportedOperation) if the target has no descriptor."""
@@ -61,7 +60,8 @@ class QueuedOutput(io.TextIOBase):
         """Does nothing: the thread writes as soon as it can. See `finish`."""
 
     def finish(self, quiet_s: float = FLUSH_S, max_s: float = MAX_FLUSH_S) -> bool:
-        """Wait until all is written: as long as something is in each `quiet_s`, and at most `max_s`. Whether it was."""
+        """Wait until everything is written, but at most `max_s`, and no longer than `quiet_s` without progress. Returns
+        whether it was."""
         end_s = time.monotonic() + max_s
         with self._changed:
             while self._parts or self._is_writing:
@@ -79,6 +79,11 @@ class QueuedOutput(io.TextIOBase):
 
     def writable(self) -> bool:
         return True
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """The target's. TextIOBase has this attribute, so `__getattr__` is not called for it."""
+        return self._target.encoding
 
     def __getattr__(self, name: str) -> Any:
         """The encoding, the mode and such are the target's."""
@@ -118,7 +123,7 @@ class QueuedOutput(io.TextIOBase):
 
 
 def queue_outputs() -> None:
-    """From now on, stdout and stderr of this process are queued. Must be called before logging is set up."""
+    """Queue stdout and stderr of this process from now on. Must be called before logging is set up."""
     atexit.unregister(finish_outputs)
     for name, max_chars in (("stderr", MAX_LOG_CHARS), ("stdout", MAX_OUTPUT_CHARS)):
         stream = getattr(sys, name)
@@ -136,7 +141,7 @@ def finish_outputs() -> None:
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process without Python's clean-up, which may wait for threads; but with its last lines."""
+    """End the process without Python's clean-up, which may wait for threads, but write its last lines first."""
     finish_outputs()
     os._exit(code)
 
@@ -157,7 +162,7 @@ def is_queued() -> bool:
 
 
 def end_process(code: object) -> NoReturn:
-    """End the process as sys.exit(code) does, but for its threads, which are not waited for, and its objects."""
+    """End the process as sys.exit(code) does, but without waiting for its threads or finalizing its objects."""
     if code is not None and not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
@@ -170,8 +175,8 @@ def _queued() -> list[QueuedOutput]:
 
 
 def show_stacks_on_usr1() -> None:
-    """On SIGUSR1, write the stack of every thread to the log. The handler is C, so that it works while the interpreter
-    is busy; it writes to a pipe, whose reader may not keep it waiting."""
+    """On SIGUSR1, write the stack of every thread to the log. The handler is in C, so that it works while the
+    interpreter is busy; it writes to a pipe, whose reader must not make it wait."""
     global _shows_stacks
     if _shows_stacks or not hasattr(signal, "SIGUSR1"):
         return

@@ -1,7 +1,7 @@
 """A limit on the number of values in a request's JSON.
 
-Parsing holds the interpreter lock, and its time depends on what a body has more than on how long it is: 16 MiB of text
-take 40 ms, but as many bytes of empty objects a second. Every stream of the process waits meanwhile.
+Parsing holds the interpreter lock, so every stream of the process waits for it. Its time depends on the values in a
+body more than on its length: 16 MiB of text take 40 ms, but as many bytes of empty objects take a second.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinyvllm.server.context import current
 
-MAX_VALUES = 530_000  # such as token ids, of which half a million take 60 ms to parse, and as much to validate
+MAX_VALUES = 530_000  # half a million token ids take 60 ms to parse, and 60 ms to validate
 MAX_CONTAINERS = 20_000  # objects and lists, which take ten times as long
 MANY_CONTAINERS = 2000
 _PIECE_BYTES = 2**20
@@ -63,8 +63,8 @@ class _Counted:
 
 
 def _pause_collector() -> None:
-    """Keep Python's cyclic garbage collector out of the rest of this turn of the event loop, in which the body is
-    parsed and validated: it would take two thirds of the time, to visit again and again what has just been made."""
+    """Pause Python's cyclic garbage collector for the rest of this turn of the event loop, in which the body is parsed
+    and validated: otherwise it would take two thirds of the time to visit the new objects again and again."""
     if gc.isenabled():
         gc.disable()
         asyncio.get_running_loop().call_soon(gc.enable)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Timings(BaseModel):
-    """Of the prompt: from when it left the queue until the first token; of the rest: since then. Times in ms.
+    """`prompt_*`: from the end of the queue until the first token; `predicted_*`: since then. Times in ms.
 
     The fields are those of llama.cpp (`tools/server/README.md`), and `queue_ms`. With several choices, those of the one
     that is followed (`request_times.py`); the numbers of tokens are those of all prompts and choices."""
@@ -30,7 +30,7 @@ class Timings(BaseModel):
 
 
 def timings_of(times: RequestTimes, num_predicted: int | None = None) -> Timings | None:
-    """The timings so far. None before the first token. num_predicted: output tokens, of an answer that goes on."""
+    """The timings so far; None before the first token. num_predicted: output tokens so far, of an unfinished answer."""
     timing = times.timing
     if timing is None:
         return None
@@ -56,5 +56,5 @@ def timings_of(times: RequestTimes, num_predicted: int | None = None) -> Timings
 
 
 def _over(value: float, divisor: float) -> float:
-    """Their ratio, 0 if it has none: JSON has no infinity."""
+    """The ratio, or 0 in place of infinity, which JSON does not have."""
     return value / divisor if divisor > 0 else 0.0

@@ -31,8 +31,8 @@ PIDS_FILE = "processes.json"  # in the run directory: the processes by name, rew
 
 
 def prepare_process() -> None:
-    """What every process of a server does before all else, `tinyvllm serve` itself included: nothing that it writes
-    makes it wait, SIGUSR1 shows its stacks, and signals that have no meaning here do not end it."""
+    """Called first in every process of a server, `tinyvllm serve` itself included: its output goes through a queue,
+    SIGUSR1 shows its stacks, and signals that have no meaning here do not end it."""
     queue_outputs()
     show_stacks_on_usr1()
     ignore_meaningless_signals()

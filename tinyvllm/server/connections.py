@@ -36,7 +36,7 @@ class Handover:
         self._turn = 0
         self._is_accepting = False
         self._is_closed = False
-        self._failed = RareLog(logging.ERROR, "connections cannot be accepted (%d times by now): %s")
+        self._failed = RareLog(logging.ERROR, "connections cannot be accepted (%d times so far): %s")
         listener.setblocking(False)
 
     def add(self, number: int, sock: socket.socket) -> None:
@@ -126,7 +126,7 @@ class Intake:
         self._gate = gate
         self._board = board
         self._loop = asyncio.get_running_loop()
-        self._lost = RareLog(logging.ERROR, "connections are lost (%d by now): %s")
+        self._lost = RareLog(logging.ERROR, "connections are lost (%d so far): %s")
         sock.setblocking(False)
         self._loop.add_reader(sock, self._take)
 

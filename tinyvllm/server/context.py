@@ -77,8 +77,8 @@ class RequestIdFilter(logging.Filter):
 
 
 class AccessLogFilter(logging.Filter):
-    """Drops access log lines of successful probes and scrapes, which come every second and say nothing, and cuts query
-    strings off the others: they may hold keys (`?api_key=`)."""
+    """Drops access log lines of successful probes and scrapes, which come every second and carry no information, and
+    removes query strings from the others, because these may contain keys (`?api_key=`)."""
 
     PATHS = ("/health", "/ready", "/ping", "/metrics", "/engine/state")
 

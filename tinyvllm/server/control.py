@@ -101,8 +101,8 @@ class ChildLink:
         threading.Thread(target=run, name="tinyvllm-control", daemon=True).start()
 
     def send(self, kind: str, **facts: Any) -> None:
-        """Send a message. If the parent is gone, the watching thread is about to end the process. If another reason
-        prevents it, the process ends, because its parent would wait for what it was not told."""
+        """Send a message. If the parent is gone, the watching thread is about to end the process. If sending fails for
+        another reason, the process ends, because its parent would wait for the message."""
         try:
             reach("control.send")
             with self._sending:
@@ -110,7 +110,7 @@ class ChildLink:
         except ConnectionError:
             return
         except Exception:
-            logger.exception("the parent process cannot be told %r: this process ends", kind)
+            logger.exception("cannot send %r to the parent process: this process ends", kind)
             end_orphan()
 
     def close(self) -> None:
@@ -119,15 +119,15 @@ class ChildLink:
 
 
 def _handle_twice(handle: Callable[[Message], None], message: Message) -> None:
-    """Handle a message, a second time if it fails; all messages may be handled twice. The thread must go on, since it
-    is the one that notices the parent's end."""
+    """Handle a message; if that fails, once more, since every message may be handled twice. The thread must go on,
+    because it also watches for the parent's end."""
     for _ in range(2):
         try:
             reach("control.handle")
             handle(message)
             return
         except Exception:
-            logger.exception("the parent's message %r cannot be handled", message.get("kind"))
+            logger.exception("cannot handle the parent's message %r", message.get("kind"))
 
 
 def end_orphan() -> None:

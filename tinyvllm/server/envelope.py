@@ -158,8 +158,8 @@ class _Exchange:
             raise SilentClientError("the client does not read") from error
 
     def _add_timing(self, message: Message, headers: MutableHeaders) -> None:
-        """Say where the time has gone so far; of an answer without a length, a stream, its end says it of the whole, if
-        the client and the HTTP server know such fields (RFC 9110, section 6.5)."""
+        """Add `Server-Timing` with the time so far. A stream, which has no length, gets a trailer with the time of the
+        whole, if the client and the HTTP server support trailers (RFC 9110, section 6.5)."""
         headers.append(*(part.decode() for part in self._timing()))
         if "content-length" in headers or TRAILERS not in self._scope.get("extensions", {}):
             return

@@ -12,7 +12,7 @@ MAX_CONNECTIONS = 16_384
 
 
 def raise_file_limit() -> None:
-    """Raise the soft limit as far as the hard one allows; many systems set it to 1,024 or 256."""
+    """Raise the soft limit to the hard limit; many systems set it to 1,024 or 256."""
     try:
         import resource  # here: not every system has it
     except ImportError:
@@ -29,7 +29,7 @@ def raise_file_limit() -> None:
 
 
 def file_limit() -> int:
-    """The soft limit; without one, more than are ever needed."""
+    """The soft limit; if the system has none, more than are ever needed."""
     if sys.platform == "win32":
         return WANTED_FILES
     import resource
@@ -39,6 +39,6 @@ def file_limit() -> int:
 
 
 def default_max_connections() -> int:
-    """Connections that leave files for everything else."""
+    """The maximum number of connections that leaves enough files for everything else."""
     limit = file_limit()
     return max(16, min(MAX_CONNECTIONS, limit - min(RESERVED_FILES, limit // 2)))

@@ -1,8 +1,8 @@
-"""How many connections a server has, and which: accepted sockets become connections here, or are refused.
+"""Limits the number of connections: accepted sockets become connections here, or are refused.
 
-A connection costs an open file, and whoever can reach the port can open thousands without sending a byte. When as many
-are open as there may be, those that have been idle for longest are closed for new ones. If none is idle, a few more are
-taken, for probes such as /health; work on them is refused, and all beyond them at once.
+A connection costs an open file, and anyone who can reach the port can open thousands without sending a byte. At the
+maximum, a new connection replaces the one that has been idle longest. If none is idle, a few more are accepted for
+probes such as /health; other requests on them are refused, and further connections are refused at once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tinyvllm.server.failures import QUEUE_RETRY_AFTER_S, SERVER_ERROR, Failure
 
 log = logging.getLogger(__name__)
 
-MAX_ACCEPTS = 16  # a turn of the event loop, which serves open connections in between
-RETRY_S = 0.1  # after an accept that failed, because of too many open files, say
+MAX_ACCEPTS = 16  # per turn of the event loop, which serves open connections in between
+RETRY_S = 0.1  # after an accept that failed, for example because of too many open files
 NUM_EXTRA = 32  # connections for probes, beyond the maximum
-IDLE_SHARE = 16  # one of so many is closed at once, so that the search for idle ones is rare
+IDLE_SHARE = 16  # one in so many connections is closed at a time, so that the search for idle ones is rare
 FIRST_BYTES_S = 75.0  # how long a connection may be open before its first request
 LOG_PERIOD_S = 60.0
 IS_OVER_LIMIT = "is_over_connection_limit"  # in a connection's state
-MESSAGE = "the server has as many connections as it may: try again later, or raise --max-connections"
+MESSAGE = "the server has reached its limit of connections: try again later, or raise --max-connections"
 _CODE = "too_many_connections"
 _BODY = json.dumps({"error": {"message": MESSAGE, "type": SERVER_ERROR, "param": None, "code": _CODE}}).encode()
 REFUSAL = (
@@ -76,8 +76,8 @@ class Gate:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()  # of connections that are not in the set yet
         self._num_closed = 0  # idle connections that were closed, and whose places nobody has taken yet
-        self._refused = RareLog(logging.WARNING, "connections are refused (%d by now): %s")
-        self._closed = RareLog(logging.WARNING, "idle connections make room for new ones (%d times by now): %s")
+        self._refused = RareLog(logging.WARNING, "connections are refused (%d so far): %s")
+        self._closed = RareLog(logging.WARNING, "idle connections make room for new ones (%d times so far): %s")
 
     def admit(self, sock: socket.socket) -> asyncio.Task[None] | None:
         """Serve an accepted connection; the task ends once it is a connection or is lost. None if it was refused."""
@@ -94,7 +94,7 @@ class Gate:
         return task
 
     def make_room(self) -> bool:
-        """Close idle connections, those first that have been idle for longest. Whether there is a place now."""
+        """Close the connections that have been idle longest. Returns whether there is room now."""
         if not self._num_closed:
             idle = sorted(filter(_is_idle, self._connections), key=_idle_since)
             oldest = idle[: len(self._connections) // IDLE_SHARE + 1]
@@ -102,7 +102,7 @@ class Gate:
                 connection.transport.close()
             if not oldest:
                 return False
-            self._closed.add(f"{len(self._connections)} are open, and at most {self._max} may be")
+            self._closed.add(f"{len(self._connections)} are open, the limit is {self._max}")
             self._num_closed = len(oldest)
         self._num_closed -= 1
         return True
@@ -124,7 +124,7 @@ class Gate:
         """Answer without reading the request, so that a refusal costs next to nothing."""
         try:
             sock.setblocking(False)
-            self._refused.add(f"{len(self._connections)} are open, and at most {self._max} may be: --max-connections")
+            self._refused.add(f"{len(self._connections)} are open, the limit is {self._max}: --max-connections")
             if self._tls is None:
                 sock.send(REFUSAL)
                 sock.shutdown(socket.SHUT_WR)
@@ -136,7 +136,7 @@ class Gate:
 
 
 def _is_idle(connection: Any) -> bool:
-    """Whether one of uvicorn's connections has no request. TLS's handshake comes before."""
+    """Whether one of uvicorn's connections has no request. The TLS handshake is over by then."""
     cycle, transport = connection.cycle, connection.transport
     return transport is not None and not transport.is_closing() and (cycle is None or cycle.response_complete)
 
@@ -148,7 +148,7 @@ def _idle_since(connection: Any) -> float:
 
 
 def _close_without_request(protocol: Any, loop: asyncio.AbstractEventLoop) -> None:
-    """uvicorn limits the time between two requests, but not the time before the first one. Its timer serves both."""
+    """Limit the time before the first request. uvicorn only limits the time between two: its timer is used for both."""
     if protocol.cycle is None and protocol.timeout_keep_alive_task is None:
         protocol.timeout_keep_alive_task = loop.call_later(FIRST_BYTES_S, protocol.timeout_keep_alive_handler)
 
@@ -160,7 +160,7 @@ class Acceptor:
         self._listeners = list(listeners)
         self._gate = gate
         self._loop = asyncio.get_running_loop()
-        self._failed = RareLog(logging.ERROR, "connections cannot be accepted (%d times by now): %s")
+        self._failed = RareLog(logging.ERROR, "connections cannot be accepted (%d times so far): %s")
         self._is_closed = False
         self._resume()
 
@@ -186,7 +186,7 @@ class Acceptor:
                 connection = listener.accept()[0]
             except (BlockingIOError, ConnectionAbortedError, InterruptedError):
                 return
-            except OSError as error:  # too many open files, say
+            except OSError as error:  # for example, too many open files
                 self._failed.add(error)
                 self._gate.make_room()
                 self._pause()

@@ -42,20 +42,20 @@ class Process:
         self._end = loop.create_task(self._collect())
 
     def send(self, kind: str, **facts: object) -> None:
-        """Send a message. Does nothing if the process is gone. One that cannot be told is killed: it would wait."""
+        """Send a message. Does nothing if the process is gone. If sending fails, it is killed: it would wait."""
         try:
             self._link.send(kind, **facts)
         except Exception:
-            log.exception("%s cannot be told %r, and is killed", self.name, kind)
+            log.exception("cannot send %r to %s: it is killed", kind, self.name)
             self.kill()
 
     async def messages(self) -> AsyncIterator[Message]:
-        """Its messages, until it is gone. If one cannot be read, the process is killed: what it said is lost."""
+        """Its messages, until it is gone. If one cannot be read, the process is killed, because the message is lost."""
         try:
             async for message in self._link.messages():
                 yield message
         except Exception:
-            log.exception("a message of %s cannot be read, and it is killed", self.name)
+            log.exception("cannot read a message of %s: it is killed", self.name)
             self.kill()
 
     async def how_it_ended(self) -> str:

@@ -27,7 +27,7 @@ from tinyvllm.server.request_times import (
 )
 
 MAX_RECORDS = 1024  # about a kilobyte each
-MAX_IDS = 4  # of the engine's calls of one request that are kept
+MAX_IDS = 4  # kept for one request, of the ids of its calls to the engine
 MAX_LISTED = 1000
 _HOST = (SCHEDULE, PACK, TOKENS, COMMIT, LOOP)
 
@@ -39,7 +39,7 @@ class RequestStage(BaseModel):
 
 
 class RequestVerdict(BaseModel):
-    """What took most of a request's time."""
+    """The largest part of a request's time."""
 
     name: str
     share: float
@@ -61,8 +61,8 @@ class RequestSummary(BaseModel):
 
 
 class RequestWaterfall(RequestSummary):
-    """One request's time by stage. The stages follow each other, but within a phase of the engine they take turns.
-    Their sum is the total."""
+    """One request's time by stage, in order of time; within a phase of the engine, stages alternate. They add up to the
+    total."""
 
     process: str | None  # the front-end that answered
     chunks: int  # steps that computed a part of the prompt
@@ -92,7 +92,7 @@ class RequestRecord(Struct, gc=False):
     num_preemptions: int
 
     def stages(self) -> Iterator[tuple[str, str, float]]:
-        """Phase, stage and seconds of the stages that have any time."""
+        """Phase, stage and seconds of all stages that are not empty."""
         for (phase, stage), seconds in zip(STAGES, array("d", self.seconds), strict=True):
             if seconds > 0.0:
                 yield phase, stage, seconds
@@ -157,11 +157,11 @@ class RequestLog:
         self._records.append(record)
 
     def find(self, name: str) -> RequestRecord | None:
-        """The latest request that is called so."""
+        """The latest request of that name."""
         return next((record for record in reversed(self._records) if record.is_called(name)), None)
 
     def select(self, num: int, *, slowest: bool) -> list[dict[str, Any]]:
-        """Summaries of the latest or of the slowest requests, those first."""
+        """Summaries of the latest or the slowest requests, the latest or slowest first."""
         if slowest:
             chosen = heapq.nlargest(num, self._records, key=lambda record: record.total_s)
         else:

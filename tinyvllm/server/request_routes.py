@@ -22,7 +22,7 @@ async def list_requests(
     last: int | None = Query(None, ge=1, le=MAX_LISTED),
     slowest: int | None = Query(None, ge=1, le=MAX_LISTED),
 ) -> Response:
-    """The latest requests that asked the engine (20 without a number), or the slowest of those that are kept."""
+    """The latest requests that reached the engine (by default 20), or the slowest of those that are kept."""
     state = state_of(request)
     num, is_slowest = selection(last, slowest)
     others = await state.front_ends.ask_others(LIST_REQUESTS, about=f"{num} {is_slowest:d}")

@@ -1,7 +1,7 @@
-"""Where one HTTP request's time goes, from its head to the end of its answer: always on, from a few noted moments.
+"""Where one HTTP request's time goes, from its head to the end of its answer: always on, from a few timestamps.
 
-Before the engine and after it the server notes the times itself. In between the engine tells what its thread did
-(`engine/step_clock.py`). The stages follow each other without a gap, so their sum is the request's whole time; of
+Before and after the engine, the server takes the timestamps itself. In between, the engine reports what its thread did
+(`engine/step_clock.py`). The stages follow each other without gaps, so they add up to the request's whole time. Of
 several choices, the one whose last token came last is followed. `Server-Timing`, `timings` in a body and `tinyvllm why`
 all come from here.
 """
@@ -53,10 +53,10 @@ _HOST = frozenset((SCHEDULE, PACK, COMMIT, LOOP))
 
 @dataclass(slots=True)
 class RequestTimes:
-    """Moments of one request, by time.perf_counter, and durations in seconds."""
+    """Timestamps of one request, by time.perf_counter, and durations in seconds."""
 
     head_s: float = field(default_factory=time.perf_counter)
-    relayed_s: float | None = None  # it was passed on to another server of ours, which divides what follows
+    relayed_s: float | None = None  # it was passed on to another server of ours, which measures the rest
     body_s: float | None = None  # the body is a checked object
     template_s: float = 0.0
     tokenize_s: float = 0.0
@@ -103,7 +103,7 @@ class RequestTimes:
             self.timing, self.taken_s = timing, now_s
 
     def divide(self, now_s: float) -> array[float]:
-        """The seconds of each of STAGES, from the head until now. None is negative, and their sum is the whole time."""
+        """The seconds of each of STAGES, from the head until now. All are at least 0, and add up to the whole time."""
         divider = _Divider(self.head_s)
         if self.relayed_s is not None:
             divider.until(ARRIVAL, RELAY, self.relayed_s)
@@ -136,38 +136,38 @@ class RequestTimes:
 
 
 class _Divider:
-    """Gives the time since `place_s` to stages, one after another."""
+    """Assigns the time since `place_s` to stages, one after another."""
 
     def __init__(self, place_s: float) -> None:
         self.seconds = array("d", bytes(8 * len(STAGES)))
         self._place_s = place_s
 
     def until(self, phase: str, stage: str, end_s: float) -> None:
-        """The time until `end_s` is the stage's, if it has not passed yet."""
+        """Assign the time until `end_s` to the stage; nothing if `end_s` is in the past."""
         if end_s > self._place_s:
             self.seconds[_PLACE[phase, stage]] += end_s - self._place_s
             self._place_s = end_s
 
     def take(self, phase: str, stage: str, seconds: float, limit_s: float) -> None:
-        """The next `seconds` are the stage's, but no more than until `limit_s`."""
+        """Assign the next `seconds` to the stage, but only until `limit_s`."""
         self.until(phase, stage, min(self._place_s + seconds, limit_s))
 
     def work(self, phase: str, whole: str, parts: Parts | None, end_s: float) -> None:
-        """The time until `end_s` is divided as the engine tells; without parts, it is the stage `whole`."""
+        """Divide the time until `end_s` as the engine reported; without parts, assign it to the stage `whole`."""
         passed_s = end_s - self._place_s
         total_s = 0.0 if parts is None else parts.total_s
         if parts is None or total_s <= 0.0 or passed_s <= 0.0:
             self.until(phase, whole, end_s)
             return
-        scale = passed_s / total_s  # 1, but for the clocks' last digits
+        scale = passed_s / total_s  # 1, except for rounding of the clocks
         for stage, name in zip(_WORK, parts.__struct_fields__, strict=True):
             self.seconds[_PLACE[phase, stage]] += getattr(parts, name) * scale
         self._place_s = end_s
 
 
 def summarize(seconds: Sequence[float]) -> dict[str, float]:
-    """The stages that have any time, by name and without phases, in the order of time: what the engine does in the
-    queue is the queue, and its work around steps is `host`."""
+    """The seconds of each stage that is not empty, by name, in order of time. Phases are merged: all time in the queue
+    is `queue`, and the engine's work around steps is `host`."""
     sums: dict[str, float] = {}
     for (phase, stage), spent_s in zip(STAGES, seconds, strict=True):
         if spent_s > 0.0:

@@ -76,9 +76,9 @@ def _key_of(headers: Headers) -> str | None:
 
 
 class FramingCheck:
-    """Middleware that refuses requests whose end or host a proxy in front of this server may read differently, and
-    closes their connections (RFC 9112, sections 3.2, 6.1 and 11.2). The parsers refuse most of them, and differ in the
-    rest."""
+    """Middleware against request smuggling: refuses requests whose end or host a proxy in front of this server may
+    interpret differently, and closes their connections (RFC 9112, sections 3.2, 6.1 and 11.2). The HTTP parsers refuse
+    most of them, and differ in the rest."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -241,4 +241,4 @@ class Server(DrainingServer):
             elif self.drain.num_requests:
                 log.critical("the engine's current step does not end: terminating the process")
                 exit_now(1)
-            # else it captures a graph, which nobody needs any more
+            # otherwise it is capturing a graph, which is no longer needed

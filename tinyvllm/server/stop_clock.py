@@ -1,4 +1,4 @@
-"""The time that a stop may take, whatever hangs: a step, a thread, a client, a clean-up of Python's."""
+"""Limits the time that stopping takes, whatever hangs: a step, a thread, a client, Python's own clean-up."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ HASTE_S = 2.5  # the same, after a second signal
 class StopClock:
     """Ends the process if it has not ended in time after a stop signal. A third signal ends it at once.
 
-    One for each process that hears signals; it is never stopped, because it guards the process's last moments too."""
+    Each process that handles signals has one. It is never stopped, because it also guards the end of the process."""
 
     def __init__(self, extra_s: float = 0.0) -> None:
-        """extra_s: for what the process does after the server has stopped, such as writing a recording."""
+        """extra_s: additional time for work after the server has stopped, such as writing a recording."""
         self._extra_s = extra_s
         self._is_on = True
         self._num_signals = 0
@@ -34,13 +34,13 @@ class StopClock:
 
     @classmethod
     def without_end(cls) -> StopClock:
-        """One that never ends the process, for servers inside another program."""
+        """A clock that never ends the process, for servers inside another program."""
         clock = cls()
         clock._is_on = False
         return clock
 
     def before_end(self, call: Callable[[], None]) -> None:
-        """Have `call` called before the process is terminated. Must be quick."""
+        """Run `call`, which must be quick, before the process is terminated."""
         self._before_end = call
 
     def on_signal(self, drain_s: float) -> None:

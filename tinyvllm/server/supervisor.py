@@ -176,7 +176,7 @@ class Supervisor:
             except TinyvllmError as failure:
                 if index not in self._have_been_ready:
                     raise
-                log.error("%s: it is tried again", failure)
+                log.error("%s: trying again", failure)
                 await restarts.wait(None)
                 continue
             error = await self._follow_engine(index, process)
@@ -492,7 +492,7 @@ class Supervisor:
                 raise TinyvllmError("the engine's current step does not end: its process was killed")
 
     async def _have_ended(self, tasks: Sequence[asyncio.Task[None]], limit_s: float) -> bool:
-        """Wait for the tasks, until the time is over. Whether all have ended."""
+        """Wait for the tasks until the time is over. Returns whether all have ended."""
         start_s, num_signals = time.monotonic(), self._num_signals
         while not all(task.done() for task in tasks):
             if self._num_signals > num_signals:  # in haste now

@@ -18,7 +18,7 @@ Fit = Callable[[str], str]  # what is encoded of a text, or a refusal
 def fit(state: ServerState, *, param: str, is_cut: bool = False) -> Fit:
     """Refuses a text that certainly does not fit into the context, before it is encoded, which may take seconds.
 
-    is_cut: the request has its prompt cut to fit, so of such a text only the beginning and the end are encoded."""
+    is_cut: the request's prompt is cut to fit, so only the beginning and the end of such a text are encoded."""
     if is_cut:
         return lambda text: state.engine.tokenizer.without_middle(text, state.context_limit)
 

@@ -1,4 +1,4 @@
-"""Fields at the end of an answer in chunks (RFC 9112, section 7.1.2), which uvicorn's HTTP/1.1 does not write.
+"""Trailers of chunked answers (RFC 9112, section 7.1.2), which uvicorn does not write over HTTP/1.1.
 
 A client says with `TE: trailers` that it reads them. The app then finds the extension `http.response.trailers` in its
 scope, as ASGI defines it.
@@ -15,13 +15,13 @@ from tinyvllm.server.context import TRAILERS
 
 
 def reads_trailers(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Whether the client has said that it reads them."""
+    """Whether the client has announced that it reads trailers."""
     values = (value.lower() for name, value in headers if name == b"te")
     return any(coding.partition(b";")[0].strip() == b"trailers" for value in values for coding in value.split(b","))
 
 
 class TrailerCycle(RequestResponseCycle):
-    """A request and its answer, whose last chunk may be followed by fields."""
+    """A request and its answer, whose last chunk may be followed by trailers."""
 
     _has_trailers = False
 
@@ -37,7 +37,7 @@ class TrailerCycle(RequestResponseCycle):
         await super().send(message)
 
     def _finish(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Write the last chunk, which is empty, and the fields. What follows is as at the end of any body."""
+        """Write the last chunk, which is empty, and the trailers; then end the answer as uvicorn ends any body."""
         if self.disconnected or self.response_complete:
             return
         lines = [b"0\r\n" if self.chunked_encoding else b""]

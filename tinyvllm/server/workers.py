@@ -1,6 +1,6 @@
-"""Threads on which requests are read: prompts are rendered and encoded there, while the event loop serves streams.
+"""Threads that render and encode prompts, while the event loop serves streams.
 
-Requests with large bodies have two threads of their own. They take seconds, and a few of them would otherwise hold
+Requests with large bodies have two threads of their own: they take seconds, and a few of them would otherwise occupy
 every thread, so that no other request could be read.
 """
 
@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 LARGE_BODY_BYTES = 256 * 2**10
 NUM_LARGE_THREADS = 2
-MAX_LARGE = 16  # large requests that are being read or wait for it, each with its body
+MAX_LARGE = 16  # large requests that are being read or wait for a thread; each holds its body in memory
 
 _large_threads = ThreadPoolExecutor(NUM_LARGE_THREADS, thread_name_prefix="tinyvllm-large")
 _num_large = 0

@@ -1,7 +1,7 @@
 """Different models, formats, devices and engines in one table: rows of `bench latency` side by side, case by case.
 
-The rows may come from files, also from those of scripts/bench_llama_cpp.py and scripts/bench_mlx.py. Runs that are made
-here each get a process of their own, one after another: a process has one device.
+Rows may also come from files, including those of scripts/bench_llama_cpp.py and scripts/bench_mlx.py. Each run that is
+measured here gets a process of its own, one after another, because a process has one device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MEGA = 1e6
 
 @dataclass(frozen=True)
 class Combination:
-    """One run: flags of `bench latency` that say which model, which format and which device."""
+    """One run: the flags of `bench latency` that select model, format and device."""
 
     name: str
     flags: tuple[str, ...]
@@ -37,7 +37,7 @@ class Combination:
 def combinations(
     models: Sequence[str], shape: str | None, weights: Sequence[str], devices: Sequence[str]
 ) -> list[Combination]:
-    """Every model, or the shape in every format, on every device. Raises TinyvllmError if there is nothing to run."""
+    """Every model, or the shape in each format, on every device. Raises TinyvllmError if there is nothing to run."""
     if shape is None and weights:
         raise TinyvllmError("--weights are formats of a --shape: give --shape NAME, or models")
     subjects: list[tuple[str, tuple[str, ...]]] = [(model, (model,)) for model in models]

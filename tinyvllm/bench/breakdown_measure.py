@@ -91,8 +91,8 @@ def fit_config(
 
 
 def token_buckets(config: EngineConfig, totals: Sequence[int]) -> tuple[int, ...]:
-    """Those of the engine's own in which prompts of `totals` tokens run, cut into steps as full as possible; and the
-    largest, which everything fits into."""
+    """Of the engine's own buckets, those that prompts of `totals` tokens use when cut into steps as full as possible;
+    and the largest, which everything fits into."""
     from tinyvllm.execution.limits import resolve_limits  # here: it imports tinygrad, which --device must come before
 
     limits = resolve_limits(config)
@@ -232,7 +232,7 @@ class CaseCounts:
 
 
 def count_steps(driver: Driver, inspector: Inspector, case: Case, memory: MemoryWatch) -> CaseCounts:
-    """Run a case with everything counted that its steps ask of the device."""
+    """Run a case, and count everything that its steps ask of the device."""
     highest: dict[str, dict[str, Any]] = {}
     buckets: dict[str, Bucket] = {}
     steps: list[dict[str, int]] = []

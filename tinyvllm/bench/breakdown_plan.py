@@ -1,4 +1,4 @@
-"""How long a breakdown will take, and how much of the default one fits into a time that a person waits.
+"""How long a breakdown will take, and how much of the default one fits into the time that a person is willing to wait.
 
 The start has called each graph a few times, so the duration of a round is a sum: no step needs to run for it.
 """
@@ -15,9 +15,9 @@ from tinyvllm.bench.stages import Case
 from tinyvllm.execution.buckets import Bucket
 
 BUDGET_S = 60.0  # of the default breakdown, from the start of the process to its tables
-RESERVE_S = 3.0  # of it, for tables and for what else is not in the sum
-NUM_UNTIMED = 2  # rounds of each case that count and warm up
-# Cases by what they show: how long a text takes, and how requests share steps. The last are left out first.
+RESERVE_S = 3.0  # of BUDGET_S, for tables and whatever else the forecast leaves out
+NUM_UNTIMED = 2  # rounds of each case: one counts, one warms up
+# The most instructive cases first: how long a text takes, and how requests share steps. The last are left out first.
 DEFAULT_CASES = (("long", 0, 1), ("medium", 0, 4), ("short", 0, 1))
 DEFAULT_IDS = ((None, 512, 1), (None, 128, 4))  # without a tokenizer
 DEFAULT_TOKENS, FULL_TOKENS = 16, 32
@@ -25,7 +25,7 @@ DEFAULT_TOKENS, FULL_TOKENS = 16, 32
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds by case: of one round, and of timing its steps kernel by kernel."""
+    """Seconds by case: for one round, and for timing its steps kernel by kernel."""
 
     round_s: Mapping[Case, float]
     profile_s: Mapping[Case, float]
@@ -41,7 +41,7 @@ class Forecast:
 def forecast(
     work: BreakdownWork, start: ColdStart, buckets: Sequence[Bucket], num_tokens: Mapping[Case, int]
 ) -> Forecast:
-    """From the calls that the start made of each graph. `num_tokens`: of all prompts of a case."""
+    """Forecast from the calls of each graph during the start. `num_tokens`: of all prompts of a case."""
     calls_s = {bucket.name: min(bucket.calls_s) for bucket in start.buckets if bucket.calls_s}
     decode = {bucket.num_seqs: calls_s.get(bucket.name, 0.0) for bucket in buckets if bucket.is_decode}
     prefill = {bucket.num_tokens: calls_s.get(bucket.name, 0.0) for bucket in buckets if not bucket.is_decode}
@@ -58,8 +58,7 @@ def forecast(
 
 
 def fit(work: BreakdownWork, found: Forecast, left_s: float) -> BreakdownWork:
-    """The work that fits into `left_s`: fewer repeats, then fewer cases. If nothing does, the case that takes least,
-    once."""
+    """The work that fits into `left_s`: fewer repeats, then fewer cases. If nothing fits, the shortest case, once."""
     for num_cases in range(len(work.cases), 0, -1):
         for num_repeats in range(work.num_repeats, 0, -1):
             smaller = dataclasses.replace(work, cases=work.cases[:num_cases], num_repeats=num_repeats)
@@ -84,7 +83,7 @@ def describe_plan(work: BreakdownWork, found: Forecast, given: BreakdownWork) ->
 
 
 def describe_time(seconds: float) -> str:
-    """Rounded as a person would: 12 s, 4 min."""
+    """A rounded time: 12 s, 4 min."""
     return f"{max(1.0, seconds):.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 

@@ -1,4 +1,4 @@
-"""A breakdown for a terminal: the answer, tables, and checks. And as CSV with all stages of all cases."""
+"""A breakdown for a terminal (the answer, tables, and checks), and as CSV with all stages of all cases."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ STAGE_COLUMNS = ("count", "total ms", "share", "mean ± std ms", "min", "median"
 
 
 def breakdown_tables(breakdown: Breakdown, *, by_token: bool = False) -> RenderableType:
-    """The answer in three lines; then all tables, from the stages to the parts of a start; then how the figures were
-    checked. `by_token`: also the main case's tokens."""
+    """The answer in three lines; then all tables, from the stages to the parts of a start; then the checks.
+    `by_token`: also the main case's tokens."""
     rows = token_rows(breakdown.main) if by_token else []
     by_tokens: list[RenderableType] = []
     if rows:
@@ -56,7 +56,7 @@ def breakdown_tables(breakdown: Breakdown, *, by_token: bool = False) -> Rendera
 
 
 def answer_lines(breakdown: Breakdown) -> list[Text]:
-    """Where the time goes, how fast one request is, and what limits it; then what does not belong in a step."""
+    """Where the time goes, how fast one request is, and what limits it; then faults: what does not belong in a step."""
     share = {stage.name: stage.share for stage in breakdown.stages}
     host = sum(share[name] for name in share if name not in DEVICE_STAGES)
     device = ", ".join(f"{name} {_percent(share[name])}" for name in DEVICE_STAGES)
@@ -78,7 +78,7 @@ def answer_lines(breakdown: Breakdown) -> list[Text]:
 
 
 def _percent(share: float) -> str:
-    """With two significant digits at least."""
+    """At least two significant digits."""
     return f"{share:.1%}" if share >= 0.01 else f"{share:.2%}"
 
 
@@ -92,7 +92,7 @@ def memory_table(blocks: Sequence[MemoryBlock]) -> Table:
             block.name,
             *("-" if size is None else f"{size / MIB:{sign},.1f}" for size, sign in zip(sizes, signs, strict=True)),
         )
-    table.caption = "Process: what of it is in RAM (Linux); on a CPU the device's buffers are part of it."
+    table.caption = "Process: its resident memory (Linux); on a CPU the device's buffers are part of it."
     table.caption_justify = "left"
     return table
 

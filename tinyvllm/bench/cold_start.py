@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 FIRST_PROMPT = 16  # tokens
 MIN_WARM_UP_CALLS = 3  # per bucket: a graph's first calls find caches empty
-MAX_WARM_UP_S = 2.0  # per bucket: a slow or busy machine calls it twice only, of which the second shows its time
+MAX_WARM_UP_S = 2.0  # per bucket: a slow or busy machine calls it only twice; the second call shows its time
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,12 @@ from tinyvllm.errors import TinyvllmError
 
 # A stage's growth counts from this share of a step, within these bounds: below, nobody would notice.
 STAGE_SHARE, MIN_STAGE_MS, MAX_STAGE_MS = 0.005, 0.01, 0.1
-# A start is measured once, so that its noise is not known: its parts have a wider limit.
+# A start is measured once, so its noise is unknown: its parts have a wider limit.
 START_LIMITS, MIN_START_SHARE, MIN_START_MS = 4, 0.2, 250.0
-# A stage that grew by less than this share of the one that grew most is taken for a consequence of it: after a wait
-# caches are cold, so that all stages take longer.
+# A stage that grew by less than this share of the one that grew most is considered a consequence: after a wait caches
+# are cold, so all stages take longer.
 CONSEQUENCE_SHARE = 0.05
-COMPUTED_SHARE = 0.2  # of a stage's growth, from which its thread computes longer and does not only wait
+COMPUTED_SHARE = 0.2  # of a stage's growth: from this share on, its thread computes longer and does not only wait
 NUM_NAMED = 5  # of the kernels or places that a message lists
 # What a rise of a count is called.
 FAULTS = {
@@ -66,7 +66,7 @@ FAULTS = {
 @dataclass(frozen=True)
 class Change:
     """One figure in two runs. `is_regression`: the later one is worse by more than noise and the limit. `growth_ms`: of
-    a stage's, for each of what it is measured by; 0 for others."""
+    a stage, per step or request; 0 for other figures."""
 
     case: str
     name: str
@@ -99,8 +99,8 @@ def parse_share(text: str) -> float:
 
 
 def compare(before: Any, after: Any, max_regress: float, *, counts_only: bool = False) -> list[Change]:
-    """Every figure that both runs have: runs, or the JSON of their benchmark. Raises TinyvllmError if they did
-    different work."""
+    """Every figure that both runs have. `before` and `after` are runs, or the JSON of their benchmark. Raises
+    TinyvllmError if they did different work."""
     one, two = (run if isinstance(run, Run) else make_run(run) for run in (before, after))
     check_same_work(one, two, counts_only=counts_only)
     earlier = {case.name: case for case in one.cases}
@@ -175,7 +175,7 @@ def _names(run: Run) -> set[str]:
 
 
 def floor_ms(step_ms: float) -> float:
-    """The growth of a stage that nobody would notice, in a step that takes `step_ms`."""
+    """The growth of a stage that is too small to matter in a step of `step_ms`."""
     return min(max(STAGE_SHARE * step_ms, MIN_STAGE_MS), MAX_STAGE_MS)
 
 
@@ -262,7 +262,7 @@ def _explain_host(before: Figure, after: Figure) -> str:
 
 
 def _explain_device(before: RunCase, after: RunCase, one: Figure, two: Figure) -> str:
-    """Which components of a device's stage grew, and whether it launches and moves what it did before."""
+    """Which components of a device stage grew, and whether it launches as many kernels and moves as many bytes."""
     grown = {part: two.parts[part] - one.parts[part] for part in two.parts if part in one.parts}
     shown = [f"{part} {growth:+,.3f} ms" for part, growth in grown.items() if growth > 0.2 * sum(grown.values()) > 0]
     text = f": {', '.join(shown)}" if shown else ""

@@ -1,4 +1,4 @@
-"""How a decode step grows with the context, and which part of it attention takes: one run over several contexts."""
+"""How a decode step grows with the context, and attention's share of it: one run over several contexts."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Fault:
 
 
 def limits_of_a_step(num_kernels: int, *, num_layers: int, num_cores: int) -> dict[str, int]:
-    """The most of each count that a step may have, by its name. `num_kernels`: those that it has."""
+    """The maximum of each count of a step, by name. `num_kernels`: the kernels that the step has."""
     return {
         "kernels": (MAX_KERNELS_PER_LAYER * num_layers + MAX_OTHER_KERNELS) * num_cores,
         "graph_launches": max(1, -(-num_kernels // GRAPH_KERNELS)),

@@ -27,8 +27,8 @@ BAR = 24  # characters of the longest bar
 
 @dataclass(frozen=True)
 class Part:
-    """One part in both runs, in ms per token of a sequence. `margin`: half of the 95 % interval of the difference; None
-    where a run measured it once. `is_within`: of the part above it, and not in the sum."""
+    """One part in both runs, in ms per token of a sequence. `margin`: half of the 95 % confidence interval of the
+    difference; None where a run measured it once. `is_within`: a detail of the part above it, not added to the sum."""
 
     name: str
     before: float
@@ -66,7 +66,7 @@ class Waterfall:
 
 @dataclass(frozen=True)
 class Diff:
-    """`differences`: what is not alike: (name, before, after)."""
+    """`differences`: what the runs differ in: (name, before, after)."""
 
     before: str
     after: str
@@ -85,8 +85,8 @@ class Diff:
 
 
 def explain(before: Any, after: Any) -> Diff:
-    """The difference of two JSON values of `bench breakdown`, or of `profile`. Raises TinyvllmError for others, and for
-    runs without a case in common."""
+    """The difference between two JSON values of `bench breakdown`, or of `profile`. Raises TinyvllmError for others,
+    and for runs without a case in common."""
     kinds = {kind_of(before), kind_of(after)}
     if kinds == {PROFILE}:
         waterfalls = [_of_profiles(before, after)]
@@ -165,7 +165,7 @@ def _margin(one: Estimate, two: Estimate) -> float | None:
 
 
 def _of_profiles(before: Mapping[str, Any], after: Mapping[str, Any]) -> Waterfall:
-    """Kernels by operation, and what passes between them and on the host."""
+    """Kernels by operation, the time between them, and the host's."""
     if (before["phase"], before["batch"], before["context"]) != (after["phase"], after["batch"], after["context"]):
         raise TinyvllmError("the profiles are of different steps: give the same --batch, --context or --prefill")
     one, two = _times_of(before), _times_of(after)
@@ -176,7 +176,7 @@ def _of_profiles(before: Mapping[str, Any], after: Mapping[str, Any]) -> Waterfa
 
 
 def _times_of(profile: Mapping[str, Any]) -> dict[str, float]:
-    """In ms. Each kernel's whole time: its loss and its part of the floor."""
+    """Milliseconds by part. A kernel has its whole time: its loss and its part of the floor."""
     ledger = make_ledger(profile)
     found = {entry.name: entry.seconds for entry in ledger.losses}
     others = {name: found[name] * 1e3 for name in (GAPS, HOST) if name in found}

@@ -16,8 +16,8 @@ T_NORMAL = 1.96
 
 @dataclass(frozen=True)
 class Estimate:
-    """`error`: one standard error of `value`; 0 if it is not known, from a single measurement. `freedom`: its degrees
-    of freedom."""
+    """`error`: one standard error of `value`; 0 if unknown, as for a single measurement. `freedom`: its degrees of
+    freedom."""
 
     value: float
     error: float = 0.0
@@ -39,7 +39,7 @@ class Estimate:
 
     @property
     def margin(self) -> float:
-        """Half of the interval that holds the true value with 95 %."""
+        """Half of the 95 % confidence interval."""
         return t_95(self.freedom) * self.error
 
     def at_least_as_unsure_as(self, other: Estimate) -> Estimate:
@@ -50,7 +50,7 @@ class Estimate:
 
 
 def t_95(freedom: float) -> float:
-    """How many standard errors a mean may be off, by chance, in 5 % of all cases."""
+    """How many standard errors a mean is off by chance in 5 % of all cases (two-sided)."""
     place = math.floor(min(freedom, 1e9))
     return T_95[max(1, place) - 1] if place <= len(T_95) else T_NORMAL
 

@@ -97,7 +97,7 @@ def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork
 
 
 def greedy_tokens(runner: ModelRunner, num_tokens: int, seed: int) -> list[int]:
-    """What the runner generates from a prompt of random ids, the same for each seed: at most `num_tokens`."""
+    """At most `num_tokens` tokens that the runner generates from a prompt of random ids, which depends on the seed."""
     room = runner.capacity.max_model_len
     num_tokens = max(1, min(num_tokens, room // 2))
     case = Case("decode", 1, max(1, min(PROMPT, room - num_tokens - 1)))
@@ -113,7 +113,7 @@ def greedy_tokens(runner: ModelRunner, num_tokens: int, seed: int) -> list[int]:
 
 
 def _counts(inspector: RunnerInspector, plans: Sequence[StepPlan]) -> dict[str, int]:
-    """What a step asks of the device: of several steps the most of each count."""
+    """The counts of a step; of several steps, the maximum of each."""
     found = []
     with inspector.account() as account:
         for plan in plans:

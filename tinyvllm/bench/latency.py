@@ -33,7 +33,7 @@ from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan
 from tinyvllm.scheduling.request import Request
 
 Report = Callable[[str, int, int], None]  # stage, done, total
-# Fields of a row that are those of a step's cost
+# Fields that a row shares with the cost of a step
 BYTES = ("nbytes", "weight_bytes", "kv_read_bytes", "kv_written_bytes", "state_bytes", "moved_bytes")
 
 
@@ -208,7 +208,7 @@ def prefill_plans(requests: Sequence[Request], budget: int) -> list[StepPlan]:
 
 
 class _TimedCase(ABC):
-    """A case, the times of its repeats, and what the machine did meanwhile."""
+    """A case, the times of its repeats, and what else the machine did during them."""
 
     def __init__(self, runner: Runner, work: LatencyWork, case: Case) -> None:
         self._runner, self._case, self._watch = runner, case, ConditionsWatch()

@@ -196,7 +196,7 @@ class Client:
         host = "localhost" if self._target.unix_socket is not None else self._url.netloc.rpartition("@")[2]
         path = "" if self._target.unix_socket is not None else self._url.path.rstrip("/")
         headers = {"Host": host, "Accept": "text/event-stream", "Content-Type": "application/json"}
-        headers["TE"] = "trailers"  # our server says at the end of a stream where its time went
+        headers["TE"] = "trailers"  # our server sends Server-Timing at the end of a stream
         headers["Connection"] = "TE" if self._target.keeps_alive else "close, TE"
         if self._url.username is not None:
             user = f"{unquote(self._url.username)}:{unquote(self._url.password or '')}"

@@ -61,7 +61,7 @@ def summarize(target: Target, work: LoadWork, load: Load, shares: Sequence[Share
 
 
 def _server_parts(good: Sequence[Answer]) -> dict[str, Any] | None:
-    """Where the server says its time went: each part of all answers that have any. None if none has."""
+    """Where the time went according to the server, by part, over all answers that report it. None if none does."""
     told = [answer.server_ms for answer in good if answer.server_ms]
     names = dict.fromkeys(name for one in told for name in one)
     return {name: spread_of([one.get(name, 0.0) for one in told]) for name in names} or None

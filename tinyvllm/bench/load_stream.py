@@ -258,7 +258,7 @@ class Response:
         return self._head
 
     def _take_timings(self, lines: Sequence[bytes]) -> None:
-        """Where the server's time went, if the lines say so."""
+        """Where the server's time went, if one of the lines is a `Server-Timing` field."""
         found = dict[str, float]()
         for line in lines:
             name, _, value = line.partition(b":")

@@ -35,7 +35,7 @@ def load_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
 
 
 def describe_server(row: dict[str, Any], least_share: float = 0.005) -> str | None:
-    """Where the server's time went, on average: the parts from `least_share` on, the longest first."""
+    """Where the server's time went, on average: parts of at least `least_share`, the longest first."""
     parts = row.get("server_ms")
     if not parts or "total" not in parts:
         return None

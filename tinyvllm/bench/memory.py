@@ -1,4 +1,4 @@
-"""How much memory each part of a run takes, in the process and on the device: what stays, and the peak meanwhile."""
+"""How much memory each part of a run takes, in the process and on the device: what remains, and the peak."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ RESET_PEAK = "5"  # Linux: Documentation/filesystems/proc.rst, clear_refs
 
 @dataclass(frozen=True)
 class MemoryBlock:
-    """The memory of one part of a run, in bytes. None where the system does not say: elsewhere than on Linux, or before
-    there is a device.
+    """The memory of one part of a run, in bytes. None where it is unknown: on systems other than Linux, or before there
+    is a device.
 
     rss: of the process, at the end; `rss_delta`: what stays; `rss_peak`: the most meanwhile. `device`: all buffers at
     the end."""
@@ -40,7 +40,7 @@ class MemoryBlock:
 
 
 class MemoryWatch:
-    """Measures blocks one after another. `device_bytes`: asked at both ends of a block, once there is a device."""
+    """Measures blocks one after another. `device_bytes`: called at both ends of a block, once there is a device."""
 
     def __init__(self) -> None:
         self.device_bytes: Callable[[], int] | None = None
@@ -55,12 +55,12 @@ class MemoryWatch:
         return list(self._blocks.values())
 
     def mark(self) -> None:
-        """Begin a block here: what happened before is in none."""
+        """Begin a block here. What happened before belongs to none."""
         _reset_peak()
         self._rss, self._device = rss_bytes(), self._ask_device()
 
     def end(self, name: str) -> None:
-        """End a block here, and begin the next. What several blocks of one name take is added up."""
+        """End a block here, and begin the next. Blocks of the same name are added up."""
         rss, device, peak = rss_bytes(), self._ask_device(), peak_bytes()
         earlier = self._blocks.get(name)
         self._blocks[name] = MemoryBlock(
@@ -86,12 +86,12 @@ def _added(before: int | None, more: int | None) -> int | None:
 
 
 def rss_bytes() -> int | None:
-    """The memory of this process that is in RAM; None elsewhere than on Linux."""
+    """The resident memory of this process; None on systems other than Linux."""
     return _status("VmRSS")
 
 
 def peak_bytes() -> int | None:
-    """The most since the last reset; None elsewhere than on Linux."""
+    """The peak since the last reset; None on systems other than Linux."""
     return _status("VmHWM")
 
 
@@ -105,7 +105,7 @@ def _status(name: str) -> int | None:
 
 
 def _reset_peak() -> None:
-    """Let the peak be what is in RAM now. Where that is forbidden, peaks are those since the start of the process."""
+    """Reset the peak to the resident memory now. Where that is forbidden, peaks are since the start of the process."""
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError):
             CLEAR.write_text(RESET_PEAK)

@@ -54,7 +54,7 @@ document.addEventListener("mousemove", event => {{
 
 
 class _Hover:
-    """The texts of artists, by the id that each has in the SVG."""
+    """Hover texts of artists, by each one's id in the SVG."""
 
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
@@ -167,7 +167,7 @@ def _describe_stage(case: Mapping[str, Any], name: str, share: float) -> str:
 
 
 def _colors() -> dict[str, Any]:
-    """Of each stage, the same in all panels; those of the device are the darkest."""
+    """A color for each stage, the same in all panels; device stages are the darkest."""
     from matplotlib import colormaps
 
     device = dict(zip(DEVICE_STAGES, ("#264653", "#2a6f97", "#5e548e"), strict=True))

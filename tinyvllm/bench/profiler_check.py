@@ -1,7 +1,7 @@
 """Check the profiler itself, on the user's machine: plant known faults in a running engine, and see what is blamed.
 
-Each fault is planted alone: a delay of PLANTED_MS in one function of the host, a second wait for the device, a copy
-nobody needs, a kernel that runs twice. A breakdown with it is compared with the clean one, as `bench compare` would. A
+Each fault is planted alone: a delay of PLANTED_MS in one function of the host, a second wait for the device, a needless
+copy, a kernel that runs twice. A breakdown with it is compared with a clean one, as `bench compare` would. A
 fault is attributed correctly if its own stage or count is a regression, and no stage grew more.
 """
 
@@ -43,7 +43,7 @@ LIMIT = 0.05  # growth of the whole that counts, as in `bench compare`
 WORK = BreakdownWork((Case("short", 0, 1, 12),), num_repeats=4, num_profiled=1)
 WORK_OF_IDS = BreakdownWork((Case(None, 32, 1, 12),), num_repeats=4, num_profiled=1)  # without a tokenizer
 
-# Of the host: the stage, and the function that belongs to it
+# Each host stage, with a function that belongs to it
 DELAYS: dict[str, tuple[Any, str]] = {
     "tokenize": (Tokenizer, "encode"),
     "admission": (EngineCore, "add"),

@@ -21,7 +21,7 @@ from tinyvllm.profiling.request_stages import DECODE as SERVED_DECODE
 from tinyvllm.profiling.request_stages import PREFILL as SERVED_PREFILL
 from tinyvllm.profiling.request_stages import STAGES as SERVED_STAGES
 
-# Of figures: a whole that a user sees, a stage of it, or a part of a start; a rate is better if it is higher.
+# Kinds of figures: a whole that users see, a stage of it, or a part of a start; a rate is better if it is higher.
 WHOLE, STAGE, START, RATE = "whole", "stage", "start", "rate"
 BREAKDOWN, SERVED, LOAD, COLD_START, PROFILE = "breakdown", "served breakdown", "load", "cold start", "profile"
 CONTEXTS = "contexts"
@@ -35,8 +35,8 @@ OLD_STAGES = {"queue": ADMISSION, "rest": "loop"}  # names before schema 3
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a case. Times in ms. `cpu`: processor time of the thread. `per`: what it is one of: a step, a
-    request. `parts`: what it consists of, in ms, for the explanation."""
+    """One figure of a case. Times in ms. `cpu`: processor time of the thread. `per`: the unit that it is measured by: a
+    step, a request. `parts`: its components in ms, for the explanation."""
 
     name: str
     kind: str
@@ -161,7 +161,7 @@ def _breakdown_case(case: Mapping[str, Any]) -> RunCase:
 
 
 def _stage(name: str, stage: Mapping[str, Any]) -> Figure:
-    """A stage by its repeats' medians, with the wider of their interval and that of all its times."""
+    """A stage: the mean of its repeats' medians. With a single repeat its uncertainty is that of all its times."""
     pooled = Estimate.of_spread({"mean": stage["mean_s"], "std": stage["std_s"], "count": stage["count"]}, 1e3)
     repeats = stage.get("by_repeat", [])
     value, cpu = pooled, None
@@ -356,7 +356,7 @@ def figures_of(case: RunCase) -> dict[str, Figure]:
 
 
 def conditions_that_differ(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """What both runs know, and have differently."""
+    """The fields that both runs have, with different values."""
     for name in after:
         one, two = before.get(name), after[name]
         if one is not None and two is not None and one != two:

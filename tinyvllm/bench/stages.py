@@ -121,7 +121,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Took:
-    """How long something took, in seconds: by the clock, and of its thread's processor time."""
+    """How long something took, in seconds: wall time, and its thread's processor time."""
 
     wall_s: float
     cpu_s: float

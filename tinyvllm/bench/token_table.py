@@ -1,4 +1,4 @@
-"""One request token by token: what each took on the host and on the device, and what it asked of the device."""
+"""One request token by token: the time of each on the host and on the device, and its kernels, waits and copies."""
 
 from __future__ import annotations
 

@@ -142,10 +142,10 @@ def grade(
 
 
 def place_of(name: str, share: float) -> int:
-    """The place in GRADES that one part allows."""
+    """The best index in GRADES that one part allows."""
     return sum(share > limit for limit in LIMITS[name])
 
 
 def is_noisy(estimate: Estimate) -> bool:
-    """Whether more repeats may give a better grade than a C: the noise alone forbids it."""
+    """Whether the noise makes the grade a C or worse, so that more repeats may improve it."""
     return bool(estimate.value) and place_of("noise", estimate.margin / abs(estimate.value)) >= GRADES.index("C")

@@ -19,7 +19,7 @@ from tests.builders import write_byte_tokenizer
 from tests.server.fake_load import ANSWER
 from tinyvllm.cli import server_flags
 from tinyvllm.cli.server_flags import ProcessFlags, default_front_ends
-from tinyvllm.config import EngineConfig
+from tinyvllm.config import CORES_VARIABLE, EngineConfig
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.engine_placement import place_engines
 
@@ -120,6 +120,7 @@ def test_each_engine_gets_a_device_or_a_share(monkeypatch: pytest.MonkeyPatch) -
     gpus = place_engines(config, 2, "CUDA")
     assert [place.environment for place in gpus] == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in "35"]
     assert place_engines(config, 1, "CUDA")[0].environment == {}
+    monkeypatch.delenv(CORES_VARIABLE, raising=False)  # which parallel workers set
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     one, two = place_engines(config, 2, "CPU")
     assert (one.cores, two.cores) == ((0, 1), (2, 3)) and one.config.cpu_cores == 2

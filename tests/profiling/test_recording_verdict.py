@@ -75,3 +75,17 @@ def test_steps_whose_spans_were_dropped_are_left_out() -> None:
     cut = dataclasses.replace(recording, spans=recording.spans[1:], num_dropped=1)
     assert [part.host_ns for part in step_parts(cut)] == [2 * MS]
     assert [part.host_ns for part in step_parts(recording)] == [60 * MS, 2 * MS]
+
+
+def test_stages_that_exceed_their_steps_have_no_verdict() -> None:
+    """A wait that was counted twice, and a thread that ran for longer than passed."""
+    recording = recording_of(("decode", 100, 40), ("decode", 100, 40))
+    again = Span("wait", 60 * MS, 100 * MS, "engine", 2, 40 * MS, cpu_ns=0)
+    (twice,) = judge_recording(dataclasses.replace(recording, spans=(*recording.spans, again)))
+    assert (
+        twice.is_withheld
+        and "the host's part of all steps 80.000 ms, by the clock of its thread 120.000 ms" in twice.because
+    )
+    (clock,) = judge_recording(recording_of(("decode", 100, 40), pack_cpu=1.5))
+    assert clock.is_withheld and clock.as_json()["disagreements"]
+    assert clock.because == "the host's part of all steps 60.000 ms, by the clock of its thread 90.000 ms (+50%)"

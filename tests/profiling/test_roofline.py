@@ -15,6 +15,7 @@ from tinyvllm.bench.shapes import SHAPES
 from tinyvllm.config import ExpertsKind, ModelConfig, Rope, StateKind
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, guess_chip, measured_chip
+from tinyvllm.profiling.digits import rounded
 from tinyvllm.profiling.interpreter import Interpreter, LockWait
 from tinyvllm.profiling.kernels import Kernel, tabulate
 from tinyvllm.profiling.lock_holders import Holder
@@ -283,6 +284,57 @@ def test_a_turn_that_was_disturbed_once_does_not_make_the_host_the_limit() -> No
     """Parts of different turns are never subtracted: here a second passed once, and packing takes 0.15 ms each time."""
     turns = [Turn(0.02015, 0.02)] * 9 + [Turn(1.06, 0.02)]
     assert "host-bound" not in [finding.name for finding in judge(evidence(kernels(qkv=1e-3), 1e-3, turns=turns))]
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        (  # profiled on a busy machine: these were once called "waiting between kernels 27.0 ms of 67.8"
+            evidence(kernels(qkv=40.8e-3), 39e-3, turns=[Turn(58.1e-3, 57.9e-3)], between_s=27e-3, profiled_s=67.8e-3),
+            "the step as served 39.000 ms, with its kernels timed 67.800 ms (+74%); "
+            "the step as served 39.000 ms, in turns with the host's work 57.900 ms (+48%)",
+        ),
+        (
+            evidence(kernels(qkv=14e-3), 10e-3, profiled_s=11e-3),
+            "with its kernels timed 11.000 ms, the sum of its kernels 14.000 ms (+27%)",
+        ),
+        (
+            evidence(kernels(qkv=10e-3), 10e-3, turns=[Turn(11e-3, 10e-3)], served_s=20e-3),
+            "a turn with every stage timed 11.000 ms, a turn as served 20.000 ms (+82%)",
+        ),
+        (
+            evidence(kernels(qkv=1e-3), 1e-3, doubt="the grade of trust is D: it moved"),
+            "the grade of trust is D: it moved",
+        ),
+    ],
+)
+def test_figures_that_disagree_have_no_verdict(facts: Evidence, says: str) -> None:
+    (finding,) = judge(facts)
+    assert finding.is_withheld and finding.because == says
+    assert finding.headline == f"no verdict: {says}; measure again when the machine is quiet"
+    document = finding.as_json()
+    assert document["name"] == "no verdict" and len(document["disagreements"]) == says.count("(+")  # type: ignore[arg-type]
+
+
+def test_figures_that_nearly_agree_have_a_verdict() -> None:
+    turns = [Turn(12.2e-3, 12e-3)]
+    near = evidence(kernels(qkv=10e-3), 10e-3, turns=turns, profiled_s=12.4e-3, between_s=2.4e-3, served_s=15e-3)
+    tiny = evidence(kernels(qkv=5e-5), 6e-5, profiled_s=1e-4)  # the clocks' own time
+    assert not any(finding.is_withheld for facts in (near, tiny) for finding in judge(facts))
+    assert "disagreements" not in judge(near)[0].as_json()
+
+
+def test_a_thread_that_holds_the_lock_explains_why_figures_disagree() -> None:
+    facts = evidence(kernels(qkv=1e-3), 1e-3, profiled_s=3e-3, interpreter=held_by("hog", 40))
+    assert [finding.name for finding in judge(facts)] == ["lock contention"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(4.61428, "4.61"), (0.0130999, "0.0131"), (3350, "3,350"), (989.4, "989"), (0.0, "0"), (9.996, "10.00")],
+)
+def test_numbers_have_three_significant_digits(value: float, text: str) -> None:
+    assert rounded(value) == text
 
 
 # -- predictions ------------------------------------------------------------------------------------------------------

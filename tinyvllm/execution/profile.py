@@ -65,6 +65,7 @@ def profile_step(
         profiled_s=statistics.median(walls_s),
         launches=tuple(_launches(each, passes[-1])),
         experts=tuple(loads),
+        steps_s=tuple(step_s),
     )
 
 

@@ -66,10 +66,16 @@ class StepProfile:
     profiled_s: float  # the same, while its kernels were timed
     launches: tuple[Launch, ...]  # of the last repeat, in order
     experts: tuple[ExpertLoad, ...] = ()  # of the sparse layers
+    steps_s: tuple[float, ...] = ()  # of each repeat, of which step_s is the median
 
     @property
     def kernels_s(self) -> float:
         return sum(kernel.seconds for kernel in self.kernels)
+
+    @property
+    def timed_inside_s(self) -> float | None:
+        """The step while its kernels were timed. None unless they were timed inside it: else it takes longer anyway."""
+        return self.profiled_s if self.is_graphed else None
 
     @property
     def between_s(self) -> float | None:
@@ -96,6 +102,7 @@ def join_steps(steps: Sequence[StepProfile]) -> StepProfile:
         kernels=tuple(kernel for step in steps for kernel in step.kernels),
         step_s=sum(step.step_s for step in steps),
         profiled_s=sum(step.profiled_s for step in steps),
+        steps_s=tuple(map(sum, zip(*(step.steps_s for step in steps), strict=True))),
         launches=tuple(launch for step in steps for launch in step.launches),
     )
 

@@ -16,6 +16,7 @@ from dataclasses import astuple, dataclass
 from tinyvllm.config import ModelConfig
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import CHIPS, GB, Chip
+from tinyvllm.profiling.digits import rounded
 from tinyvllm.profiling.kernels import floor_s
 from tinyvllm.profiling.roofline import BYTES_PER_WEIGHT, WeightBytes, Work, count_work
 
@@ -234,7 +235,8 @@ class _Setup:
             kernels_s=num_kernels * factors.kernel_us * 1e-6,
             host_s=self.num_steps * (factors.host_us + batch * factors.host_us_per_seq) * 1e-6,
             assumptions=(
-                f"{chip.name}: {chip.bandwidth_gbps:,g} GB/s, {chip.half_tflops:,g} TFLOP/s ({chip.source})",
+                f"{chip.name}: {rounded(chip.bandwidth_gbps)} GB/s, {rounded(chip.half_tflops)} TFLOP/s "
+                f"({chip.source})",
                 f"{num_kernels} kernels: {layer} per layer, {others} more per step"
                 + (f", {more} more per layer with experts" if sparse else ""),
                 *factors.sources,

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinyvllm.profiling.chips import Chip
+from tinyvllm.profiling.digits import rounded
 from tinyvllm.profiling.expert_load import describe_loads
 from tinyvllm.profiling.kernels import Kernel, KernelRow, StepProfile, tabulate
 from tinyvllm.profiling.layer_table import describe_layers, layer_markdown, layer_table, tabulate_layers
@@ -46,6 +47,7 @@ class ProfileReport:
     counts: Mapping[str, int] = field(default_factory=dict)  # what a step asks of the device, by name
     limits: Mapping[str, int] = field(default_factory=dict)  # of those that have one
     program_limits: Sequence[str] = ()  # how much of the device's limits of a program is used, in words
+    trust: Mapping[str, Any] = field(default_factory=dict)  # the grade of `step_s` and its reasons, as JSON
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -88,6 +90,7 @@ class ProfileReport:
             "timed": "in the step as served" if profile.is_graphed else "one by one",
             "roofline": self.roofline.as_json(),
             "row_warnings": self.row_warnings,
+            "trust": dict(self.trust) or None,
             "verdict": [finding.as_json() for finding in self.findings],
             **tables_as_json(profile.kernels, self.chip, ("operation", "kernel")),
             "environment": self.environment,
@@ -190,10 +193,12 @@ def _explain_times(report: ProfileReport) -> list[str]:
             f"each kernel {each_us:,.1f} us longer than in the graph: read the shares here, the speed from the step as "
             "served"
         )
-    return [
-        *lines,
-        f"with the host's work {_ms(report.turn_s)}: packing {_ms(report.pack_s)}, host in total {_ms(report.host_s)}",
-    ]
+    lines.append(
+        f"with the host's work {_ms(report.turn_s)}: packing {_ms(report.pack_s)}, host in total {_ms(report.host_s)}"
+    )
+    if report.trust.get("why"):
+        lines.append(f"trust {report.trust['grade']}: {report.trust['why']}")
+    return lines
 
 
 COUNT_WORDS = {
@@ -228,14 +233,16 @@ def _explain_roof(report: ProfileReport) -> list[str]:
         f"at least {roof.nbytes / 1e6:,.1f} MB and {roof.flops / 1e9:,.3f} GFLOP per step "
         f"({roof.intensity:,.2f} FLOP/B; the roofline bends at {roof.knee:,.1f}); the kernels move "
         f"{report.moved_bytes / 1e6:,.1f} MB ({report.moved_bytes / roof.nbytes:.2f} x)",
-        f"{chip.name}: {chip.bandwidth_gbps:,.1f} GB/s, {chip.half_tflops:,.2f} TFLOP/s ({chip.source})",
-        f"floor {_ms(roof.floor_s)} ({bound}); achieved {roof.achieved_gbps:,.1f} GB/s and {roof.achieved_tflops:,.3f} "
-        f"TFLOP/s: {roof.utilization:.0%} of the roof",
+        f"{chip.name}: {rounded(chip.bandwidth_gbps)} GB/s, {rounded(chip.half_tflops)} TFLOP/s ({chip.source})",
+        f"floor {_ms(roof.floor_s)} ({bound}); achieved {rounded(roof.achieved_gbps)} GB/s and "
+        f"{rounded(roof.achieved_tflops)} TFLOP/s: {roof.utilization:.0%} of the roof",
     ]
     return lines + [f"WARNING: {warning}" for warning in (*roof.warnings(), *report.row_warnings)]
 
 
 def _finding_text(finding: Finding, is_verdict: bool) -> Text:
+    if finding.is_withheld:
+        return Text(finding.headline, "bold")
     name = f"verdict: {finding.name}" if is_verdict else f"also: {finding.name}"
     return Text.assemble((name, "bold" if is_verdict else ""), f" - {finding.because}. Next: {finding.next_step}.")
 

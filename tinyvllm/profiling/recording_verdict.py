@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tinyvllm.profiling.agreement import Disagreement, Figure, found, must_fit
 from tinyvllm.profiling.measure import (
     CAPTURE,
     COMMIT,
@@ -24,7 +25,7 @@ from tinyvllm.profiling.measure import (
     Recording,
     Span,
 )
-from tinyvllm.profiling.verdict import HOST_SHARE, PREFILL_SHARE, Finding, judge_lock, prefill_bound
+from tinyvllm.profiling.verdict import HOST_SHARE, PREFILL_SHARE, Finding, judge_lock, prefill_bound, withhold
 
 CAPTURE_SHARE = 0.2  # of the time of steps and captures
 IDLE_SHARE = 0.5  # of the host's own time in which its thread did not run
@@ -82,14 +83,35 @@ def _parts_of(step: Span, inside: Sequence[Span]) -> StepParts:
 
 
 def judge_recording(recording: Recording) -> list[Finding]:
-    """The causes that apply to steps recorded while serving, the verdict first. May be empty."""
+    """The causes that apply to steps recorded while serving, the verdict first. May be empty. If the parts of the steps
+    contradict the whole, no cause is named from them."""
     parts = step_parts(recording)
     thread = next((span.thread for span in recording.spans if span.name == STEP), "")
     whole_s = sum(part.whole_ns for part in parts) / 1e9
-    found = [_capturing(recording, whole_s), judge_lock(recording.interpreter, thread)]
+    lock = judge_lock(recording.interpreter, thread)  # measured by itself
+    if without := withhold(disagreements(parts)):
+        return [lock or without]
+    causes = [_capturing(recording, whole_s), lock]
     if parts:
-        found += [_host(parts, whole_s), _prompts(parts, whole_s)]
-    return [finding for finding in found if finding is not None]
+        causes += [_host(parts, whole_s), _prompts(parts, whole_s)]
+    return [finding for finding in causes if finding is not None]
+
+
+def disagreements(parts: Sequence[StepParts]) -> tuple[Disagreement, ...]:
+    """Stages that take longer than their steps, and a thread that ran for longer than passed."""
+    whole_ns = sum(part.whole_ns for part in parts)
+    stages_ns = sum(sum(part.by_stage_ns.values()) for part in parts)
+    timed = [part for part in parts if part.host_cpu_ns is not None]
+    host_ns, host_cpu_ns = sum(part.host_ns for part in timed), sum(part.host_cpu_ns or 0 for part in timed)
+    return found(
+        [
+            must_fit(Figure("the sum of their stages", stages_ns / 1e9), Figure("all steps together", whole_ns / 1e9)),
+            must_fit(
+                Figure("by the clock of its thread", host_cpu_ns / 1e9),
+                Figure("the host's part of all steps", host_ns / 1e9),
+            ),
+        ]
+    )
 
 
 def _capturing(recording: Recording, steps_s: float) -> Finding | None:

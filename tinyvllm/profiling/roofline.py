@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from tinyvllm.config import ConvKind, ExpertsKind, LayerKind, ModelConfig
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.chips import GB, Chip
+from tinyvllm.profiling.digits import rounded
 from tinyvllm.profiling.kernels import Kernel, KernelRow, floor_s
 
 # Bytes per weight on the device: ggml's blocks, with the 6-bit scales of K quants unpacked to one byte each.
@@ -289,14 +290,15 @@ class Roofline:
         found = []
         if self.memory_s > self.seconds:
             found.append(
-                f"{self.achieved_gbps:,.1f} GB/s is {self.memory_s / self.seconds:.0%} of the peak of {self.chip.name} "
-                f"({self.chip.bandwidth_gbps:,g} GB/s): a byte count is wrong, this is another chip, or the bytes fit "
-                "into a cache"
+                f"{rounded(self.achieved_gbps)} GB/s is {self.memory_s / self.seconds:.0%} of the peak of "
+                f"{self.chip.name} ({rounded(self.chip.bandwidth_gbps)} GB/s): a byte count is wrong, this is another "
+                "chip, or the bytes fit into a cache"
             )
         if self.compute_s > self.seconds:
             found.append(
-                f"{self.achieved_tflops:,.2f} TFLOP/s is {self.compute_s / self.seconds:.0%} of the peak of "
-                f"{self.chip.name} ({self.chip.half_tflops:,g}): an operation count is wrong, or this is another chip"
+                f"{rounded(self.achieved_tflops)} TFLOP/s is {self.compute_s / self.seconds:.0%} of the peak of "
+                f"{self.chip.name} ({rounded(self.chip.half_tflops)}): an operation count is wrong, or this is "
+                "another chip"
             )
         return found
 

@@ -1,4 +1,6 @@
-"""What limits a step: rules, each with the numbers it used and what to try next."""
+"""What limits a step: rules, each with the numbers it used and what to try next.
+
+If figures that should agree do not, or nobody should trust them, nothing is said but that (`agreement.py`)."""
 
 from __future__ import annotations
 
@@ -6,6 +8,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from tinyvllm.profiling.agreement import Disagreement, Figure, found, must_equal, must_fit
+from tinyvllm.profiling.digits import rounded
 from tinyvllm.profiling.interpreter import Interpreter
 from tinyvllm.profiling.kernels import Kernel, floor_s, tabulate
 from tinyvllm.profiling.roofline import Roofline
@@ -14,6 +18,7 @@ from tinyvllm.profiling.roofline import Roofline
 LOCK_SHARE = 0.3  # of the time another thread holds the interpreter lock
 COPY_SHARE, HOST_SHARE, PREFILL_SHARE, DISPATCH_SHARE, ATTENTION_SHARE = 0.15, 0.25, 0.5, 0.3, 0.35
 IDLE_SHARE = 0.1  # a kernel is mostly a launch if its bytes and operations account for less of its time
+NO_VERDICT = "no verdict"
 ROOF_SHARE = 0.6  # above this share of the roofline, the chip is the limit and not how the kernels are written
 
 
@@ -49,6 +54,9 @@ class Evidence:
     decode_s: float | None = None
     interpreter: Interpreter | None = None  # while the turns were measured
     engine_thread: str = "MainThread"  # the thread that ran them
+    profiled_s: float | None = None  # the step while its kernels were timed inside it; None if they were not
+    served_s: float | None = None  # a turn without any instrumentation
+    doubt: str = ""  # why these figures deserve no trust at all; empty if they do
 
 
 @dataclass(frozen=True)
@@ -59,13 +67,31 @@ class Finding:
     share: float
     because: str
     next_step: str
+    disagreements: tuple[Disagreement, ...] = ()  # of NO_VERDICT
+
+    @property
+    def is_withheld(self) -> bool:
+        return self.name == NO_VERDICT
+
+    @property
+    def headline(self) -> str:
+        """The verdict in a line. A withheld one says what to do; of others that is shown elsewhere."""
+        if self.is_withheld:
+            return f"{self.name}: {self.because}; {self.next_step}"
+        return f"verdict: {self.name}: {self.because}"
 
     def as_json(self) -> dict[str, object]:
-        return {"name": self.name, "share": self.share, "because": self.because, "next": self.next_step}
+        more = {"disagreements": [one.as_json() for one in self.disagreements]} if self.is_withheld else {}
+        return {"name": self.name, "share": self.share, "because": self.because, "next": self.next_step, **more}
 
 
 def judge(evidence: Evidence) -> list[Finding]:
-    """The causes that apply, the verdict first. Causes outside the kernels precede those inside. Never empty."""
+    """The causes that apply, the verdict first. Causes outside the kernels precede those inside. Never empty.
+
+    If the figures disagree, the verdict is withheld. Only the interpreter lock is measured by itself: a thread that
+    holds it explains why they do."""
+    if without := withhold(disagreements(evidence), evidence.doubt):
+        return [_lock(evidence) or without]
     rules: tuple[Callable[[Evidence], Finding | None], ...] = (
         _copies,
         _lock,
@@ -79,6 +105,32 @@ def judge(evidence: Evidence) -> list[Finding]:
     )
     found = [finding for finding in (rule(evidence) for rule in rules) if finding is not None]
     return found or [_below_the_roof(evidence)]
+
+
+def disagreements(evidence: Evidence) -> tuple[Disagreement, ...]:
+    """What contradicts: how long a step takes on the device, its kernels and their step, a turn and one as served."""
+    step = Figure("the step as served", evidence.step_s)
+    checks = []
+    if evidence.profiled_s is not None:
+        timed = Figure("with its kernels timed", evidence.profiled_s)
+        kernels = Figure("the sum of its kernels", sum(kernel.seconds for kernel in evidence.kernels))
+        checks += [must_equal(step, timed), must_fit(kernels, timed)]
+    if evidence.turns:
+        on_device = Figure("in turns with the host's work", statistics.median(one.device_s for one in evidence.turns))
+        checks.append(must_equal(step, on_device))
+        if evidence.served_s is not None:
+            turn = Figure("a turn with every stage timed", statistics.median(one.whole_s for one in evidence.turns))
+            checks.append(must_equal(turn, Figure("a turn as served", evidence.served_s)))
+    return found(checks)
+
+
+def withhold(disagreements: Sequence[Disagreement], doubt: str = "") -> Finding | None:
+    """What to say instead of a verdict; None if there is no reason to withhold one."""
+    reasons = [*map(str, disagreements), *([doubt] if doubt else [])]
+    if not reasons:
+        return None
+    next_step = "measure again when the machine is quiet"
+    return Finding(NO_VERDICT, 0.0, "; ".join(reasons), next_step, tuple(disagreements))
 
 
 def _copies(evidence: Evidence) -> Finding | None:
@@ -216,8 +268,8 @@ def _compute(evidence: Evidence) -> Finding | None:
     return Finding(
         "compute-bound",
         roof.utilization,
-        f"{roof.intensity:,.1f} operations per byte exceed the chip's {roof.knee:,.1f}, and the step reaches "
-        f"{roof.achieved_tflops:,.2f} of {roof.chip.half_tflops:,g} TFLOP/s",
+        f"{rounded(roof.intensity)} operations per byte exceed the chip's {rounded(roof.knee)}, and the step reaches "
+        f"{rounded(roof.achieved_tflops)} of {rounded(roof.chip.half_tflops)} TFLOP/s",
         "more speed needs a faster chip or fewer operations: a smaller model, or more prompts found in the prefix "
         "cache",
     )
@@ -230,7 +282,8 @@ def _bandwidth(evidence: Evidence) -> Finding | None:
     return Finding(
         "bandwidth-bound",
         roof.utilization,
-        f"{roof.nbytes / 1e6:,.1f} MB per step at {roof.achieved_gbps:,.1f} of {roof.chip.bandwidth_gbps:,g} GB/s",
+        f"{rounded(roof.nbytes / 1e6)} MB per step at {rounded(roof.achieved_gbps)} of "
+        f"{rounded(roof.chip.bandwidth_gbps)} GB/s",
         "fewer bytes per token: smaller weights (Q4_K), or more sequences in a step, which share the weights' bytes",
     )
 

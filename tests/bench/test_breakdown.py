@@ -141,6 +141,7 @@ def test_json_has_what_the_documentation_promises(figures: dict[str, Any]) -> No
         assert isinstance(figures["per_step"][name], int)
     assert figures["per_step"]["bytes"] == figures["per_step"]["bytes_h2d"] + figures["per_step"]["bytes_d2h"]
     assert figures["environment"]["seed"] == 0 and figures["verdicts"] and figures["findings"] == []
+    assert all(case["repeats"] == 1 and case["trust"]["grade"] in "CD" for case in figures["cases"])
 
 
 def test_every_request_is_counted_in_its_stage(figures: dict[str, Any]) -> None:
@@ -173,7 +174,8 @@ def test_tables_name_stages_kernels_and_verdict(run: tuple[Any, Path], figures: 
     assert "…" not in text  # nothing is truncated
     lines = text.splitlines()
     assert lines[1].startswith("the time goes to prefill ") and "of what m4 allows" in lines[2]
-    assert lines[3].startswith("verdict: ")
+    assert lines[3].startswith(("verdict: ", "no verdict: "))  # on a busy machine figures disagree
+    assert any(line.startswith("trust ") for line in lines[4:8])  # of a single repeat, after a verdict of some lines
     assert text.index("Stages, all cases") < text.index("Counts of a step") < text.index("Checks")
     assert "measuring 4 cases, 1 repeat each: about " in run[0].stderr and "left out" not in run[0].stderr
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tinyvllm.bench.breakdown import BreakdownWork
-from tinyvllm.bench.breakdown_measure import token_buckets
+from tinyvllm.bench.breakdown_measure import MAX_REPEATS, repeat_in_turn, token_buckets
 from tinyvllm.bench.breakdown_plan import describe_plan, describe_time, fit, forecast
 from tinyvllm.bench.cold_start import BucketStart, ColdStart
 from tinyvllm.bench.stages import Case
@@ -62,3 +64,34 @@ def test_default_captures_only_the_graphs_that_it_runs() -> None:
     config = EngineConfig("tiny", max_num_seqs=4, max_model_len=700, max_num_batched_tokens=256)
     assert token_buckets(config, [588, 840, 10]) == (16, 128, 256)
     assert token_buckets(config, [512]) == (256,)
+
+
+class FakeCase:
+    """A case that is noisy for some repeats; each takes a second."""
+
+    def __init__(self, clock: list[float], num_noisy: int) -> None:
+        self._clock, self._num_noisy, self.num_repeats = clock, num_noisy, 0
+
+    repeat_s = 1.0
+
+    @property
+    def is_noisy(self) -> bool:
+        return self.num_repeats < self._num_noisy
+
+    def repeat(self) -> None:
+        self._clock[0] += 1.0
+        self.num_repeats += 1
+
+
+@pytest.mark.parametrize(
+    ("until_s", "repeats"),
+    [(None, (2, 2, 2)), (6.5, (2, 2, 2)), (9.2, (2, 4, 3)), (100.0, (2, 4, MAX_REPEATS)), (0.0, (2, 2, 2))],
+)
+def test_noisy_cases_use_the_time_that_is_left(
+    monkeypatch: pytest.MonkeyPatch, until_s: float | None, repeats: tuple[int, ...]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    cases = [FakeCase(clock, num_noisy) for num_noisy in (0, 4, 1000)]
+    repeat_in_turn(cases, 2, until_s)
+    assert tuple(case.num_repeats for case in cases) == repeats

@@ -24,6 +24,7 @@ from tinyvllm.bench.load_rows import spread_of, summarize
 from tinyvllm.bench.load_tables import load_markdown, warn_of_generator
 from tinyvllm.bench.plots import draw_load
 from tinyvllm.bench.spread import Spread
+from tinyvllm.bench.trust import GRADES
 from tinyvllm.cli import app
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.async_engine import AsyncEngine
@@ -275,6 +276,9 @@ def test_command_prints_levels_and_writes_them(url: str, tmp_path: Path) -> None
     assert "1 at once" in result.stdout and "2 at once" in result.stdout and "100%" in result.stdout
     rows = json.loads(path.read_text(encoding="utf-8"))
     assert [row["concurrency"] for row in rows] == [1, 2] and rows[0]["environment"]["seed"] == 0
+    for row in rows:  # the server's own work is none of others
+        assert row["trust"]["grade"] in GRADES and row["trust"]["others_share"] is None
+        assert row["trust"]["noise_share"] is not None
     draw_load([row | {"rate": row["concurrency"] * 1.5} for row in rows], str(tmp_path / "rates.html"))
     assert "requests at once" in (tmp_path / "load.svg").read_text(encoding="utf-8")
     markdown = CliRunner().invoke(app, [*arguments, "--markdown"])

@@ -39,6 +39,7 @@ def test_a_single_measurement_is_at_best_a_c() -> None:
 def test_the_worst_parts_are_named() -> None:
     found = grade(of_noise(0.04), others_share=0.5, stolen_share=0.2)
     assert found.grade == "D"
+    assert found.doubt == f"the grade of trust is D: {found.why}"
     assert found.why == "other processes took 50% of the cores; the hypervisor took 20% of the cores"
 
 
@@ -61,7 +62,9 @@ def test_a_watch_adds_up_its_intervals_and_leaves_out_this_process(monkeypatch: 
             pass
     found = watch.trust(of_noise(0.01))
     assert (found.others_share, found.stolen_share, found.throttled_share) == (10 / 40, 2 / 40, 2 / 20)
-    assert found.grade == "C"
+    assert found.grade == "C" and not found.doubt
+    alone = watch.trust(of_noise(0.01), counts_others=False)  # what is measured is another process
+    assert (alone.others_share, alone.stolen_share, alone.grade) == (None, 2 / 40, "C")
 
 
 def test_the_clocks_of_this_machine_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from tinyvllm.bench.stages import (
     StepTimes,
     Took,
 )
+from tinyvllm.bench.trust import Trust
 from tinyvllm.config import SamplingParams
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.cost import StepCost
@@ -102,10 +103,16 @@ class CaseResult:
     costs: dict[str, StepCost]  # by phase
     step_counts: tuple[dict[str, int], ...] = ()  # of each step, in order
     token_texts: tuple[str, ...] = ()  # of the first request
+    trust: Trust | None = None  # of a plain run's duration
 
     @property
     def wall_s(self) -> float:
         return sum(one.wall_s for one in self.rounds)
+
+    @property
+    def token_s(self) -> float:
+        """Seconds of each token after a request's first, without instrumentation: the median."""
+        return statistics.median(time_per_token(request) for one in self.plain for request in one.requests)
 
     @property
     def samples(self) -> dict[str, list[Took]]:
@@ -210,6 +217,9 @@ class Breakdown:
                 prefill_s=sum(step.device_s for step in phases[PREFILL]),
                 decode_s=sum(step.device_s for step in phases[DECODE]),
                 interpreter=self.interpreter,
+                profiled_s=profile.timed_inside_s,
+                served_s=main.token_s,
+                doubt="" if main.trust is None else main.trust.doubt,
             )
         )
 

@@ -85,6 +85,8 @@ def _case_json(breakdown: Breakdown, result: CaseResult) -> dict[str, Any]:
         "wall_s": _spread_json(walls),
         "plain_wall_s": _spread_json(plain),
         "residual_share": residual_share([result]),
+        "repeats": len(result.rounds),
+        "trust": None if result.trust is None else result.trust.as_json(),
         "ttft_s": _of_requests(result.plain, lambda request: request.token_s[0]),
         "tpot_s": _of_requests(result.plain, time_per_token),
         "queue_wait_s": _of_requests(result.rounds, lambda request: request.waited_s),

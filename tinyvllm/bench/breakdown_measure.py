@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,10 +12,12 @@ from typing import Any, Protocol
 from tinyvllm.bench.breakdown import Breakdown, BreakdownWork, CaseResult
 from tinyvllm.bench.cold_start import ColdStart, plans_for
 from tinyvllm.bench.counts import Fault, StepCounts, find_faults
+from tinyvllm.bench.estimate import Estimate
 from tinyvllm.bench.memory import MemoryWatch
 from tinyvllm.bench.prompts import make_text
 from tinyvllm.bench.rows import Machine
 from tinyvllm.bench.stages import Case, Driver, PlainRound, Round, Runner
+from tinyvllm.bench.trust import ConditionsWatch, is_noisy
 from tinyvllm.config import EngineConfig, ModelConfig
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.buckets import Bucket, make_buckets
@@ -29,6 +32,7 @@ from tinyvllm.scheduling.plan import StepPlan
 from tinyvllm.text.tokenizer import Tokenizer
 
 Report = Callable[[str, int, int], None]  # stage, done, total
+MAX_REPEATS = 12  # of a noisy case
 
 
 class Account(Protocol):
@@ -122,15 +126,18 @@ def measure_breakdown(
     chip: Chip,
     report: Report,
     memory: MemoryWatch | None = None,
+    until_s: float | None = None,
 ) -> Breakdown:
     """Measure all cases. The runner must be warm, and its pool must not be used otherwise meanwhile. `chip`: whose
-    roofline applies. `memory`: has measured the start, and measures the cases."""
+    roofline applies. `memory`: has measured the start, and measures the cases. `until_s`: by time.monotonic; before it
+    cases whose repeats differ too much are repeated again."""
     runner = inspector.runner
     driver = Driver(runner, tokenizer, seed=work.seed, prefix_caching=work.prefix_caching, params=work.params)
     memory = memory or MemoryWatch()
-    results, watch, progress = [], Watch(RARE_PROBES_S), _Progress(report, work)
-    for case in work.cases:
-        results.append(measure_case(driver, inspector, work, case, memory, progress))
+    watch, progress = Watch(RARE_PROBES_S), _Progress(report, work)
+    measured = [_MeasuredCase(driver, inspector, work, case, memory, progress) for case in work.cases]
+    repeat_in_turn(measured, work.num_repeats, until_s)
+    results = [one.finish() for one in measured]
     interpreter = watch.stop()
     faults: dict[tuple[str, str], Fault] = {}
     for result in results:
@@ -166,48 +173,110 @@ class _Progress:
 
     def advance(self) -> None:
         self._done += 1
+        self._total = max(self._total, self._done)  # noisy cases are repeated again
         self._report("measure", self._done, self._total)
 
 
-def measure_case(
-    driver: Driver, inspector: Inspector, work: BreakdownWork, case: Case, memory: MemoryWatch, progress: _Progress
-) -> CaseResult:
-    """Measure one case: counts and memory first, which also warms up; then instrumented and plain runs in turn; then
+class Repeated(Protocol):
+    """A case that can be repeated."""
+
+    @property
+    def is_noisy(self) -> bool: ...
+
+    @property
+    def repeat_s(self) -> float: ...
+
+    def repeat(self) -> None: ...
+
+
+def repeat_in_turn(cases: Sequence[Repeated], num_repeats: int, until_s: float | None) -> None:
+    """Repeat all cases, one after the other each time, so that a slow minute of the machine touches all alike; then
+    those that are noisy, as long as a repeat ends before `until_s` (time.monotonic), up to MAX_REPEATS."""
+    for _ in range(num_repeats):
+        for one in cases:
+            one.repeat()
+    if until_s is None:
+        return
+    for _ in range(MAX_REPEATS - num_repeats):
+        chosen = [one for one in cases if one.is_noisy]
+        for one in chosen:
+            if time.monotonic() + one.repeat_s > until_s:
+                return
+            one.repeat()
+        if not chosen:
+            return
+
+
+class _MeasuredCase:
+    """One case: counts and memory first, which also warms up; then instrumented and plain runs in turn; then
     kernels."""
-    memory.mark()
-    counts = count_steps(driver, inspector, case, memory)
-    progress.advance()
-    driver.run(case)
-    progress.advance()
-    rounds: list[Round] = []
-    plain: list[PlainRound] = []
-    for _ in range(work.num_repeats):
-        rounds.append(driver.run(case))
-        plain.append(driver.run_plain(case))
+
+    def __init__(
+        self,
+        driver: Driver,
+        inspector: Inspector,
+        work: BreakdownWork,
+        case: Case,
+        memory: MemoryWatch,
+        progress: _Progress,
+    ) -> None:
+        self._driver, self._inspector, self._work, self._case = driver, inspector, work, case
+        self._progress, self._watch = progress, ConditionsWatch()
+        self._rounds: list[Round] = []
+        self._plain: list[PlainRound] = []
+        memory.mark()
+        self._counts = count_steps(driver, inspector, case, memory)
         progress.advance()
-    num_prompt_tokens = round(statistics.fmean(request.num_prompt_tokens for request in rounds[0].requests))
-    profiles, costs = {}, {}
-    for phase, bucket in counts.buckets.items():
-        context = num_prompt_tokens + case.num_output // 2
-        vocab_size = inspector.runner.model_config.vocab_size
-        plan = plans_for(bucket, inspector.runner.capacity, context, work.params, vocab_size)[0]
-        profiles[phase] = inspector.profile(plan, repeats=work.num_profiled, warmup=1)
-        costs[phase] = inspector.cost(plan, profiles[phase].experts)
-    progress.advance()
-    shares = {phase: sampling_share(profile) for phase, profile in profiles.items()}
-    finished = {phase: _with_sampling(one, profiles[phase]) for phase, one in counts.highest.items()}
-    return CaseResult(
-        case=case,
-        num_prompt_tokens=num_prompt_tokens,
-        rounds=tuple(rounds),
-        plain=tuple(plain),
-        sampling_shares=shares,
-        counts=finished,
-        profiles=profiles,
-        costs=costs,
-        step_counts=tuple(counts.steps),
-        token_texts=driver.texts(rounds[-1].requests[0].token_ids),
-    )
+        driver.run(case)
+        progress.advance()
+
+    def repeat(self) -> None:
+        with self._watch:
+            self._rounds.append(self._driver.run(self._case))
+            self._plain.append(self._driver.run_plain(self._case))
+        self._progress.advance()
+
+    @property
+    def repeat_s(self) -> float:
+        """How long a repeat takes."""
+        return statistics.fmean(one.wall_s for one in self._rounds) + self._estimate.value
+
+    @property
+    def is_noisy(self) -> bool:
+        return is_noisy(self._estimate)
+
+    @property
+    def _estimate(self) -> Estimate:
+        """Seconds of a plain run."""
+        return Estimate.of_values([one.wall_s for one in self._plain])
+
+    def finish(self) -> CaseResult:
+        """Time the kernels of the largest step of each phase."""
+        inspector, case, counts, work = self._inspector, self._case, self._counts, self._work
+        num_prompt_tokens = round(statistics.fmean(one.num_prompt_tokens for one in self._rounds[0].requests))
+        profiles, costs = {}, {}
+        for phase, bucket in counts.buckets.items():
+            context = num_prompt_tokens + case.num_output // 2
+            vocab_size = inspector.runner.model_config.vocab_size
+            plan = plans_for(bucket, inspector.runner.capacity, context, work.params, vocab_size)[0]
+            profiles[phase] = inspector.profile(plan, repeats=work.num_profiled, warmup=1)
+            costs[phase] = inspector.cost(plan, profiles[phase].experts)
+        self._progress.advance()
+        shares = {phase: sampling_share(profile) for phase, profile in profiles.items()}
+        finished = {phase: _with_sampling(one, profiles[phase]) for phase, one in counts.highest.items()}
+        return CaseResult(
+            case=case,
+            num_prompt_tokens=num_prompt_tokens,
+            rounds=tuple(self._rounds),
+            plain=tuple(self._plain),
+            sampling_shares=shares,
+            counts=finished,
+            profiles=profiles,
+            costs=costs,
+            step_counts=tuple(counts.steps),
+            token_texts=self._driver.texts(self._rounds[-1].requests[0].token_ids),
+            trust=self._watch.trust(self._estimate),
+        )
 
 
 def sampling_share(profile: StepProfile) -> float:

@@ -34,6 +34,10 @@ class Forecast:
         """Each repeat is an instrumented and a plain round."""
         return (NUM_UNTIMED + 2 * num_repeats) * self.round_s[case] + self.profile_s[case]
 
+    def profiles_s(self, work: BreakdownWork) -> float:
+        """Of timing the steps of all cases kernel by kernel, which comes last."""
+        return sum(self.profile_s[case] for case in work.cases)
+
     def total_s(self, work: BreakdownWork) -> float:
         return sum(self.case_s(case, work.num_repeats) for case in work.cases)
 

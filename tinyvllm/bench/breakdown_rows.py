@@ -46,6 +46,7 @@ def _row(
         machine=breakdown.machine,
         tok_s=Spread.of(rates),
         step_ms=Spread.of(steps_ms),
+        trust=result.trust,
         bucket=None if cost is None else cost.bucket,
         kernels=None if counts is None else counts.kernels,
         nbytes=cost.nbytes if cost is not None and is_whole else None,

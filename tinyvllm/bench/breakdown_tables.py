@@ -11,13 +11,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, Breakdown, CaseResult, sum_stages, time_per_token
+from tinyvllm.bench.breakdown import MAX_RESIDUAL_SHARE, Breakdown, CaseResult, sum_stages
 from tinyvllm.bench.breakdown_rows import bench_rows
 from tinyvllm.bench.cold_start import ColdStart
 from tinyvllm.bench.memory import MemoryBlock
 from tinyvllm.bench.stages import DEVICE_STAGES
 from tinyvllm.bench.tables import MIB, format_number, latency_table, make_title
 from tinyvllm.bench.token_table import token_rows, token_table
+from tinyvllm.bench.trust import Trust
+from tinyvllm.profiling.digits import rounded
 from tinyvllm.profiling.expert_load import describe_loads
 from tinyvllm.profiling.kernels import tabulate
 from tinyvllm.profiling.request_stages import DECODE, PREFILL
@@ -62,7 +64,7 @@ def answer_lines(breakdown: Breakdown) -> list[Text]:
     device = ", ".join(f"{name} {_percent(share[name])}" for name in DEVICE_STAGES)
     main = breakdown.main
     first_s = statistics.median(request.token_s[0] for one in main.plain for request in one.requests)
-    token_s = statistics.median(time_per_token(request) for one in main.plain for request in one.requests)
+    token_s = main.token_s
     roofline = breakdown.roofline(DECODE)
     roof = "" if roofline is None else f", {roofline.utilization:.0%} of what {roofline.chip.name} allows"
     verdict = breakdown.verdicts[0]
@@ -72,9 +74,15 @@ def answer_lines(breakdown: Breakdown) -> list[Text]:
             f"one request of {main.num_prompt_tokens} + {main.case.num_output} tokens: the first after "
             f"{first_s * 1e3:,.0f} ms, then {token_s * 1e3:,.2f} ms a token ({1 / token_s:,.1f} tok/s){roof}"
         ),
-        Text(f"verdict: {verdict.name}: {verdict.because}", style="bold"),
+        Text(verdict.headline, style="bold"),
+        *trust_lines(main.trust),
         *[Text(f"fault: {fault.name}: {fault.text}", style="red") for fault in breakdown.faults],
     ]
+
+
+def trust_lines(trust: Trust | None) -> list[Text]:
+    """Why a figure has a grade below A; [] if it has an A."""
+    return [] if trust is None or not trust.why else [Text(f"trust {trust.grade}: {trust.why}")]
 
 
 def _percent(share: float) -> str:
@@ -197,11 +205,13 @@ def _verdict_lines(breakdown: Breakdown) -> list[Text]:
                     f"{phase} step: at least {roofline.nbytes / 1e6:,.1f} MB and {roofline.flops / 1e9:,.2f} GFLOP, "
                     f"floor {roofline.floor_s * 1e3:.3f} ms, took {roofline.seconds * 1e3:.3f} ms: "
                     f"{roofline.utilization:.0%} of the roof of {roofline.chip.name} "
-                    f"({roofline.chip.bandwidth_gbps:,.1f} GB/s, {roofline.chip.half_tflops:,.2f} TFLOP/s)"
+                    f"({rounded(roofline.chip.bandwidth_gbps)} GB/s, {rounded(roofline.chip.half_tflops)} TFLOP/s)"
                 )
             )
             lines += [Text(f"warning: {warning}", style="yellow") for warning in roofline.warnings()]
     for place, verdict in enumerate(breakdown.verdicts):
+        if verdict.is_withheld:
+            continue
         if place:
             lines.append(Text(f"also: {verdict.name}: {verdict.because}"))
         lines.append(Text(f"{'' if place else verdict.name + ', '}next: {verdict.next_step}"))

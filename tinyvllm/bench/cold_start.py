@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tinyvllm.bench.latency import prefill_plans
 from tinyvllm.bench.memory import MemoryWatch
+from tinyvllm.bench.trust import Trust
 from tinyvllm.config import Capacity, EngineConfig, SamplingParams
 from tinyvllm.execution.buckets import lengths_that_fill
 from tinyvllm.scheduling.block_manager import fixed_states, fixed_tables
@@ -67,6 +68,7 @@ class ColdStart:
     first_step_s: float = 0.0
     num_kept: int = 0  # steps found in the cache of earlier starts
     num_compiled: int = 0  # programs that were not in the cache
+    trust: Trust | None = None  # of total_s
 
     @property
     def first_token_s(self) -> float:
@@ -105,6 +107,7 @@ class ColdStart:
             "num_kept": self.num_kept,
             "num_compiled": self.num_compiled,
             "total_s": self.total_s,
+            "trust": None if self.trust is None else self.trust.as_json(),
             "buckets": [bucket.as_json() for bucket in self.buckets],
         }
 

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 
 from tinyvllm.bench.counts import limits_of_a_step
 from tinyvllm.bench.environment import describe_environment
+from tinyvllm.bench.estimate import Estimate
 from tinyvllm.bench.latency import Case, LatencyWork, make_requests, prefill_plans
 from tinyvllm.bench.subject import Subject
+from tinyvllm.bench.trust import ConditionsWatch
 from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner
 from tinyvllm.profiling import measure
 from tinyvllm.profiling.chips import Chip, guess_chip, measured_chip
-from tinyvllm.profiling.interpreter import RARE_PROBES_S, Watch
+from tinyvllm.profiling.interpreter import RARE_PROBES_S, Interpreter, Watch
 from tinyvllm.profiling.kernels import join_steps
 from tinyvllm.profiling.profile_report import ProfileReport
 from tinyvllm.profiling.roofline import Roofline, raise_roof
@@ -41,21 +43,15 @@ def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork
     Of a prompt that takes several steps, all are profiled and added up."""
     (case,), runner = work.cases, inspector.runner
     inspector.fill_pool(1 + work.num_blocks(case, runner.capacity.block_size), work.seed)
-    plans = _plans(runner, work, case)
-    turns, packs_s, watch = [], [], Watch(RARE_PROBES_S)
-    for number in range(work.num_warmup + work.num_repeats):
-        start = time.perf_counter()
-        with measure.span(measure.STEP, kind=case.phase):
-            outputs = [runner.execute(plan) for plan in plans]
-        if number >= work.num_warmup:
-            whole_s = time.perf_counter() - start
-            turns.append(Turn(whole_s=whole_s, device_s=sum(output.device_s for output in outputs)))
-            packs_s.append(sum(output.pack_s for output in outputs))
-    interpreter = watch.stop()
+    plans, conditions = _plans(runner, work, case), ConditionsWatch()
+    with conditions:
+        turned = _run_turns(runner, plans, work)
     counts = _counts(inspector, plans)
-    steps = [inspector.profile(plan, repeats=work.num_repeats, warmup=work.num_warmup) for plan in plans]
+    with conditions:
+        steps = [inspector.profile(plan, repeats=work.num_repeats, warmup=work.num_warmup) for plan in plans]
     costs = [inspector.cost(plan, step.experts) for plan, step in zip(plans, steps, strict=True)]
     profile, nbytes = join_steps(steps), sum(cost.nbytes for cost in costs)
+    trust = conditions.trust(Estimate.of_values(profile.steps_s))
     flops = sum(kernel.flops or 0 for kernel in profile.kernels)
     found = raise_roof(find_hardware(inspector, chip), profile.kernels)
     roofline = Roofline(found, nbytes, flops, profile.step_s)
@@ -66,10 +62,12 @@ def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork
             step_s=profile.step_s,
             roofline=roofline,
             context=context,
-            turns=turns,
+            turns=turned.turns,
             between_s=profile.between_s,
-            interpreter=interpreter,
+            interpreter=turned.interpreter,
             engine_thread=threading.current_thread().name,
+            profiled_s=profile.timed_inside_s,
+            doubt=trust.doubt,
         )
     )
     return ProfileReport(
@@ -82,9 +80,9 @@ def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork
         profile=profile,
         roofline=roofline,
         findings=tuple(findings),
-        turn_s=statistics.median(turn.whole_s for turn in turns),
-        host_s=statistics.median(turn.host_s for turn in turns),
-        pack_s=statistics.median(packs_s),
+        turn_s=statistics.median(turn.whole_s for turn in turned.turns),
+        host_s=statistics.median(turn.host_s for turn in turned.turns),
+        pack_s=statistics.median(turned.packs_s),
         moved_bytes=sum(cost.moved_bytes for cost in costs),
         num_repeats=work.num_repeats,
         counts=counts,
@@ -92,8 +90,31 @@ def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork
             counts["kernels"], num_layers=runner.model_config.num_layers, num_cores=inspector.num_cores
         ),
         program_limits=_program_limits(inspector),
+        trust=trust.as_json(),
         environment=describe_environment(work.seed),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turns:
+    """Steps with the host's work, the seconds of packing in each, and who held the interpreter lock meanwhile."""
+
+    turns: list[Turn]
+    packs_s: list[float]
+    interpreter: Interpreter
+
+
+def _run_turns(runner: ModelRunner, plans: Sequence[StepPlan], work: LatencyWork) -> _Turns:
+    turns, packs_s, watch = [], [], Watch(RARE_PROBES_S)
+    for number in range(work.num_warmup + work.num_repeats):
+        start = time.perf_counter()
+        with measure.span(measure.STEP, kind=work.cases[0].phase):
+            outputs = [runner.execute(plan) for plan in plans]
+        if number >= work.num_warmup:
+            whole_s = time.perf_counter() - start
+            turns.append(Turn(whole_s=whole_s, device_s=sum(output.device_s for output in outputs)))
+            packs_s.append(sum(output.pack_s for output in outputs))
+    return _Turns(turns, packs_s, watch.stop())
 
 
 def greedy_tokens(runner: ModelRunner, num_tokens: int, seed: int) -> list[int]:

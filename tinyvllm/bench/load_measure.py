@@ -14,6 +14,7 @@ from tinyvllm.bench.load_client import CONNECT_TIMEOUT_S, make_ssl_context, spli
 from tinyvllm.bench.load_processes import LoadProcesses, choose_num_processes, split_load
 from tinyvllm.bench.load_rows import summarize
 from tinyvllm.bench.load_stream import describe_error
+from tinyvllm.bench.trust import ConditionsWatch
 from tinyvllm.errors import TinyvllmError
 
 Report = Callable[[str, int, int], None]  # stage, done, total
@@ -88,8 +89,9 @@ def measure_load(
                 numbers = [next(number) for _ in range(work.num_warmup)]
                 processes.run(split_load(warm, numbers, count, work.seed))
             jobs = split_load(load, [next(number) for _ in range(work.num_requests)], count, work.seed)
-            shares = processes.run(jobs, _report_level(report, load, work.num_requests))
-            rows.append(summarize(target, work, load, shares))
+            with ConditionsWatch() as watch:
+                shares = processes.run(jobs, _report_level(report, load, work.num_requests))
+            rows.append(summarize(target, work, load, shares, watch))
     return rows
 
 

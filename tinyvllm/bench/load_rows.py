@@ -16,14 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from tinyvllm.bench.estimate import Estimate
 from tinyvllm.bench.load import Load, LoadWork, Target
 from tinyvllm.bench.load_answers import Answer, Share
 from tinyvllm.bench.spread import Spread
+from tinyvllm.bench.trust import ConditionsWatch, Trust
 from tinyvllm.errors import TinyvllmError
 
 
-def summarize(target: Target, work: LoadWork, load: Load, shares: Sequence[Share]) -> dict[str, Any]:
-    """The row of one level, which each share's process sent a part of. Raises TinyvllmError if no request succeeded."""
+def summarize(
+    target: Target, work: LoadWork, load: Load, shares: Sequence[Share], watch: ConditionsWatch | None = None
+) -> dict[str, Any]:
+    """The row of one level, which each share's process sent a part of. `watch`: has watched the machine meanwhile.
+
+    Raises TinyvllmError if no request succeeded."""
     answers = [answer for share in shares for answer in share.answers]
     good = [answer for answer in answers if answer.error is None]
     errors = Counter(answer.error for answer in answers if answer.error is not None)
@@ -57,7 +63,15 @@ def summarize(target: Target, work: LoadWork, load: Load, shares: Sequence[Share
         "server_ms": _server_parts(good),
         **_stream_figures(good, duration_s),
         **_generator_figures(shares, duration_s),
+        "trust": None if watch is None else _trust(watch, good).as_json(),
     }
+
+
+def _trust(watch: ConditionsWatch, good: Sequence[Answer]) -> Trust:
+    """Of the time per token, or of the whole time if answers have one token. The server is another process, so what
+    others do on this machine is no fault."""
+    values = [answer.tpot_ms for answer in good if answer.tpot_ms is not None] or [answer.e2e_ms for answer in good]
+    return watch.trust(Estimate.of_values(values), counts_others=False)
 
 
 def _server_parts(good: Sequence[Answer]) -> dict[str, Any] | None:

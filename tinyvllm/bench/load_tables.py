@@ -31,6 +31,11 @@ def load_table(rows: Sequence[dict[str, Any]]) -> RenderableType:
     notes = [Text(f"failed: {line}", style="red") for line in failed]
     notes += [Text(parts) for row in rows if (parts := describe_server(row))]
     notes += [Text(warning, style="yellow") for row in rows if (warning := warn_of_generator(row))]
+    notes += [
+        Text(f"{row_name(row)}: trust {trust['grade']}: {trust['why']}", style="dim")
+        for row in rows
+        if (trust := row.get("trust")) and trust["why"]
+    ]
     return Group(Text(title, style="bold"), table, *notes)
 
 

@@ -45,6 +45,11 @@ class Trust:
     stolen_share: float | None
     throttled_share: float | None
 
+    @property
+    def doubt(self) -> str:
+        """Why nothing should be concluded from the figure; empty if something may."""
+        return f"the grade of trust is {self.grade}: {self.why}" if self.grade == GRADES[-1] else ""
+
     def as_json(self) -> dict[str, Any]:
         return {name: round(value, 4) if isinstance(value, float) else value for name, value in vars(self).items()}
 
@@ -105,11 +110,13 @@ class ConditionsWatch:
             known = None not in (before, after, so_far)
             setattr(spent, name, so_far + after - before if known else None)
 
-    def trust(self, estimate: Estimate) -> Trust:
-        """The trust in a figure that was measured in these intervals."""
+    def trust(self, estimate: Estimate, *, counts_others: bool = True) -> Trust:
+        """The trust in a figure that was measured in these intervals. counts_others: whether the work of other
+        processes disturbs it; not if it is the figure of another process."""
         spent = self._spent
         capacity_s = spent.wall_s * self._cores
-        others = None if spent.busy_s is None else max(0.0, spent.busy_s - spent.own_s)
+        is_known = counts_others and spent.busy_s is not None
+        others = max(0.0, (spent.busy_s or 0.0) - spent.own_s) if is_known else None
         return grade(
             estimate,
             others_share=_share(others, capacity_s),

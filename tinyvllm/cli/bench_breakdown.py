@@ -303,10 +303,11 @@ def _measure(
             roof = find_hardware(inspector, chip)
             machine = found.describe(loaded, roof.bandwidth_gbps, work.seed)
             expected = forecast(work, cold_start, loaded.buckets, totals)
-            left_s = BUDGET_S - RESERVE_S - (time.monotonic() - clock.start_s)
-            fitted = fit(work, expected, left_s) if fits else work
+            end_s = clock.start_s + BUDGET_S - RESERVE_S
+            fitted = fit(work, expected, end_s - time.monotonic()) if fits else work
             err.print(describe_plan(fitted, expected, work), highlight=False)
-            return measure_breakdown(inspector, tokenizer, machine, fitted, cold_start, roof, report, memory)
+            until_s = end_s - expected.profiles_s(fitted) if fits else None
+            return measure_breakdown(inspector, tokenizer, machine, fitted, cold_start, roof, report, memory, until_s)
         finally:
             loaded.close()
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from rich.console import Group
+
 from tinyvllm.cli.bench_flags import SubjectFlags, print_table
 from tinyvllm.cli.flags import EngineFlags
 from tinyvllm.cli.terminal import progress_bars
@@ -18,12 +22,15 @@ def cold_start(*, subject: SubjectFlags, engine: EngineFlags) -> None:
     engine.apply()
     import_s = import_engine()
 
-    from tinyvllm.bench.breakdown_tables import cold_start_table
+    from tinyvllm.bench.breakdown_tables import cold_start_table, trust_lines
     from tinyvllm.bench.cold_start import start_engine
+    from tinyvllm.bench.estimate import Estimate
+    from tinyvllm.bench.trust import ConditionsWatch
 
-    found = subject.find(pull=engine.pull)
-    with progress_bars() as report:
+    found, watch = subject.find(pull=engine.pull), ConditionsWatch()
+    with progress_bars() as report, watch:
         runner, start = start_engine(found, engine.make_config(found.name), report, process_s, import_s, num_calls=0)
-        runner.close()
-    print_table(cold_start_table(start))
+        runner.close()  # ends the compiling processes, whose time is then known to be this one's
+    start = dataclasses.replace(start, trust=watch.trust(Estimate(start.total_s)))
+    print_table(Group(cold_start_table(start), *trust_lines(start.trust)))
     subject.write_json(start.as_json())

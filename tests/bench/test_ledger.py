@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from tinyvllm.bench.ledger import FLOOR, GAPS, HOST, TRAFFIC, check, ledger_table, make_ledger, promises_table
 from tinyvllm.errors import TinyvllmError
@@ -90,12 +90,26 @@ def test_a_later_profile_says_how_much_of_each_loss_is_gone() -> None:
         check(before, make_ledger(make_profile(batch=1)))
 
 
+def shown(*tables: RenderableType) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in tables:
+        console.print(table)
+    return console.export_text()
+
+
 def test_the_tables_name_what_to_optimize_first() -> None:
-    console = Console(width=110, record=True, file=io.StringIO())
     before = make_ledger(make_profile())
-    console.print(ledger_table(before))
-    console.print(promises_table(before, before, check(before, before)))
-    text = console.export_text()
+    text = shown(ledger_table(before), promises_table(before, before, check(before, before)))
     assert "1. head: 3.000 ms; it reaches 50% of the roof, 1,500.0 us lost in each of 2" in text
     assert "2. between kernels: 2.000 ms; launching" in text and "363.6 now" in text
     assert "363.6 tok/s before, 363.6 after (+0.0%)" in text
+
+
+def test_a_profile_without_a_verdict_is_doubted() -> None:
+    because = "the step as served 39.000 ms, with its kernels timed 67.800 ms (+74%)"
+    doubted = make_ledger(make_profile(verdict=[{"name": "no verdict", "because": because}]))
+    sure = make_ledger(make_profile(verdict=[{"name": "host-bound", "because": "it is"}]))
+    assert doubted.as_json()["doubt"] == because and not sure.doubt
+    for table in (ledger_table(doubted), promises_table(sure, doubted, check(sure, doubted))):
+        assert because in shown(table)
+    assert "WARNING" not in shown(ledger_table(sure))

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from tinyvllm.bench.runs import PROFILE, kind_of
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.profiling.verdict import NO_VERDICT
 
 FLOOR, TRAFFIC, GAPS, HOST = "floor", "bytes beyond the floor", "between kernels", "host"
 REMEDIES = {
@@ -45,6 +46,7 @@ class Ledger:
     batch: int
     step_s: float
     entries: tuple[Entry, ...]
+    doubt: str = ""  # why the profile had no verdict; empty if it had one
 
     @property
     def tok_s(self) -> float:
@@ -65,6 +67,7 @@ class Ledger:
             "step_s": self.step_s,
             "tok_s": self.tok_s,
             "entries": entries,
+            "doubt": self.doubt,
         }
 
 
@@ -98,6 +101,7 @@ def make_ledger(profile: Any) -> Ledger:
             Entry(FLOOR, floor_s, False, batch / floor_s),
             *(_with_rate(entry, batch / (turn_s - entry.seconds)) for entry in losses),
         ),
+        doubt=next((one["because"] for one in profile.get("verdict", ()) if one["name"] == NO_VERDICT), ""),
     )
 
 
@@ -158,7 +162,12 @@ def ledger_table(ledger: Ledger) -> RenderableType:
         "a step", f"{ledger.step_s * 1e3:,.3f}", "100.0%", "", "", f"{ledger.tok_s:,.1f} now", "", style="bold"
     )
     lines = [Text(f"{place}. {advice(entry)}") for place, entry in enumerate(ledger.losses[:NUM_NAMED], 1)]
-    return Group(Text(ledger.subject, style="bold"), table, Text("optimize first:"), *lines)
+    doubts = [_doubt_text(ledger)] if ledger.doubt else []
+    return Group(Text(ledger.subject, style="bold"), table, *doubts, Text("optimize first:"), *lines)
+
+
+def _doubt_text(ledger: Ledger) -> Text:
+    return Text(f"WARNING: the figures of this profile disagree, so its losses may be others: {ledger.doubt}", "yellow")
 
 
 def advice(entry: Entry) -> str:
@@ -180,4 +189,5 @@ def promises_table(before: Ledger, after: Ledger, promises: Sequence[Promise]) -
         values = (f"{one.before_s * 1e3:,.3f}", f"{one.after_s * 1e3:,.3f}", f"{one.share:+.0%}")
         table.add_row(one.name, *values, f"{one.promised_tok_s:,.1f}")
     rate = f"{before.tok_s:,.1f} tok/s before, {after.tok_s:,.1f} after ({after.tok_s / before.tok_s - 1:+.1%})"
-    return Group(Text(after.subject, style="bold"), table, Text(rate))
+    doubts = [_doubt_text(ledger) for ledger in (before, after) if ledger.doubt]
+    return Group(Text(after.subject, style="bold"), table, *doubts, Text(rate))

@@ -52,7 +52,9 @@ def test_a_long_text_has_the_same_tokens_wherever_it_is_encoded(files: ModelFile
 def test_a_text_that_takes_too_much_memory_or_time_is_refused_and_the_next_is_not(files: ModelFiles) -> None:
     size = len(TEXT.encode())
     texts = LongTexts(files, base_bytes=2**20 - BYTES_PER_BYTE * size)
-    with pytest.raises(RequestError, match=f"^messages has {size} bytes of text, which take too much memory") as caught:
+    with pytest.raises(
+        RequestError, match=f"^messages has {size} bytes of text, which takes too much memory"
+    ) as caught:
         texts.encode(TEXT, parse_special=True, param="messages")
     assert caught.value.param == "messages" and texts._process is None
     texts._base_bytes = long_texts.BASE_BYTES
@@ -119,7 +121,7 @@ def test_where_memory_is_limited_a_text_is_refused_and_the_process_lives(files: 
     command = [sys.executable, "-c", LIMITED, str(files.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ), timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("refused: prompt has 4194300 bytes of text, which take too much memory"), done.stdout
+    assert done.stdout.startswith("refused: prompt has 4194300 bytes of text, which takes too much memory"), done.stdout
     assert done.stdout.endswith("\n10\n")
 
 

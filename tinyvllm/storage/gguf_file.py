@@ -97,7 +97,7 @@ def _map(path: Path) -> np.ndarray:
 
 
 def _alignment(values: Values) -> int:
-    """Bytes that the data section, and each tensor in it, begin at a multiple of."""
+    """The data section and each tensor in it begin at a multiple of this many bytes."""
     alignment = values.integer("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if alignment & (alignment - 1):
         values.refuse("general.alignment", "a power of two")
@@ -121,15 +121,15 @@ def _locate(info: TensorInfo, path: Path, data: np.ndarray, start: int) -> GGUFT
 
 
 def _require_apart(path: Path, infos: Sequence[TensorInfo], tensors: dict[str, GGUFTensor], alignment: int) -> None:
-    """Raise ModelError for a tensor that begins inside another one, or where none may. llama.cpp even requires each to
-    begin at the next place after the one before it."""
+    """Raise ModelError for a tensor that begins inside another one, or is not aligned. llama.cpp even requires each to
+    begin at the next possible offset after the one before it."""
     end, before = 0, ""
     for info in sorted(infos, key=lambda info: info.offset):
         name = printable(info.name)
         if info.offset < end:
             raise ModelError(
                 f"{path}: tensor {name} begins at offset {info.offset}, inside tensor {before}: the file is damaged, "
-                "or its writer was"
+                "or written wrongly"
             )
         if info.offset % alignment:
             raise ModelError(f"{path}: tensor {name} begins at offset {info.offset}, not a multiple of {alignment}")

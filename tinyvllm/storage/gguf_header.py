@@ -1,8 +1,8 @@
 """Read the header of a GGUF file: metadata as Python values, and where each tensor is.
 
-Our own reader, because the gguf package's makes NumPy views of every string: 2.0 s for a vocabulary of 49k tokens and
-its merges, where this takes 0.07 s. Names, type numbers and block sizes are that package's. Counts and lengths are
-bounded before anything is allocated: a header never takes more memory than a small multiple of its own size.
+Our own reader, because the gguf package makes NumPy views of every string: it takes 2.0 s for a vocabulary of 49k
+tokens and its merges, this one 0.07 s. Names, type numbers and block sizes come from that package. Counts and lengths
+are checked before anything is allocated: a header never takes more memory than a small multiple of its own size.
 Format: https://github.com/ggml-org/ggml/blob/9d325133eed396b7bf005a53a83d9747cbd8bde1/docs/gguf.md
 What is refused here is refused by llama.cpp too, except where a limit says otherwise:
 https://github.com/ggml-org/llama.cpp/blob/067d44f6c48459f7a82dbafc6fbd0bae97755a4e/ggml/src/gguf.cpp
@@ -121,7 +121,7 @@ class Cursor:
         found: dict[str, Any] = {}
         for key, type_number in self.keys(num_keys):
             if key in found:
-                raise ModelError(f"{self.path} has the key {shortened(key)} twice: it is damaged, or its writer was")
+                raise ModelError(f"{self.path} has the key {shortened(key)} twice: it is damaged, or written wrongly")
             found[key] = self.value(key, type_number)
         return found
 
@@ -150,7 +150,7 @@ class Cursor:
         return self._scalars(key, type_number, count)
 
     def _strings(self, count: int) -> list[str]:
-        """As `count` calls of `string`, which would take most of the time that a header takes."""
+        """The same as `count` calls of `string`, which would take most of a header's time."""
         found, data, end, read = [], self.bytes, self.offset, U64.unpack_from
         for _ in range(count):
             begin = end + U64.size
@@ -179,7 +179,7 @@ class Cursor:
             info = self._tensor_info()
             if info.name in found:
                 raise ModelError(
-                    f"{self.path} has tensor {printable(info.name)} twice: it is damaged, or its writer was"
+                    f"{self.path} has tensor {printable(info.name)} twice: it is damaged, or written wrongly"
                 )
             found[info.name] = info
         return list(found.values())
@@ -198,5 +198,5 @@ class Cursor:
 
 
 def printable(name: str) -> str:
-    """A tensor's name in a message: as it is, unless it has other characters than names have, or too many."""
+    """A tensor's name in a message: unchanged, unless it is too long or has unusual characters."""
     return name if name.isprintable() and name and len(name) < 200 else shortened(name)

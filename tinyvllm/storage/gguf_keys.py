@@ -1,5 +1,4 @@
-"""GGUF's keys: a model's configuration under them, for files that are written and models that are described, and the
-ids of tokens."""
+"""GGUF's keys: a model's configuration under these keys, for writing files and describing models, and token ids."""
 
 from __future__ import annotations
 

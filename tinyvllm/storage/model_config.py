@@ -59,7 +59,7 @@ def read_generation_defaults(files: ModelFiles) -> GenerationDefaults:
     text = text_values(config)
     vocab_size = text.optional_integer("vocab_size", at_most=MAX_SIZE)
     for place in (values, config, text):
-        place.token_ids("bos_token_id", vocab_size)  # unused: the tokenizer's is; but not a lie
+        place.token_ids("bos_token_id", vocab_size)  # unused, since the tokenizer's counts, but checked
     eos_ids = values.token_ids("eos_token_id", vocab_size)
     eos_ids += config.token_ids("eos_token_id", vocab_size) or text.token_ids("eos_token_id", vocab_size)
     return _generation_defaults(values, "", "temperature", "repetition_penalty", eos_ids)

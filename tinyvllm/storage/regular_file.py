@@ -34,7 +34,7 @@ def is_regular(path: Path) -> bool:
 
 
 def is_present(path: Path) -> bool:
-    """Whether there is anything at `path`, also a broken link, which readers then refuse. Never raises."""
+    """Whether there is anything at `path`, even a broken link, which readers then refuse. Never raises."""
     try:
         os.lstat(path)
     except (OSError, ValueError):
@@ -68,8 +68,8 @@ def check_inside(directory: Path, path: Path) -> None:
         homes.append(home.parent.parent / BLOBS)
     if not any(target.is_relative_to(allowed) for allowed in homes):
         raise ModelError(
-            f"{path} is a link to {target}, which is outside of the model's directory: copy the file there, or give "
-            "the directory that it is in"
+            f"{path} is a link to {target}, which is outside the model's directory: copy the file into it, or give "
+            "the directory that the file is in"
         )
 
 
@@ -90,8 +90,8 @@ def file_status(path: Path) -> os.stat_result:
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading. Never blocks. Raises ModelError for anything else.
 
-    It is checked before it is opened, because opening a device may do something, and once more afterwards, because
-    another file may be there by then.
+    The file is checked before it is opened, because opening a device may have effects, and again afterwards, because
+    it may have been replaced.
     """
     file_status(path)
     try:
@@ -108,8 +108,8 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, at_most: int) -> bytes:
-    """All bytes of a regular file. Raises ModelError for anything else, and for more than `at_most` bytes, of which
-    none are read."""
+    """All bytes of a regular file. Raises ModelError for anything else, and, without reading, for a file of more than
+    `at_most` bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > at_most:
@@ -124,7 +124,7 @@ def read_regular(path: Path, at_most: int) -> bytes:
 
 
 def entries_of(directory: Path) -> list[Path]:
-    """All that a directory has, sorted. Raises ModelError if it cannot be read."""
+    """The entries of a directory, sorted. Raises ModelError if it cannot be read."""
     try:
         return sorted(directory.iterdir())
     except OSError as error:

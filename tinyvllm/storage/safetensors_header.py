@@ -93,7 +93,7 @@ def _entry(path: Path, name: str, value: Any, first: int) -> Entry:
 
 
 def _check_layout(path: Path, entries: list[tuple[str, Entry]], first: int, file_bytes: int) -> None:
-    """Tensors must lie one after another: none shares bytes with another, and no byte belongs to none."""
+    """Tensors must lie one after another, without sharing bytes and without gaps."""
     end, before = first, "the header"
     for name, entry in entries:
         if entry.begin != end:

@@ -1,14 +1,14 @@
-"""The one reader of JSON in a model's files: what it returns is bounded, and safe to print, compare and encode.
+"""The only reader of JSON in a model's files: what it returns is bounded, and safe to print, compare and encode.
 
-What real files decided:
+Its rules follow what real files contain:
 
 - `NaN` and `Infinity` are read, though JSON has no such numbers: config.json of Mamba 2 and its kind has a
   `time_step_limit` of `[0.0, Infinity]`. `Values` refuses them where a number is used.
-- `1e400` is refused: Python reads it as infinity, and nobody means that.
+- `1e400` is refused: Python reads it as infinity, which nobody means by it.
 - Integers may be beyond 64 bits: most tokenizer_config.json have a `model_max_length` of int(1e30). `Values` bounds
   them where they are used, and Python refuses those of more than 4300 digits.
-- A key that an object states twice is read if both values are equal. Otherwise it is refused: readers disagree which
-  one counts, and a file that one tool checks must not mean something else to another.
+- A key that an object has twice is accepted if both values are equal. Otherwise it is refused: readers disagree on
+  which one counts, and a file must not mean one thing to the tool that checks it and another to the tool that loads it.
 - Half a surrogate pair (`"\\ud800"`) is refused: such a text cannot be encoded, printed or hashed.
 """
 

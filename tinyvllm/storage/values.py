@@ -232,7 +232,7 @@ def _is_flag(value: Any) -> bool:
 
 
 def _whole_number(at_least: int, at_most: int, value: Any) -> str:
-    """What is expected in place of `value`. The upper limit is left out where it was not missed."""
+    """What is expected in place of `value`. The upper limit is only mentioned if `value` exceeds it."""
     missed = _is_number(value) and value > at_most
     return f"a whole number of at least {at_least}" + (f" and at most {at_most}" if missed else "")
 
@@ -242,7 +242,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _at_most(value: Any, limit: float) -> str:
-    """The upper limit, left out where it was not missed."""
+    """The upper limit, if `value` exceeds it; otherwise empty."""
     return f", and at most {limit:g}" if _is_number(value) and value > limit else ""
 
 

@@ -29,7 +29,7 @@ from tinyvllm.text.tokenizers_library import failures_as
 logger = logging.getLogger(__name__)
 
 PREFIX = "tokenizer.ggml."
-IN_MEMORY = Path("the GGUF metadata")  # what messages call metadata that were not read from a file
+IN_MEMORY = Path("the GGUF metadata")  # the name in messages of metadata that was not read from a file
 MODELS = ("gpt2", "llama", "gemma4")  # values of tokenizer.ggml.model
 DAMAGED = "\ufffd"  # what readers put in place of bytes that are no UTF-8
 MAX_PIECE = 1024  # characters of a scored piece, of which every cut is tried; SentencePiece's own limit is 16
@@ -92,7 +92,7 @@ def read_gguf_tokenizer(
     metadata: Mapping[str, Any], source: Path = IN_MEMORY, num_rows: int | None = None
 ) -> TokenizerSpec:
     """Build a tokenizer. `source`: the file, for messages. `num_rows`: of the embedding, which has one for each token.
-    Raises UnsupportedModelError for an unknown kind, ModelError for metadata that are missing or make no sense."""
+    Raises UnsupportedModelError for an unknown kind, ModelError for metadata that is missing or makes no sense."""
     num_tokens = len(Values(source, metadata, PREFIX).texts("tokens"))
     if num_rows is not None and num_tokens > num_rows:
         raise ModelError(
@@ -176,7 +176,7 @@ def read_vocabulary(metadata: Mapping[str, Any], source: Path = IN_MEMORY, *, ma
 
 
 def read_types(values: Values, num_tokens: int) -> list[int]:
-    """A type for each token. Numbers that are no TokenType mean a normal token, as in llama.cpp."""
+    """A type for each token. A number that is not a TokenType means a normal token, as in llama.cpp."""
     types = values.get("token_type")
     if types is None or types == []:
         return [int(TokenType.NORMAL)] * num_tokens

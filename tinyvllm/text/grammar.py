@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tinyvllm.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 1000
-_MAX_FORCED_BYTES = 1024  # of a forced text that are encoded for one mask: 1 ms
+_MAX_FORCED_BYTES = 1024  # bytes of a forced text to encode for one mask: 1 ms
 _MAX_TOKEN_BYTES = 1024  # llguidance panics at longer ones
 _LOCATE_TRIES = 200  # subschemas that are compiled separately to find the faulty one
 

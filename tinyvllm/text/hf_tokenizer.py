@@ -24,7 +24,7 @@ from tinyvllm.text.tokenizers_library import failures_as
 logger = logging.getLogger(__name__)
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-PROBE = " é\N{GRINNING FACE}a1\n"  # an added token that normalizing leaves nothing of makes the library panic
+PROBE = " é\N{GRINNING FACE}a1\n"  # the library panics at an added token of which normalizing leaves nothing
 SETTINGS = "tokenizer_config.json"
 
 
@@ -42,8 +42,8 @@ def read_hf_tokenizer(directory: Path) -> TokenizerSpec:
 
 
 def read_backend(backend: tokenizers.Tokenizer, directory: Path, path: Path) -> TokenizerSpec:
-    """The tokenizer of tokenizer.json (`path`) with the settings in other files. Raises ModelError, and what the
-    library raises."""
+    """The tokenizer of tokenizer.json (`path`) with the settings in other files. Raises ModelError, and the library's
+    errors."""
     check_vocabulary(backend, path)
     with contextlib.suppress(Exception):  # a vocabulary may lack characters; but a panic would meet every such text
         backend.encode(PROBE)

@@ -40,15 +40,15 @@ def main() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End soon after the parent, even in the middle of a text. Not by Linux's signal for that, which would come at the
-    end of the thread that started this process."""
+    """End soon after the parent, even in the middle of a text. Linux's signal for this is not used, because it is sent
+    when the thread that started this process ends."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """Limit the address space to what it is now and `num_bytes` more, where the system can do that."""
+    """Limit the address space to its current size plus `num_bytes`, on systems that can."""
     try:
         import resource
 

@@ -1,9 +1,8 @@
-"""Encode long texts in a process of their own, where they cost nobody else time or memory.
+"""Encode long texts in a separate process, where they take no time or memory from other requests.
 
-A text of 16 MiB takes seconds and hundreds of megabytes, and where memory is limited, the tokenizers library ends the
-process in which it runs out. So a server hands texts above LONG_CHARS to this process: it starts with the first of
-them, has a low priority and a limit on its memory, and ends when it has had nothing to do for a while, which gives back
-all that it took.
+A text of 16 MiB takes seconds and hundreds of megabytes, and if memory runs out, the tokenizers library aborts its
+process. So a server hands texts above LONG_CHARS to a process that starts with the first such text, has a low priority
+and a memory limit, and ends after some idle time, which gives back its memory.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from typing import IO
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import RequestError
 
-LONG_CHARS = 256 * 2**10  # shorter texts take less than 0.3 s and 30 MB where they are
+LONG_CHARS = 256 * 2**10  # shorter texts take less than 0.3 s and 30 MB in the server's own process
 ENCODE_S = 60.0  # for one text; 16 MiB take 5 to 20 s
 IDLE_S = 30.0
 BASE_BYTES = 512 * 2**20  # of address space, beyond what the tokenizer takes
 BYTES_PER_BYTE = 128  # of address space for each byte of text; encoding takes 30 to 60
-KEPT_TEXT_BYTES = 2 * 2**20  # a process that has encoded a longer text ends, because it keeps what it took
+KEPT_TEXT_BYTES = 2 * 2**20  # after a longer text the process ends, because it would keep the memory
 _PIECE_IDS = 2**16  # that are made Python's at a time, so that other threads get the interpreter in between
 
 HEAD = struct.Struct("<QB")  # of a request: the text's bytes, and whether special tokens are parsed
@@ -76,7 +75,7 @@ class LongTexts:
 
     def _refusal(self, data: bytes, what: str, param: str) -> RequestError:
         return RequestError(
-            f"{param} has {len(data)} bytes of text, which take too much {what} to encode: send less", param=param
+            f"{param} has {len(data)} bytes of text, which takes too much {what} to encode: send less", param=param
         )
 
     def _ask(self, data: bytes, parse_special: bool) -> list[int]:
@@ -121,7 +120,7 @@ class LongTexts:
             raise _EndedError from error
 
     def close(self) -> None:
-        """End the process, for good. A text that it is encoding is refused; nobody waits for it."""
+        """End the process for good. A text that it is encoding is refused. Does not wait for the process."""
         self._is_closed = True
         process = self._process
         if process is not None:

@@ -24,7 +24,7 @@ UNBOUNDED = 1 << 30
 
 @dataclass
 class _Group:
-    """What was read of a group: of the current alternative, and the most of all of them."""
+    """What was read of a group so far: of the current alternative, and the maximum over all alternatives."""
 
     loops: int = 0
     most_loops: int = 0
@@ -36,7 +36,7 @@ class _RiskError(Exception):
 
 
 def find_risk(pattern: str) -> str:
-    """What the pattern does that may take long, as the end of a sentence; "" if nothing."""
+    """What in the pattern may take long, as the end of a sentence; "" if nothing."""
     if SPECIAL.search(pattern):
         return "refers to itself"
     try:

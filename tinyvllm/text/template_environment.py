@@ -1,4 +1,4 @@
-"""Jinja's sandbox for chat templates, with limits (template_limits.py) and the functions and tags that they expect.
+"""Jinja's sandbox for chat templates, with limits (template_limits.py), and the functions and tags that they expect.
 
 The compiled template counts its iterations and calls, and has whatever it makes checked. A usual rendering takes a few
 percent longer for it.

@@ -1,8 +1,8 @@
-"""What rendering a chat template may take: time, steps, and characters.
+"""Limits on rendering a chat template: time, steps, and characters.
 
-A thread cannot be ended from outside, so the compiled template itself asks (template_environment.py): `tick` at each
-iteration and each call, and the other methods wherever an expression makes a value. Whatever could make a large value
-in one operation is checked before it runs.
+A thread cannot be ended from outside, so the compiled template checks the limits itself (template_environment.py): it
+calls `tick` at each iteration and each call, and the other methods wherever an expression makes a value. Operations
+that could make a large value at once are checked before they run.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class TemplateLimitError(Exception):
 
 
 class Budget:
-    """What one rendering may still take. Every method raises TemplateLimitError when it is spent."""
+    """The remaining budget of one rendering. Every method raises TemplateLimitError when it is exceeded."""
 
     def __init__(self, inputs: Iterable[object] = ()) -> None:
-        """inputs: messages and tools, which are weighed once."""
+        """inputs: messages and tools, whose size is counted only once."""
         self._end_s = time.thread_time() + MAX_RENDER_S
         self._left = MAX_MADE_CHARS
         self._inputs = {id(one): -1 for one in inputs}  # weights by id, once they are known
@@ -65,7 +65,8 @@ class Budget:
             raise TemplateLimitError(f"makes more than {limit} characters{' in all' if self._left < 0 else ''}")
 
     def note(self, value: Any) -> Any:
-        """The value, which has just been made from noted ones, by an operation that was checked or makes no more."""
+        """Count a value that was just made from counted ones, by an operation that was checked or makes nothing larger.
+        Returns the value."""
         if type(value) is str:
             self._left -= len(value)
             if self._left < 0:

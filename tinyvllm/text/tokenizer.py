@@ -22,7 +22,7 @@ from tinyvllm.text.tokenizers_library import failures_as
 # One text at a time is encoded on its caller's thread; a pool of threads, one for each core, would only stand by.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-_QUICK_CHARS = 1000  # take less time to encode than to give the interpreter lock away and get it back
+_QUICK_CHARS = 1000  # encoding these takes less time than releasing the interpreter lock and getting it back
 _SHRINKING = 4  # how much shorter a normalizer that composes or drops characters makes a text, at the most
 _MARGIN_CHARS = 4096  # of a text that is cut before it is encoded: farther than a cut changes what is encoded before it
 
@@ -66,7 +66,7 @@ class Tokenizer:
         self._long_texts: LongTexts | None = None
 
     def encode_long_texts_elsewhere(self) -> None:
-        """From now on, encode texts above LONG_CHARS in another process, if the tokenizer was read from files."""
+        """Encode texts above LONG_CHARS in another process from now on, if the tokenizer was read from files."""
         if self._files is not None and self._long_texts is None:
             self._long_texts = LongTexts(self._files)
 
@@ -104,11 +104,11 @@ class Tokenizer:
         return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def least_tokens(self, text: str) -> int:
-        """A number of tokens that the text certainly has, from its length alone: it may have many more."""
+        """A lower bound of the text's tokens, from its length alone."""
         return 0 if self._longest_chars is None else len(text) // self._longest_chars
 
     def most_chars(self, num_tokens: int) -> int:
-        """The most characters of a text that become so many tokens; 0 if the vocabulary does not say."""
+        """The maximum number of characters that can become `num_tokens` tokens; 0 if the vocabulary sets no limit."""
         return 0 if self._longest_chars is None else num_tokens * self._longest_chars
 
     def without_middle(self, text: str, num_tokens: int) -> str:

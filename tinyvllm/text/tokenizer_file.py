@@ -1,13 +1,13 @@
 """tokenizer.json, checked before the tokenizers library sees it.
 
-The library reads types strictly, but it trusts their values. Some make it abort, which ends the process: a vocabulary's
-token of a million characters overflows the stack of the Unigram model, replacements that multiply a text or a table
-that claims to have gigabytes exhaust the memory. Others make it loop. So each part with such a value is checked here,
-and the library gets a file that is put together again from what was checked. The vocabulary and the merges are passed
-on as they are: reading them takes the library time and memory in proportion to their size.
+The library checks types strictly, but it trusts values. Some values make it abort, which ends the process: a token of a
+million characters overflows the stack of the Unigram model, and replacements that multiply a text, or a table that
+claims to have gigabytes, exhaust the memory. Others make it loop. So each part with such a value is checked here, and
+the library gets a file that is assembled from the checked parts. The vocabulary and the merges are passed on unchanged:
+the time and memory for reading them are proportional to their size.
 
-What a check cannot decide is tried: a file with a pattern that may backtrack without end is loaded in a process of its
-own first, which may die (`CheckedFile.risk`).
+What a check cannot decide is tried: a file with a pattern that may backtrack endlessly is first loaded in a process of
+its own, which may die (`CheckedFile.risk`).
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ _decode_file = msgspec.json.Decoder(_File).decode
 
 
 def _check_merges(path: Path, model: _Model) -> None:
-    """With a `continuing_subword_prefix`, the library cuts as many bytes off the second part of a merge without looking
-    at them. The rest may be no UTF-8, and it aborts when it reports that such a token is unknown."""
+    """With a `continuing_subword_prefix`, the library cuts that many bytes off the second part of a merge without
+    checking them. The rest may not be UTF-8, and the library aborts when it reports that such a token is unknown."""
     prefix = model.continuing_subword_prefix
     if not prefix or isinstance(model.merges, msgspec.UnsetType):
         return
@@ -211,7 +211,7 @@ def _replace(check: _Check, values: Values) -> None:
 
 
 def _replace_tokens(check: _Check, values: Values) -> None:
-    """In a decoder, which the library runs for nobody here."""
+    """A part of a decoder, which is never run here."""
     check.pattern(values)
 
 

@@ -1,7 +1,7 @@
-"""Calls of the tokenizers library, which may fail in ways that Python does not expect.
+"""Calls of the tokenizers library, which may fail in ways that Python code does not expect.
 
-Its panics are no `Exception`: they would end the thread that meets them. And what makes it abort ends the process; so a
-file with a risk is tried in a process of its own first.
+Its panics are not an `Exception`, so they would end the thread. When it aborts, the process ends; so a risky file is
+first tried in a process of its own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ except BaseException as error:
 
 @contextlib.contextmanager
 def failures_as(make_error: Callable[[str], Exception]) -> Iterator[None]:
-    """Turn what the library raises, panics too, into the error that `make_error` makes of its text."""
+    """Turn the library's errors and panics into the error that `make_error` makes from their text."""
     try:
         yield
     except BaseException as error:

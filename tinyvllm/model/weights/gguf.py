@@ -87,7 +87,7 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     for name, tensor in kept.items():
         ours = canonical_name(name, config.architecture)
         if ours in tensors:
-            raise ModelError(f"{path}: two tensors are {ours}, of which {printable(name)} is one: the file is damaged")
+            raise ModelError(f"{path}: two tensors are {ours}, one of them {printable(name)}: the file is damaged")
         tensors[ours] = tensor
     if config.state is not None:
         tensors = from_gguf(path, tensors, config.state, tiles_value_heads=family.gguf_tiles_value_heads)

@@ -10,8 +10,8 @@ Prompts are random ids from the same seed, sampling is greedy, and each case has
 through mlx-lm's own generator (`generate_step`), which computes the next token while it hands out the last. A prompt's
 time ends with its first token. A decode step's is the time between two tokens.
 
-On a CPU activations and scales are float32, because MLX computes float16 there in software: a step of SmolLM2-135M took
-134 s instead of 1.6 s on two busy cores of an x86 machine. On a Mac's GPU they are what the files have.
+On a CPU activations and scales are float32, because MLX emulates float16 there in software: a step of SmolLM2-135M took
+134 s instead of 1.6 s on two busy cores of an x86 machine. On a Mac's GPU they have the type of the files.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Runs docs/PROFILING.md: every command of it (`--commands`), and the table of what the documents that this project
-comes from can do, with the first lines of what our commands print (`--table`, written into the page).
+"""Runs every command of docs/PROFILING.md (`--commands`), and writes its table of the documents that this project began
+with: what their tools do, our command for it, and the first lines that it prints (`--table`).
 
 python scripts/profiling_page.py --commands     # some minutes; exits with code 1 if a command fails
 python scripts/profiling_page.py --table

@@ -1,9 +1,9 @@
-"""Faults on purpose: named points at which a plan makes something fail, so that tests see what is left afterwards.
+"""Fault injection: named points at which a plan makes something fail, so that tests can check what is left afterwards.
 
-A point is one line, `reach("engine.launch")`, at a place where a machine really fails: memory is exhausted, a disk is
-full, a device or a process dies. Without a plan the line costs a call and a comparison, about 30 ns. A plan says which
-point fails, at which occurrence, and how. A test sets it in its own process (`planned`); other processes inherit it in
-an environment variable (`environment`), and read it when they import this module.
+A point is one line, `reach("engine.launch")`, at a place where real machines fail: memory is exhausted, a disk is full,
+a device or a process dies. Without a plan the line costs a call and a comparison, about 30 ns. A plan says which point
+fails, at which occurrence, and how. A test sets it in its own process (`planned`); other processes inherit it in an
+environment variable (`environment`), and read it when they import this module.
 
 POINTS is the list of all points: `reach` refuses a name that is not in it while a plan is set. A point's `ends` says
 what a failure there may end, and tests/faults checks that it ends nothing else.
@@ -25,21 +25,21 @@ from pathlib import Path
 
 VARIABLE = "TINYVLLM_FAULTS"  # a plan as JSON, for child processes
 
-# What a failure at a point ends, from nothing to everything. Whatever ends is told why.
+# What a failure at a point ends, from nothing to everything. Whatever ends gets a reason.
 NOTHING, REQUEST, STEP, CLIENT, PROCESS, ENGINE, START = (
-    "nothing",  # work that can be left out or done otherwise: the log has a line
+    "nothing",  # the work can be left out or done in another way: the log has a line
     "request",  # the one request that it concerns
     "step",  # the requests of the steps in flight; the next step may succeed
     "client",  # the requests of one front-end, whose messages were lost
     "process",  # that process and its requests; the supervisor starts it again
     "engine",  # all requests: the engine is declared dead, and readiness fails
-    "start",  # the start, with a sentence
+    "start",  # the start, with an error message
 )
 
 
 @dataclass(frozen=True)
 class Point:
-    """stands_for: what fails there in earnest. ends: the most that a failure there may end."""
+    """stands_for: the operation that fails there. ends: the most that a failure there may end."""
 
     stands_for: str
     ends: str
@@ -123,8 +123,8 @@ HOWS = ("os", "memory", "device", "exit", "delay", "nan")
 class Plan:
     """Owns the counts of the points that were reached. May be used from any thread.
 
-    marks: a folder in which each fault leaves an empty file, as it happens. With it a fault happens `times` times in
-    all processes together, so a process that is started again does not fail again."""
+    marks: a folder in which each fault leaves an empty file when it happens. With it a fault happens `times` times in
+    all processes together, so that a restarted process does not fail again."""
 
     def __init__(self, faults: Sequence[Fault] = (), marks: str | None = None) -> None:
         for fault in faults:
@@ -152,7 +152,7 @@ class Plan:
         return None
 
     def _is_first(self, fault: Fault, number: int) -> bool:
-        """Leave a mark. False if another process has left it."""
+        """Leave a mark. Returns False if another process already left it."""
         if self.marks is None:
             return True
         name = f"{fault.point} {fault.how} {number}"
@@ -187,7 +187,7 @@ def reach(point: str) -> None:
 
 
 def is_poisoned(point: str) -> bool:
-    """`reach`, and whether the plan has the numbers here be not finite."""
+    """As `reach`. Returns whether the plan makes the numbers here non-finite."""
     if _plan is None:
         return False
     fault = _plan.due(point)

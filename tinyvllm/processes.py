@@ -1,5 +1,4 @@
-"""What processes of ours do about signals, about the death of the process that started them, and about limits that the
-system sets them."""
+"""How our processes handle signals, the death of the process that started them, and limits of the system."""
 
 from __future__ import annotations
 
@@ -22,15 +21,15 @@ def _existing(*names: str) -> tuple[signal.Signals, ...]:
 # Each stops a server: the first starts the drain, a second one ends it at once. SIGHUP comes from a terminal that
 # closes, and SIGQUIT from Ctrl-\.
 STOP_SIGNALS = _existing("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
-# By default they end a process, and to us they mean nothing.
+# These end a process by default, but have no meaning here.
 MEANINGLESS_SIGNALS = _existing(
     "SIGUSR2", "SIGALRM", "SIGVTALRM", "SIGPROF", "SIGPIPE", "SIGIO", "SIGPWR", "SIGSTKFLT", "SIGXFSZ"
 )
 
 
 def hears_stop(number: signal.Signals) -> bool:
-    """Whether this signal is to stop the server. `nohup` and shells' background jobs start a process that ignores some
-    of them."""
+    """Whether this signal should stop the server. `nohup` and background jobs of shells start processes that ignore
+    some of the signals."""
     return number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) is not signal.SIG_IGN
 
 
@@ -42,8 +41,8 @@ def ignore_meaningless_signals() -> None:
 
 
 def ignore_all_signals() -> None:
-    """For a process whose parent alone decides when it ends, by SIGKILL. Service managers send to every process the
-    signal that stops the server."""
+    """For a process that only its parent ends, with SIGKILL. Service managers send the signal that stops the server to
+    every process."""
     for number in (*STOP_SIGNALS, *MEANINGLESS_SIGNALS, *_existing("SIGUSR1")):
         signal.signal(number, signal.SIG_IGN)
 
@@ -59,7 +58,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def require_memory_limit() -> None:
-    """Raise TinyvllmError if this process may not even map what the server's libraries need: they would abort."""
+    """Raise TinyvllmError if this process may not map the memory that the server's libraries need: they would abort."""
     try:
         import resource  # here: not every system has it
     except ImportError:
@@ -67,13 +66,13 @@ def require_memory_limit() -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_BYTES:
         raise TinyvllmError(
-            f"this process may map {limit >> 20} MiB of memory, and needs {MIN_ADDRESS_BYTES >> 20} MiB beside the "
+            f"this process may map {limit >> 20} MiB of memory, but needs {MIN_ADDRESS_BYTES >> 20} MiB besides the "
             "model: raise the limit (ulimit -v)"
         )
 
 
 def explain_limit(error: BaseException) -> str | None:
-    """What to do about an error that means that the system gives this process no more of something; None for others."""
+    """The remedy for an error that means that this process has reached a limit of the system; None for other errors."""
     text = (str(error).strip().splitlines() or [""])[-1]  # NumPy's has forty, and the last one is the cause
     number = error.errno if isinstance(error, OSError) else None
     is_unmapped = isinstance(error, ImportError) and ("failed to map" in text or "cannot allocate" in text.lower())

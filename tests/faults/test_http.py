@@ -107,5 +107,5 @@ async def test_a_dead_engine_fails_readiness_and_says_so_to_everybody(point: str
         assert [response.status_code for response in responses] == [503] * 4, [r.text for r in responses]
         assert (await client.get("/ready")).status_code == 503
         response = await client.post(path, json=body)
-        assert response.status_code == 503 and "in disorder" in response.json()["error"]["message"]
+        assert response.status_code == 503 and "inconsistent" in response.json()["error"]["message"]
     await engine.shutdown()

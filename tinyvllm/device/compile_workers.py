@@ -1,7 +1,7 @@
-"""Processes that compile kernels, each with a pipe of its own, so that the death of one concerns its own job only.
+"""Processes that compile kernels, each with a pipe of its own, so that the death of one affects its own job only.
 
-multiprocessing.Pool shares a lock between its processes: one that dies while it holds the lock stops all others, and
-the job of a dead one is waited for without end. Here a dead process closes its pipe, which ends its job at once.
+multiprocessing.Pool shares a lock between its processes: one that dies while it holds the lock blocks all others, and
+the pool waits forever for the job of a dead process. Here a dead process closes its pipe, which ends its job at once.
 
 The processes never outlive this one. Linux kills them when the thread that started them ends, whatever ended it;
 elsewhere they end when their pipe closes. They ignore the signals that stop a server, because service managers send
@@ -101,7 +101,7 @@ class CompileWorkers:
                 yield value
 
     def terminate(self) -> None:
-        """Kill the processes. Jobs that are not done are lost."""
+        """Kill the processes. Unfinished jobs are lost."""
         with self._lock:
             workers, self._workers = self._workers, []
             jobs, self._jobs = self._jobs, queue.SimpleQueue()

@@ -25,7 +25,7 @@ from tinyvllm.faults import reach
 
 WORKER_NICENESS = 5
 WORKER_GC = (200_000, 20, 1000)  # gc.set_threshold's arguments
-LOST_S = 300.0  # a kernel that takes longer is compiled here: its process may have been stopped
+LOST_S = 300.0  # a kernel that takes longer is compiled in this process: the other may have been stopped
 
 logger = logging.getLogger(__name__)
 Kernel = tuple[UOp, str]  # a SINK, and the device that it is for
@@ -136,7 +136,7 @@ def _begin_there(pool: CompileWorkers, task: Task) -> Pending | None:
         reach("compile.begin")
         return Pending(pool.submit(_compile_there, task))
     except (OSError, MemoryError, RuntimeError) as error:
-        logger.warning("a kernel is compiled here: no process takes it: %s: %s", type(error).__name__, error)
+        logger.warning("a kernel is compiled here, because no process takes it: %s: %s", type(error).__name__, error)
         return None
 
 

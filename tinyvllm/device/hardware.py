@@ -56,9 +56,9 @@ def measure_flops(device: DeviceHandle) -> float:
     return _cpu_flops(len(device.cores)) if device.is_cpu else _gpu_flops(device)
 
 
-# One thread multiplies, and its processor time counts: the threads of NumPy's library wait for each other, so on a
-# machine that does something else its wall time says 10 to 16 times too little. The median, since the processor's
-# frequency changes.
+# One thread multiplies, and its processor time is taken: the threads of NumPy's library wait for each other, so on a
+# busy machine wall time gives a rate that is 10 to 16 times too low. The median, because the processor's frequency
+# changes.
 _PRODUCTS = f"""
 import statistics, time, numpy
 a = numpy.random.default_rng(0).standard_normal(({CPU_SIZE}, {CPU_SIZE}), numpy.float32)

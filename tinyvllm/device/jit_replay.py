@@ -33,7 +33,7 @@ Amounts = Callable[[], Sequence[tuple[int, int]]]  # (bytes, operations) of each
 
 
 def choose_capture(wanted: str) -> str:
-    """How steps are captured: as wanted, or by TinyJit if kernels are watched, since our replays print nothing."""
+    """How steps are captured: as requested, or by TinyJit if kernels are watched, since our replays print nothing."""
     if not is_watched():
         return wanted
     logger.warning(

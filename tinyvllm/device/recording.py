@@ -51,8 +51,8 @@ class RecordedStep:
 
 
 def with_repeated_call(step: RecordedStep) -> RecordedStep:
-    """The step with its call of the most bytes twice in a row, which computes the same: a kernel does not write what it
-    reads."""
+    """The step with its call of the most bytes repeated, which computes the same result: a kernel does not write what
+    it reads."""
     sizes = [sum(buffer.nbytes for buffer in call.buffers) for call in step.calls]
     place = sizes.index(max(sizes))
     calls = (*step.calls[: place + 1], *step.calls[place:])

@@ -19,7 +19,7 @@ HOST = "host"
 
 
 def is_watched() -> bool:
-    """Whether the user watches kernels: with DEBUG=2 tinygrad prints a line for each that its executor runs."""
+    """Whether the user watches kernels: with DEBUG=2 tinygrad prints a line for each kernel that its executor runs."""
     return DEBUG.value >= 2
 
 

@@ -179,7 +179,7 @@ class Client:
             self._questions.pop(number, None)
 
     def receive(self, message: ToClient, engine: int = 0) -> None:
-        """Take a message of an engine. If that fails, the engine's calls end, because what it said is lost."""
+        """Handle a message of an engine. If that fails, the engine's calls end, because the message is lost."""
         try:
             reach("hop.arrive")
             self._receive(message, engine)
@@ -305,10 +305,10 @@ class Client:
             try:
                 reach("hop.abort")
                 self.lines[engine].send(Abort([choice.request.number for choice in ended]))
-            except EngineDeadError:  # it does not run them either
+            except EngineDeadError:  # a dead engine does not run them anyway
                 pass
-            except Exception:  # nobody waits for them: they run to their end for nothing
-                logger.exception("engine %d could not be told to abort requests", engine)
+            except Exception:  # they run to their end, although nobody waits for them
+                logger.exception("could not tell engine %d to abort requests", engine)
         return ended
 
 

@@ -210,7 +210,7 @@ class EngineCore:
         Returns new tokens and ends; [] if there is nothing to do, or nothing to read yet. If a step raises, the
         requests of all steps in flight end with finish_reason "error", and the next step may succeed. If a step cannot
         be planned, all requests end so, since any of them may be half planned. Raises EngineDeadError after
-        MAX_CONSECUTIVE_FAILURES of those in a row, and if a failure has left the pool in disorder.
+        MAX_CONSECUTIVE_FAILURES of those in a row, and if a failure has left the pool inconsistent.
         """
         with measure.span(measure.STEP) as span:
             return self._step(span)
@@ -295,11 +295,11 @@ class EngineCore:
         self._publish(stats)
 
     def check(self) -> None:
-        """After an unexpected error: raise EngineDeadError if it has left the pool in disorder."""
+        """After an unexpected error: raise EngineDeadError if the pool is inconsistent."""
         try:
             self.scheduler.audit()
         except InvariantError as error:
-            raise EngineDeadError(f"a failure has left the pool of blocks in disorder: {error}") from error
+            raise EngineDeadError(f"a failure has left the pool of blocks inconsistent: {error}") from error
 
     def _fail(self, requests: list[Request], error: Exception) -> list[TokenOut]:
         """End the requests of all steps in flight, and `requests`, of a step that may not have been launched."""

@@ -192,7 +192,7 @@ class EngineLoop:
             self._lose(client, f"the engine could not send a message: {_describe(error)}")
 
     def _lose(self, client: ClientId, reason: str) -> None:
-        """End the requests of a client whose messages were lost, and tell it. Raises if that cannot be told either."""
+        """End the requests of a client whose messages were lost, and tell it. Raises if that message fails too."""
         self._abort_all(client)
         self._door.send(client, Lost(reason))
 
@@ -209,8 +209,8 @@ class EngineLoop:
         self._clients[client].pop(number, None)
 
     def _take(self, item: Item) -> None:
-        """Run a task, or handle a message. An error concerns the sender only. Raises EngineDeadError if it has left the
-        pool in disorder."""
+        """Run a task, or handle a message. An error affects the sender only. Raises EngineDeadError if it has left the
+        pool inconsistent."""
         try:
             reach("engine.receive")
             self._run_item(item)

@@ -66,7 +66,7 @@ class Goodbye(Struct, tag="goodbye", array_like=True):
 
 
 class Unreadable(Struct):
-    """What a door makes of a client's message that it could not read. Not sent."""
+    """In place of a client's message that a door could not read. Not sent."""
 
     reason: str
 

@@ -1,8 +1,8 @@
-"""Where the time of the engine's thread goes, always on: a clock that adds every moment to one stage.
+"""Where the time of the engine's thread goes, always on: a clock that assigns all of it to stages.
 
-The loop tells the clock what has just ended (`mark`). A request notes the clock's sums when it enters the queue, leaves
-it, has its first token and ends; the differences divide its whole time in the engine into stages, without work for each
-token. `measure` has the same stages as spans; it records everything, but only when asked to.
+The loop tells the clock which stage has just ended (`mark`). A request copies the clock's sums when it enters the
+queue, leaves it, gets its first token and ends; the differences divide its whole time in the engine into stages,
+without work for each token. `measure` has the same stages as spans; it records everything, but only when asked to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCHEDULE, PACK, PREFILL, DECODE, TOKENS, COMMIT, CAPTURE, LOOP = range(8)
 
 
 class Parts(Struct, frozen=True, array_like=True, gc=False):
-    """A stretch of a request's time by what the engine's thread did, in seconds. The sum is the whole stretch."""
+    """An interval of a request's time, divided by what the engine's thread did, in seconds. The sum is the interval."""
 
     schedule: float = 0.0
     pack: float = 0.0
@@ -47,7 +47,7 @@ class StepClock:
         self.seconds = [0.0] * 8
 
     def mark(self, stage: int) -> float:
-        """All time since the latest mark belongs to `stage`. Returns it."""
+        """Assign all time since the latest mark to `stage`. Returns that time in seconds."""
         now_s = self._now()
         passed_s = now_s - self.now_s
         self.now_s = now_s
@@ -55,7 +55,7 @@ class StepClock:
         return passed_s
 
     def mark_divided(self, stage: int, seconds: float, other: int) -> float:
-        """As `mark`, but at most `seconds` of it belong to another stage. Returns the rest."""
+        """As `mark`, but assign up to `seconds` of the time to the stage `other`. Returns the rest."""
         passed_s = self.mark(stage)
         seconds = min(seconds, passed_s)
         self.seconds[stage] -= seconds
@@ -65,7 +65,7 @@ class StepClock:
 
 @dataclass(slots=True)
 class Passage:
-    """A request's way through the engine: the clock's sums at its borders, and the steps that computed its prompt."""
+    """A request's way through the engine: the clock's sums at transitions, and the steps that computed its prompt."""
 
     clock: StepClock
     queued: tuple[float, ...]
@@ -87,7 +87,7 @@ class Passage:
             self.scheduled = tuple(self.clock.seconds)
 
     def add_chunk(self, stage: int, seconds: float) -> None:
-        """A step computed a part of its prompt, which took the device so long. stage: PREFILL, or DECODE for a step
+        """A step that computed a part of its prompt took the device `seconds`. stage: PREFILL, or DECODE for a step
         with single tokens only."""
         self.num_chunks += 1
         own_s = self.own_s if self.first is None else self.later_own_s
@@ -106,7 +106,7 @@ class Passage:
 
 
 def _parts(before: tuple[float, ...], after: tuple[float, ...], own_s: list[float] | None = None) -> Parts:
-    """What passed between two moments. own_s: of prefill and decode, the part that was for the request's own prompt."""
+    """The time between two copies of the sums. own_s: of prefill and decode, the time for the request's own prompt."""
     passed = [then - earlier for earlier, then in zip(before, after, strict=True)]
     own_prefill_s, own_decode_s = own_s or (0.0, 0.0)
     own_prefill_s, own_decode_s = min(own_prefill_s, passed[PREFILL]), min(own_decode_s, passed[DECODE])

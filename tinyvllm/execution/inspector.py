@@ -102,8 +102,8 @@ class RunnerInspector:
 
     @contextmanager
     def repeated_kernel(self) -> Iterator[None]:
-        """Meanwhile the kernel of each step that reads or writes the most bytes is launched twice in a row, which
-        computes the same."""
+        """Within this context, each step launches the kernel that reads and writes the most bytes twice in a row, which
+        computes the same result."""
         captures, device = self.runner.captures, self.runner.backend.device
         before = dict(captures.graphs)
         for bucket, graph in before.items():

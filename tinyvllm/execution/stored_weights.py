@@ -1,4 +1,4 @@
-"""The formats of a model's matrices as its files have them, without reading values."""
+"""The formats of a model's matrices in its files, without reading values."""
 
 from __future__ import annotations
 

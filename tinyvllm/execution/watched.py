@@ -1,4 +1,4 @@
-"""What DEBUG=2 prints of a step: each kernel's name and counts, as profiles of ours have them."""
+"""What DEBUG=2 prints of a step: each kernel's name and counts, as in `tinyvllm profile`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Describer:
         self._describe(sample, names[step.cut :], packer, inputs)
 
     def describe_sampling(self, sample: JitReplay, packer: InputPacker, inputs: Tensor) -> None:
-        """Describe what samples from processed logits."""
+        """Describe the kernels that sample from processed logits."""
         self._describe(sample, self._namer.name(sample.step.calls, 0), packer, inputs)
 
     def _describe(self, replay: JitReplay, names: Sequence[CallName], packer: InputPacker, inputs: Tensor) -> None:

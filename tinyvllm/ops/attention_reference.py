@@ -1,4 +1,4 @@
-"""Attention over paged keys and values in NumPy: documents its kernels, and is what their tests compare against."""
+"""Attention over paged keys and values in NumPy: it documents the kernels, and their tests compare against it."""
 
 from __future__ import annotations
 

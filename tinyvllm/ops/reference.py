@@ -1,4 +1,4 @@
-"""Every operation of `Backend` in NumPy: the documentation of the kernels, and what their tests compare against.
+"""Every operation of `Backend` in NumPy: it documents the kernels, and their tests compare against it.
 
 Tensors are copied to the host and back. Written to be read, not to be fast: its cost depends on the pool and the
 longest possible context, not on the step. Attention is in ops/attention_reference.py, recurrent layers in

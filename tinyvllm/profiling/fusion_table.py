@@ -43,7 +43,7 @@ def fusion_as_json(fused: ProfileReport, unfused: ProfileReport, tokens: Sequenc
 
 
 def count_equal(tokens: Sequence[list[int]]) -> int:
-    """How many tokens are equal from the first on."""
+    """The number of equal tokens at the beginning."""
     pairs = list(zip(*tokens, strict=True))
     return next((place for place, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
 
@@ -56,7 +56,7 @@ def _explain(fused: ProfileReport, unfused: ProfileReport, tokens: Sequence[list
     gains = [slow / fast for fast, slow in zip(*times, strict=True)]
     lines = [
         f"fusing saves {fewer:,} kernels and {saved_mb:,.1f} MB a step: the step is {gains[0]:.2f} x as fast, its "
-        f"kernels {gains[1]:.2f} x (if the machine did nothing else meanwhile)"
+        f"kernels {gains[1]:.2f} x (if the machine did nothing else at the time)"
     ]
     if equal == count:
         return [*lines, f"both generate the same {count} tokens from one prompt"]

@@ -112,7 +112,7 @@ class Watch:
 
 
 class _Probe(threading.Thread):
-    """Wakes up at random times, and keeps how late it was, how long it waited for a core, and who held the lock."""
+    """Wakes up at random times, and records how late it was, how long it waited for a core, and who held the lock."""
 
     def __init__(self, pauses_s: tuple[float, float]) -> None:
         super().__init__(name=PROBE_NAME, daemon=True)

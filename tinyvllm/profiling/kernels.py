@@ -89,7 +89,7 @@ class StepProfile:
 
     @property
     def num_dispatches(self) -> int:
-        """Kernels, of which all cores' shares are one."""
+        """The number of kernels, where the shares of all cores count as one."""
         return sum(kernel.count for kernel in self.kernels)
 
 

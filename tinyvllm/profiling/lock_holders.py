@@ -1,9 +1,9 @@
 """Who holds the interpreter lock when a probe has to wait for it.
 
-CPython does not tell. But the thread that held the lock has used the processor while the probe waited, and has run on:
-so of the threads that used it, the one whose Python code moved is the holder. A thread that stayed within one call of C
-used the processor too, with the lock (a regular expression) or without it (hashing, a kernel on the CPU); it counts
-only if no thread's Python code moved. py-spy decides by the same signs, from outside.
+CPython does not report it. But the thread that held the lock used the processor while the probe waited, and its Python
+code advanced: so of the threads that used the processor, the one whose Python code advanced is the holder. A thread
+that stayed within one C call used the processor with the lock (a regular expression) or without it (hashing, a kernel
+on the CPU); it counts only if no thread's Python code advanced. py-spy decides by the same signs, from outside.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Sighting:
 
     @property
     def is_in_call(self) -> bool:
-        """Whether the thread is within a function of C: a function of Python would have a frame of its own."""
+        """Whether the thread is inside a C function: a Python function would have a frame of its own."""
         return self.code.co_code[self.last_instruction] in _IN_CALL
 
     def has_moved(self, before: Sighting) -> bool:
@@ -59,7 +59,7 @@ class Sighting:
 
 
 def sight_threads() -> dict[int, Sighting]:
-    """Where the other threads of Python are now, by the system's thread id. Call it with the lock held, as Python code
+    """Where the other Python threads are now, by the system's thread id. The caller must hold the lock, as Python code
     always does."""
     own, frames, sightings = threading.get_ident(), sys._current_frames(), {}
     for thread in threading.enumerate():
@@ -100,7 +100,7 @@ def count_holders(found: Iterable[Sighting | None]) -> tuple[Holder, ...]:
 
 
 def holders_by_thread(holders: Sequence[Holder]) -> list[tuple[str, int]]:
-    """Threads and in how many probes they held the lock, the most first."""
+    """Threads, and the number of probes in which each held the lock, the highest first."""
     counts: Counter[str] = Counter()
     for holder in holders:
         counts[holder.thread] += holder.num_probes

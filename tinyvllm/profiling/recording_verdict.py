@@ -1,7 +1,7 @@
 """What limits the steps of a recording: rules like those of `verdict.py`, from the spans of the engine's thread.
 
-Host and device are told apart within each step, and then added up: a sum over steps of what was measured in the same
-step, never a difference of two averages.
+Host and device time are separated within each step and then summed over steps; averages of different steps are never
+subtracted from each other.
 """
 
 from __future__ import annotations

@@ -203,8 +203,8 @@ ROOM, LEAST_SHARE = 1.02, 0.01  # rows above this share of the roof, with this s
 
 
 def raise_roof(chip: Chip, kernels: Sequence[Kernel]) -> Chip:
-    """A chip whose rates were measured, with roofs no lower than what a kernel just reached: a test of a second finds
-    too little on a machine that does something else. Rates of the table stay as they are."""
+    """Raise the roofs of a chip whose rates were measured to what a kernel just reached: a test of a second finds too
+    little on a busy machine. Rates from the table of chips stay as they are."""
     if not chip.is_measured:
         return chip
     timed = [kernel for kernel in kernels if kernel.seconds >= TIMED_S]
@@ -225,8 +225,8 @@ def raise_roof(chip: Chip, kernels: Sequence[Kernel]) -> Chip:
 
 
 def row_warnings(rows: Sequence[KernelRow], chip: Chip) -> list[str]:
-    """One for each row that is faster than the chip allows, unless it takes next to no time: its values are then few,
-    and come from a cache."""
+    """A warning for each row that is faster than the chip allows, except for rows of almost no time: these have so few
+    values that they come from a cache."""
     return [
         f"{row.label} is at {row.roof_share:.0%} of the roof of {chip.name}: its bytes came from a cache, a count is "
         "wrong, or this is another chip"

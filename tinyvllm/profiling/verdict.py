@@ -15,7 +15,7 @@ from tinyvllm.profiling.kernels import Kernel, floor_s, tabulate
 from tinyvllm.profiling.roofline import Roofline
 
 # The shares from which a cause gets a verdict.
-LOCK_SHARE = 0.3  # of the time another thread holds the interpreter lock
+LOCK_SHARE = 0.3  # of the time in which another thread holds the interpreter lock
 COPY_SHARE, HOST_SHARE, PREFILL_SHARE, DISPATCH_SHARE, ATTENTION_SHARE = 0.15, 0.25, 0.5, 0.3, 0.35
 IDLE_SHARE = 0.1  # a kernel is mostly a launch if its bytes and operations account for less of its time
 NO_VERDICT = "no verdict"

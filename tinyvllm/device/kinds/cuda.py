@@ -38,7 +38,7 @@ class Cuda(DeviceKind):
         return ctypes.util.find_library("cuda") is not None
 
     def why_missing(self) -> str:
-        return "" if self.is_default() else "this computer has no driver of NVIDIA's (libcuda)"
+        return "" if self.is_default() else "this computer has no NVIDIA driver (libcuda)"
 
     def step_limits(self, free_bytes: Callable[[], int]) -> Limits:
         """As many sequences as still raise the decoding rate: an H200 decodes 86,000 tokens a second with 128 and

@@ -12,8 +12,8 @@ from tinyvllm.ops.formats.matrix import Matrix
 
 
 class UnfusedCpuBackend(CpuBackend):
-    """A product reads x as it is and writes its sums, with bias and activation: a kernel before it computes the norm,
-    and one after it the scale, the residual sum and what else follows. Experts keep their norm."""
+    """Products read x unchanged and write their sums, with bias and activation. A kernel before a product computes the
+    norm, and one after it the scale, the residual sum and whatever else follows. Experts keep their norm."""
 
     def linear(
         self,

@@ -213,7 +213,7 @@ def test_runs_that_are_not_alike_are_refused(change: dict[str, Any], reason: str
         compare(make_run() | alike, make_run() | alike | change, 0.05)
 
 
-def test_other_differences_are_said(tmp_path: Path) -> None:
+def test_other_differences_are_named(tmp_path: Path) -> None:
     before, after = make_run(), make_run()
     before["settings"], after["settings"] = {"kv_cache_dtype": "float16"}, {"kv_cache_dtype": "float32"}
     after["cases"].append(copy.deepcopy(after["cases"][0]) | {"name": "new"})

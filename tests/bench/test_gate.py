@@ -86,7 +86,7 @@ def test_slower_device_is_a_longer_wait_with_the_same_kernels(clock: Clock, tiny
     assert any("wait +" in line and "as many kernels (1) and bytes" in line for line in found)
 
 
-def test_small_growth_beside_a_large_one_is_its_consequence(clock: Clock, tiny_hf_files: ModelFiles) -> None:
+def test_small_growth_beside_a_large_one_is_no_regression(clock: Clock, tiny_hf_files: ModelFiles) -> None:
     """After a wait caches are cold. Alone, the same growth is a regression."""
     before = run(clock, tiny_hf_files)
     runner, tokenizer = ClockedRunner(clock), load_tokenizer(tiny_hf_files)
@@ -167,5 +167,5 @@ def test_two_repeats_have_wide_margins() -> None:
     assert noise(few, few) > 0.1 > noise(many, many)
 
 
-def test_growth_that_nobody_would_notice_is_none() -> None:
+def test_negligible_growth_is_no_regression() -> None:
     assert [floor_ms(step) for step in (0.9, 10.0, 1000.0)] == [0.01, 0.05, 0.1]

@@ -44,7 +44,7 @@ def entries(profile: dict[str, Any]) -> dict[str, float]:
     return {entry.name: entry.seconds / MS for entry in make_ledger(profile).entries}
 
 
-def test_the_entries_are_the_step() -> None:
+def test_entries_add_up_to_the_step() -> None:
     assert entries(make_profile()) == pytest.approx({FLOOR: 4, "head": 3, GAPS: 2, HOST: 1, TRAFFIC: 0.5, "qkv": 0.5})
     ledger = make_ledger(make_profile())
     assert ledger.tok_s == pytest.approx(4 / (11 * MS))
@@ -64,7 +64,7 @@ def test_the_entries_are_the_step() -> None:
     ],
     ids=str,
 )
-def test_they_add_up_whatever_the_medians_say(changes: dict[str, Any]) -> None:
+def test_entries_add_up_even_if_medians_disagree(changes: dict[str, Any]) -> None:
     profile = make_profile(**changes)
     found = entries(profile)
     assert sum(found.values()) == pytest.approx(max(profile["turn_s"], profile["step_s"]) / MS)

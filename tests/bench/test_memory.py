@@ -1,4 +1,4 @@
-"""Memory by block: what stays, the peak meanwhile, and blocks of one name together."""
+"""Memory by block: what remains, the peak, and blocks of the same name added up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_blocks_add_up_what_stays_and_keep_the_peak(monkeypatch: pytest.MonkeyPa
     assert (steps.device, steps.device_delta, other.device_delta) == (7, 7, 0)
 
 
-def test_peak_is_that_of_the_block() -> None:
+def test_each_block_has_its_own_peak() -> None:
     watch = MemoryWatch()
     held = bytearray(b"x" * (64 * MIB))
     del held

@@ -40,7 +40,7 @@ def test_a_clean_run_must_be_blamed_for_nothing() -> None:
     assert attribute(plant, []).is_right and not attribute(plant, [change("pack", 1.0)]).is_right
 
 
-def test_every_delay_is_attributed_right_and_removed(
+def test_every_planted_delay_is_attributed_correctly_and_removed(
     monkeypatch: pytest.MonkeyPatch, tiny_hf_files: ModelFiles
 ) -> None:
     """The runner is made up, so its own functions, and what only a real device has, are left out."""

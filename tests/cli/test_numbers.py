@@ -47,7 +47,7 @@ def run(*arguments: str) -> Any:
     return result
 
 
-def test_no_flag_takes_a_number_that_is_not_finite_or_beyond_all_bounds() -> None:
+def test_no_flag_takes_a_number_that_is_not_finite_or_out_of_bounds() -> None:
     num_flags = 0
     for _, command in leaves(app):
         for flag, has_fraction in numeric_flags(command):

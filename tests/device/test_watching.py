@@ -1,4 +1,4 @@
-"""What DEBUG=2 and above print of what bypasses tinygrad's executor: copies of ours, and programs from the cache."""
+"""What DEBUG=2 and above print for work that bypasses tinygrad's executor: our copies, and programs from the cache."""
 
 from __future__ import annotations
 

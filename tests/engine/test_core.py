@@ -289,7 +289,7 @@ def test_a_step_that_cannot_be_planned_ends_all_requests_and_the_next_is_served(
     assert [out.finish_reason for out in core.step()] == ["length"]
 
 
-def test_a_pool_in_disorder_ends_the_engine() -> None:
+def test_an_inconsistent_pool_ends_the_engine() -> None:
     core = make_core()
     core.add(make_request(max_tokens=1))
     with planned(Fault("pool.free")), pytest.raises(EngineDeadError, match="request r has ended, but holds blocks"):

@@ -117,7 +117,7 @@ async def test_each_point_of_a_start_ends_it_or_is_done_without(model: Path) -> 
         assert threading.active_count() <= num_threads, point
 
 
-async def test_compilers_that_fail_are_done_without(
+async def test_compiling_goes_on_without_failed_compilers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A cold start, of a shape that no other test has: a compiling process dies, the next ones fail, one is not given

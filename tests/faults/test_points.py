@@ -1,4 +1,4 @@
-"""The table of points, the plans that make them fail, and what a point costs where there is no plan."""
+"""The table of fault points, the plans that make them fail, and what a point costs without a plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinyvllm.faults import POINTS, Fault, is_poisoned, planned, reach
 CALL = re.compile(r'(?:reach|is_poisoned)\("([\w.]+)"\)')
 
 
-def test_every_point_of_the_table_stands_somewhere_and_every_call_is_in_the_table() -> None:
+def test_every_fault_point_is_used_and_every_use_is_listed() -> None:
     called = {
         name
         for path in PACKAGE.rglob("*.py")
@@ -41,7 +41,7 @@ def test_the_planned_occurrences_fail_and_no_others() -> None:
     assert plan.reached == {"engine.launch": 4, "engine.sample": 1} and len(plan.happened) == 2
 
 
-def test_each_way_to_fail() -> None:
+def test_each_kind_of_fault_raises_its_error() -> None:
     with planned(Fault("engine.sample", "memory"), Fault("engine.sample", "device", at=2)):
         with pytest.raises(MemoryError):
             reach("engine.sample")

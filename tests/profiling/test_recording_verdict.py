@@ -1,4 +1,4 @@
-"""What limits the steps of a recording, told from spans of the engine's thread."""
+"""What limits the steps of a recording, judged by spans of the engine's thread."""
 
 from __future__ import annotations
 

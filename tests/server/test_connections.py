@@ -1,4 +1,4 @@
-"""How many connections a server takes, and what becomes of those that it cannot take."""
+"""How many connections a server accepts, and what happens to the others."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def connect(url: str) -> socket.socket:
     return socket.create_connection((urlsplit(url).hostname or "", urlsplit(url).port or 0), timeout=10)
 
 
-def test_idle_connections_give_way_then_probes_have_places_and_then_all_are_refused(
+def test_idle_connections_make_room_then_only_probes_are_served_then_all_are_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = FakeEngine("Hello", hang_after=2)

@@ -148,11 +148,11 @@ def streaming(server: Server) -> Iterator[Iterator[str]]:
         yield lines
 
 
-# ---- What it holds out ----
+# ---- What it survives ----
 
 
 @pytest.mark.parametrize("count", [ALONE, SEVERAL])
-def test_it_holds_out_idle_connections_signals_and_a_log_that_nobody_reads(tmp_path: Path, count: str) -> None:
+def test_the_server_survives_idle_connections_signals_and_an_unread_log(tmp_path: Path, count: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))  # for this end of the connections
     flags = ("--max-connections", "3000")

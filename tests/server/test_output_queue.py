@@ -1,4 +1,4 @@
-"""Output that nobody reads makes nobody wait, and what is missing is said."""
+"""Output that nobody reads blocks nobody, and dropped lines are counted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_reader_that_is_gone_is_no_error() -> None:
     output.finish()
 
 
-def test_it_is_the_terminal_that_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queued_output_has_the_attributes_of_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     primary, secondary = os.openpty()
     target = os.fdopen(secondary, "w")
     output = QueuedOutput(target, 1000)
@@ -75,7 +75,7 @@ show_stacks_on_usr1()
         ("os.kill(os.getpid(), 10); threading.Event().wait(0.5)", 0, "in <module>"),
     ],
 )
-def test_last_words_come_out_and_a_full_pipe_does_not_hold_up_the_end(end: str, code: int, words: str) -> None:
+def test_last_lines_are_written_and_a_full_pipe_does_not_delay_the_end(end: str, code: int, words: str) -> None:
     program = f"{PROGRAM}\nsys.stderr.write('last words\\n')\n{end}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=30)
     assert done.returncode == code and words in done.stderr

@@ -1,4 +1,4 @@
-"""GGUF files that say what cannot be: each is refused by name, before anything is made of it."""
+"""GGUF files with impossible values: each is refused by name, before anything is built from it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_tensor_without_dimensions_is_a_number(tmp_path: Path, image: Image) -
     assert GGUFFile(write(tmp_path, found).path).tensors["scalar"].shape == (1,)
 
 
-def test_what_is_no_regular_file_is_not_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.gguf")
     (tmp_path / "folder.gguf").mkdir()
     (tmp_path / "device.gguf").symlink_to("/dev/zero")

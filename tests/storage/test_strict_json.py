@@ -1,4 +1,4 @@
-"""What is refused in JSON and in the files that hold it, before any value is used."""
+"""What is refused in JSON and its files, before any value is used."""
 
 import os
 import tracemalloc
@@ -106,7 +106,7 @@ def test_an_id_is_one_of_the_vocabulary(value: object) -> None:
         values.token_id("a", vocab_size=32000)
 
 
-def test_messages_are_short() -> None:
+def test_messages_about_huge_values_are_short() -> None:
     values = Values(Path("config.json"), {"a": ["x" * 10_000] * 10_000, "b": 10**5000, "c": {"d": "x" * 10_000}})
     for key in values.values:
         with pytest.raises(ModelError) as caught:

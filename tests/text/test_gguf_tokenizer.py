@@ -328,7 +328,7 @@ LIES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("tweaks", "message"), LIES, ids=[f"{number}" for number in range(len(LIES))])
-def test_metadata_of_another_type_are_refused_by_name(tweaks: dict[str, Any], message: str) -> None:
+def test_metadata_of_another_type_is_refused_by_name(tweaks: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=rf"m\.gguf: tokenizer\.ggml\.{message}"):
         read_gguf_tokenizer(byte_level_metadata(**tweaks), Path("m.gguf"))
 
@@ -353,7 +353,7 @@ def test_a_scored_token_of_a_megabyte_is_refused() -> None:
         make_spm(tokens=[*tokens[:-1], "a" * 1_000_000])
 
 
-def test_tokens_with_damaged_characters_are_no_doubles() -> None:
+def test_tokens_with_damaged_characters_are_not_duplicates() -> None:
     tokens = [*byte_level_metadata()["tokenizer.ggml.tokens"], "\ufffd", "a\ufffd", "\ufffd"]
     tokenizer = make_byte_level(tokens=tokens, token_type=[1] * len(tokens))
     assert tokenizer.vocab_size == len(tokens)

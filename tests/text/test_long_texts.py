@@ -83,7 +83,7 @@ def test_an_end_does_not_wait_for_a_text(files: ModelFiles) -> None:
     assert not thread.is_alive() and refused and texts._process is None
 
 
-def test_memory_returns(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_leaves_no_memory_behind(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process ends after a text that is very long, and otherwise when it has had nothing to do for a while."""
     monkeypatch.setattr(long_texts, "IDLE_S", 0.05)
     texts = LongTexts(files)

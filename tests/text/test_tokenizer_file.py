@@ -1,6 +1,6 @@
 """A tokenizer.json that would make the tokenizers library abort, loop or panic is refused, by the name of its part.
 
-Each case ended the process, or raised a panic, which is no Exception, when the library read the file unchecked."""
+Each case ended the process, or raised a panic, which is not an Exception, when the library read the file unchecked."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"post_processor": {"type": "BertProcessing", "sep": ["a", -1], "cls": ["b", 1]}}, "a text and its token id"),
     ({"model": {"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "a" * 10_000}}, "length <= 64"),
     ({"added_tokens": [{"id": 2**40, "content": "x"}]}, r"Expected `int` <= 16777215 - at `\$.added_tokens\[0\].id`"),
-    # the library reports a token that is no UTF-8, fails at that, and aborts
+    # the library aborts while it reports a token that is not UTF-8
     (
         {"model": {"type": "BPE", "continuing_subword_prefix": "a", "vocab": {"é": 0}, "merges": ["é é"]}},
         "the merge 'é é'",
@@ -146,7 +146,7 @@ def test_patterns_that_may_backtrack_without_end_are_risks(pattern: str) -> None
         r"[一-龥]+",
     ],
 )
-def test_patterns_of_known_models_are_no_risks(pattern: str) -> None:
+def test_patterns_of_known_models_are_not_risky(pattern: str) -> None:
     assert not find_risk(pattern)
 
 

@@ -46,7 +46,7 @@ def latency(
     ] = "128,1024",
     tokens: Annotated[int, Option(metavar="COUNT", help="Decode steps per repeat.")] = 32,
     repeats: Annotated[
-        int, Option(metavar="COUNT", help="Timed repeats of each case, in turn; twice as many if they differ much.")
+        int, Option(metavar="COUNT", help="Timed repeats of each case, in turn; up to twice as many if noisy.")
     ] = 5,
     warmup: Annotated[int, Option(metavar="COUNT", help="Untimed repeats first.")] = 1,
     bandwidth: Annotated[

@@ -13,11 +13,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from tinyvllm.bench.result_files import read_result
 from tinyvllm.bench.rows import LATENCY, THROUGHPUT
 from tinyvllm.bench.runs import kind_of
 from tinyvllm.bench.tables import format_number
@@ -67,10 +67,7 @@ def run_latency(combination: Combination, flags: Sequence[str]) -> list[dict[str
 
 def read_rows(path: str) -> list[dict[str, Any]]:
     """Rows of latency or throughput from a file. Raises TinyvllmError for anything else."""
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TinyvllmError(f"{path} cannot be read as JSON: {error}") from error
+    rows = read_result(path)
     if kind_of(rows) not in (LATENCY, THROUGHPUT):
         raise TinyvllmError(f"{path} has no rows of `bench latency` or `bench throughput`: write them with --json")
     return list(rows)

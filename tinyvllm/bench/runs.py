@@ -7,13 +7,12 @@ their thread beside them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tinyvllm.bench.estimate import Estimate
+from tinyvllm.bench.result_files import fields_of, read_result
 from tinyvllm.bench.stages import DEVICE_STAGES, STAGES
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.profiling.measure import ADMISSION, TOKENIZE
@@ -80,24 +79,15 @@ class Run:
 
 def read_run(path: str) -> Run:
     """The run in a file that a benchmark's --json wrote. Raises TinyvllmError for anything else."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TinyvllmError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise TinyvllmError(f"{path} is not JSON: {error}") from error
+    data = read_result(path)
     kind = kind_of(data)
     if kind is None:
         raise TinyvllmError(
             f"{path} is not the JSON of a benchmark: create one with --json, for example "
             f"`tinyvllm bench breakdown --json {path}`"
         )
-    try:
+    with fields_of(path, kind=kind):
         return make_run(data)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise TinyvllmError(
-            f"{path} lacks a field of a {kind} ({type(error).__name__}: {error}): measure again with this version"
-        ) from error
 
 
 def kind_of(data: Any) -> str | None:

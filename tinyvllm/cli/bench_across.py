@@ -54,6 +54,7 @@ def across(
 
     tinyvllm bench across ours.json llama.json mlx.json"""
     from tinyvllm.bench.across import across_table, combinations, measure_across, read_rows
+    from tinyvllm.bench.result_files import fields_of
 
     named = runs or []
     groups = [read_rows(run) for run in named if run.endswith(".json")]
@@ -62,7 +63,8 @@ def across(
         flags = f"--prefill {prefill} --batch {batch} --context {context} --tokens {tokens} --repeats {repeats}".split()
         wanted = combinations(models, shape, split_list(weights), split_list(device))
         groups += measure_across(wanted, flags, lambda text: err.print(text, highlight=False))
-    print_table(across_table(groups))
+    with fields_of(*(run for run in named if run.endswith(".json"))):
+        print_table(across_table(groups))
     write_rows(json, [row for rows in groups for row in rows])
 
 

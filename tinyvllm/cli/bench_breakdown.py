@@ -254,10 +254,13 @@ def compare(
     and `tinyvllm profile`. Exits with code 1 and names the stage if the later run is slower by more than noise, or if
     any count rose. Runs of different work are refused: see `tinyvllm bench diff`."""
     from tinyvllm.bench.compare import parse_share
+    from tinyvllm.bench.result_files import fields_of
     from tinyvllm.bench.runs import read_run
 
     limit = parse_share(comparing.max_regress)
-    _judge(read_run(before), read_run(after), limit, counts_only=comparing.counts_only)
+    one, two = read_run(before), read_run(after)
+    with fields_of(before, after):
+        _judge(one, two, limit, counts_only=comparing.counts_only)
 
 
 def _find(subject: SubjectFlags, named: str | None, *, pull: bool) -> tuple[Subject, Tokenizer | None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
@@ -28,9 +26,12 @@ def diff(
     The runs may differ in anything: weights, device, commit, tuning, settings. What differs is listed first. Parts
     that differ by less than the confidence interval of their repeats are dim."""
     from tinyvllm.bench.diff import diff_table, explain
+    from tinyvllm.bench.result_files import fields_of
 
-    found = explain(_read(before), _read(after))
-    print_table(diff_table(found))
+    one, two = _read(before), _read(after)
+    with fields_of(before, after):
+        found = explain(one, two)
+        print_table(diff_table(found))
     write_rows(json_file, found.as_json())
 
 
@@ -47,19 +48,23 @@ def ledger(
 
     "tok/s without it" is the speed if that loss alone were gone."""
     from tinyvllm.bench.ledger import check, ledger_table, make_ledger, promises_table
+    from tinyvllm.bench.result_files import fields_of
 
-    found = make_ledger(_read(profile))
-    if after is None:
-        print_table(ledger_table(found))
-    else:
-        later = make_ledger(_read(after))
-        print_table(promises_table(found, later, check(found, later)))
+    paths = [profile] if after is None else [profile, after]
+    values = [_read(path) for path in paths]
+    with fields_of(*paths):
+        found, *later = map(make_ledger, values)
+        if not later:
+            print_table(ledger_table(found))
+        else:
+            print_table(promises_table(found, later[0], check(found, later[0])))
     write_rows(json_file, found.as_json())
 
 
 def _read(path: str) -> Any:
     """The value in a benchmark's JSON file."""
+    from tinyvllm.bench.result_files import read_result
     from tinyvllm.bench.runs import read_run
 
     read_run(path)  # whose errors say what is wrong with the file
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    return read_result(path)

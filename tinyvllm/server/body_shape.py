@@ -95,5 +95,5 @@ def _outside_of_strings(data: bytes) -> Iterable[bytes]:
     is_inside = False
     for start in range(0, len(data), _PIECE_BYTES):
         parts = data[start : start + _PIECE_BYTES].split(b'"')
-        yield from parts[is_inside::2]
+        yield b"".join(parts[is_inside::2])  # one text for a million keys: counting in each takes seconds
         is_inside ^= len(parts) % 2 == 0

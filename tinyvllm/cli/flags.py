@@ -339,8 +339,10 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 def _check_number(name: str, value: Any) -> None:
     """Raises TinyvllmError for a number that is valid for no flag, and would cause a less clear error much later."""
     flag = name.replace("_", "-")
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise TinyvllmError(f"--{flag} is a number of more than 64 bits: give a smaller one")
+    if isinstance(value, int) and abs(value) >= (limit := 2**63):
+        raise TinyvllmError(
+            f"--{flag} is a number of more than 64 bits: give a number between {1 - limit} and {limit - 1}"
+        )
     if isinstance(value, float) and not abs(value) <= MAX_NUMBER:  # so is nan
         raise TinyvllmError(f"--{flag} is {value}: give a number between -{MAX_NUMBER:.0e} and {MAX_NUMBER:.0e}")
 

@@ -34,7 +34,7 @@ CAPTURES = ("replay", "tinyjit")
 MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment variable: the directory of pulled models
 CACHE_DIR_VARIABLE = "TINYVLLM_CACHE"  # environment variable: the directory of compiled programs
 _XDG_CACHE_VARIABLE = "XDG_CACHE_HOME"
-CORES_VARIABLE = "TINYVLLM_CPU_CORES"  # environment variable: the most cores that a process uses
+CORES_VARIABLE = "TINYVLLM_CPU_CORES"  # environment variable: the maximum number of cores that a process uses
 DEVICE_VARIABLE = "DEV"  # tinygrad's environment variable, which it reads once, on import
 CAPTURE_VARIABLE = "TINYVLLM_CAPTURE"  # environment variable: the default of EngineConfig.capture
 

@@ -225,7 +225,7 @@ class Breakdown:
 
 
 def _turn(step: StepTimes, *, overlaps: bool) -> Turn:
-    """An instrumented step as a turn. overlaps: when serving, the host works on the next step meanwhile."""
+    """An instrumented step as a turn. overlaps: when serving, the host works on the next step at the same time."""
     device_s = step.device_s
     host_s = sum(took.wall_s for took in step.parts.values()) - device_s
     return Turn(max(host_s, device_s) if overlaps else host_s + device_s, device_s)

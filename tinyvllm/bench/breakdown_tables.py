@@ -92,7 +92,7 @@ def _percent(share: float) -> str:
 
 def memory_table(blocks: Sequence[MemoryBlock]) -> Table:
     """One line per block."""
-    table = _table("MiB", "process", "of it new", "peak", "device", "of it new")
+    table = _table("MiB", "process", "new", "peak", "device", "new")
     for block in blocks:
         sizes = (block.rss, block.rss_delta, block.rss_peak, block.device, block.device_delta)
         signs = ("", "+", "", "", "+")

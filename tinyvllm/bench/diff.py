@@ -1,8 +1,8 @@
-"""Explain the difference of two runs, whatever differs between them: a waterfall from the time per token of one to that
-of the other, by stage or by kernel, with the intervals that chance allows.
+"""Explain the difference between any two runs: a waterfall from the time per token of one to that of the other, by
+stage or by kernel, with confidence intervals.
 
-Unlike `compare`, which guards one configuration, `diff` takes runs of other weights, devices, commits or settings. The
-parts of each run sum to its whole; what they leave is a part of its own.
+Unlike `compare`, which guards one configuration, `diff` takes runs that differ in weights, devices, commits or
+settings. The parts of each run add up to its whole; time in no stage is a part of its own.
 """
 
 from __future__ import annotations

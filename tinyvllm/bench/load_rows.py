@@ -68,8 +68,8 @@ def summarize(
 
 
 def _trust(watch: ConditionsWatch, good: Sequence[Answer]) -> Trust:
-    """Of the time per token, or of the whole time if answers have one token. The server is another process, so what
-    others do on this machine is no fault."""
+    """The trust in the time per token, or in the whole time if answers have one token. The server is another process,
+    so the work of other processes does not lower the grade."""
     values = [answer.tpot_ms for answer in good if answer.tpot_ms is not None] or [answer.e2e_ms for answer in good]
     return watch.trust(Estimate.of_values(values), counts_others=False)
 

@@ -24,7 +24,7 @@ from tinyvllm.profiling.request_stages import STAGES as SERVED_STAGES
 WHOLE, STAGE, START, RATE = "whole", "stage", "start", "rate"
 BREAKDOWN, SERVED, LOAD, COLD_START, PROFILE = "breakdown", "served breakdown", "load", "cold start", "profile"
 CONTEXTS = "contexts"
-# From a request's arrival until its first step: what stages of its own and of other requests' steps take meanwhile
+# From a request's arrival until its first step: overlaps with stages of its own and of other requests' steps
 QUEUE_WAIT = "wait in the queue"
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k")
 MACHINE_FIELDS = ("cpu", "cores", "system")

@@ -66,5 +66,5 @@ def _read(path: str) -> Any:
     from tinyvllm.bench.result_files import read_result
     from tinyvllm.bench.runs import read_run
 
-    read_run(path)  # whose errors say what is wrong with the file
+    read_run(path)  # its errors say what is wrong with the file
     return read_result(path)

@@ -131,7 +131,7 @@ def _key_of(kernel: Kernel) -> Key:
 
 
 def _begin_there(pool: CompileWorkers, task: Task) -> Pending | None:
-    """None if no process takes it, for lack of memory, say."""
+    """None if no process takes it, for example for lack of memory."""
     try:
         reach("compile.begin")
         return Pending(pool.submit(_compile_there, task))
@@ -173,7 +173,7 @@ def begin_worker() -> None:
 
 def _get_pool() -> CompileWorkers | None:
     """The processes, which are tinygrad's pool too: it compiles the kernels of eager operations and of its searches in
-    them. A pool of its own would wait without end for the job of a process that was killed."""
+    them. tinygrad's own pool would wait forever for the job of a process that was killed."""
     if PARALLEL.value == 0 or multiprocessing.current_process().daemon:  # a daemon may not have children
         return None
     if worker.worker_pool is None:

@@ -47,7 +47,8 @@ def _open(path: str) -> _Connection:
 
 
 class _Connection(sqlite3.Connection):
-    """Does without the cache once a write has failed: the disk is full, say, or the file belongs to another user."""
+    """Goes on without the cache once a write has failed, for example because the disk is full or the file belongs to
+    another user."""
 
     is_writable = True
 

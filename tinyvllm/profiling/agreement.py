@@ -1,7 +1,7 @@
 """Whether the figures that a verdict uses agree: those that should be equal, and parts with their whole.
 
-On a machine that is busy with something else, each is measured in other company. A verdict from such figures would
-name a cause that is none, so it is withheld, and the figures that disagree are named instead.
+On a busy machine, each figure is measured beside other work. A verdict from such figures would name a false cause, so
+it is withheld, and the figures that disagree are named instead.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 LIMIT = 0.25  # by which two figures may differ, as a share of the smaller
-SLACK_S = 5e-5  # and this much anyway: clocks and calls
+SLACK_S = 5e-5  # this difference is always allowed: clocks and calls
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Disagreement:
 
 
 def must_equal(one: Figure, other: Figure) -> Disagreement | None:
-    """None if they do."""
+    """None if the figures are equal within LIMIT."""
     return Disagreement(one, other) if max(_excess(one, other), _excess(other, one)) > 0 else None
 
 
 def must_fit(part: Figure, whole: Figure) -> Disagreement | None:
-    """None if the part is no longer than the whole."""
+    """None if the part is at most as long as the whole, within LIMIT."""
     return Disagreement(whole, part) if _excess(part, whole) > 0 else None
 
 

@@ -86,7 +86,7 @@ _ENGINE_STAGES = {
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """[start_ns, end_ns) of one stage. `cpu_ns`: processor time of the engine's thread meanwhile; of a part of a span,
+    """[start_ns, end_ns) of one stage. `cpu_ns`: processor time of the engine's thread in it; of a part of a span,
     its share by duration. None outside the engine's thread."""
 
     stage: str

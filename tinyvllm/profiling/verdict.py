@@ -1,6 +1,6 @@
 """What limits a step: rules, each with the numbers it used and what to try next.
 
-If figures that should agree do not, or nobody should trust them, nothing is said but that (`agreement.py`)."""
+If figures that should agree do not, or their grade of trust is D, the only verdict says so (`agreement.py`)."""
 
 from __future__ import annotations
 

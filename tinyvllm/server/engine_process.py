@@ -70,7 +70,7 @@ class _EngineProcess:
         self._link.send("ready")
 
     def _end_soon(self) -> None:
-        """End the process even if a step or a capture does not. Its clients have gone, so nobody waits for it."""
+        """End the process even if a step or a capture still runs. Its clients are gone, so nobody waits for it."""
         timer = threading.Timer(LAST_STEP_S, exit_now, (0,))
         timer.daemon = True
         timer.start()

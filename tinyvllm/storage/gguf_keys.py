@@ -28,7 +28,7 @@ def size_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def token_id_below(values: Values, key: str, num_tokens: int) -> int | None:
-    """The id of a token, or None: an id that the vocabulary does not have counts as absent, as in llama.cpp, because
-    files in use state such ids for tokens that a model lacks. Raises ModelError for what is no id."""
+    """The id of a token, or None. An id that the vocabulary does not have counts as absent, as in llama.cpp, because
+    real files have such ids for tokens that a model lacks. Raises ModelError for a value that is not an id."""
     token_id = values.optional_integer(key, at_least=0, at_most=MAX_STORED)
     return token_id if token_id is not None and token_id < num_tokens else None

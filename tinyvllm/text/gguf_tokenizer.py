@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "tokenizer.ggml."
 IN_MEMORY = Path("the GGUF metadata")  # the name in messages of metadata that was not read from a file
 MODELS = ("gpt2", "llama", "gemma4")  # values of tokenizer.ggml.model
-DAMAGED = "\ufffd"  # what readers put in place of bytes that are no UTF-8
+DAMAGED = "\ufffd"  # what readers put in place of bytes that are not UTF-8
 MAX_PIECE = 1024  # characters of a scored piece, of which every cut is tried; SentencePiece's own limit is 16
 MAX_MERGES = 1 << 21  # of scored pieces: Gemma 3 has 514,847
 LINES = r"[^\n]+|[\n]+"  # of `gemma4`: line breaks are apart from everything else
@@ -238,7 +238,7 @@ def make_score_bpe(values: Values, vocabulary: Vocabulary) -> models.BPE:
     merges = rank_merges({vocabulary.tokens[token_id]: scores[token_id] for token_id in pieces})
     if len(merges) > MAX_MERGES:
         raise ModelError(
-            f"{values.source}: the pieces of {PREFIX}tokens form one another in more than {MAX_MERGES} ways, the most "
+            f"{values.source}: the pieces of {PREFIX}tokens form one another in more than {MAX_MERGES} ways, the limit "
             "for a vocabulary with scores"
         )
     return models.BPE(

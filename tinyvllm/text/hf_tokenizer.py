@@ -83,7 +83,7 @@ def optional_flag(values: Values, key: str) -> bool | None:
 
 
 def check_vocabulary(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """Raise ModelError for ids and texts that no tokenizer has: others keep arrays of as many entries."""
+    """Raise ModelError for ids and texts larger than any tokenizer's: other modules make arrays of that size."""
     vocabulary = backend.get_vocab()
     last = max(vocabulary.values(), default=0)
     if last >= MAX_SIZE:

@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _QUICK_CHARS = 1000  # encoding these takes less time than releasing the interpreter lock and getting it back
 _SHRINKING = 4  # how much shorter a normalizer that composes or drops characters makes a text, at the most
-_MARGIN_CHARS = 4096  # of a text that is cut before it is encoded: farther than a cut changes what is encoded before it
+_MARGIN_CHARS = 4096  # kept beyond what is needed when a text is cut: a cut changes tokens within a shorter distance
 
 
 def load_tokenizer(files: ModelFiles) -> Tokenizer:
@@ -78,7 +78,7 @@ class Tokenizer:
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True, param: str = "prompt"
     ) -> list[int]:
-        """Token ids of `text`. Other threads run meanwhile, unless the text is short.
+        """Token ids of `text`. Other threads may run at the same time, unless the text is short.
 
         add_special_tokens: add BOS and EOS where the model's files say so. parse_special: special tokens written in the
         text become their ids; otherwise they are ordinary text.

@@ -73,7 +73,7 @@ def _read_state(kind: str, parts: Parts) -> State:
 
 
 def _check_parts(state: State, parts: Parts) -> None:
-    """Raise WeightMismatchError for tensors that have not as many values as the state says."""
+    """Raise WeightMismatchError for tensors whose number of values differs from what the state says."""
     size = state.num_rows * state.num_cols
     num_blocks = -(-size // state.block_size)
     counts = {".weight": -(-size // 2), ".weight.absmax": num_blocks, ".weight.quant_map": NUM_CODES}

@@ -99,7 +99,7 @@ def test_the_command_shows_it_as_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_too_little_address_space_is_refused_before_a_library_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (MIN_ADDRESS_BYTES - 1, resource.RLIM_INFINITY))
-    with pytest.raises(TinyvllmError, match=r"1023 MiB of memory, and needs 1024 MiB .*ulimit -v"):
+    with pytest.raises(TinyvllmError, match=r"1023 MiB of memory, but needs 1024 MiB .*ulimit -v"):
         require_memory_limit()
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     require_memory_limit()

@@ -57,3 +57,9 @@ def test_bars_lie_where_their_stages_do() -> None:
     assert draw_bar(0.5, 0.25) == " " * (BAR_CELLS // 2) + "█" * (BAR_CELLS // 4)
     assert draw_bar(0.999, 1e-9) == " " * (BAR_CELLS - 1) + "▏"
     assert all(len(draw_bar(start / 10, share / 10)) <= BAR_CELLS for start in range(11) for share in range(11))
+
+
+@pytest.mark.parametrize("arguments", [("\udcff",), ("a", "--api-key", "\udcff"), ("a", "--url", "http://\udcff:1")])
+def test_bytes_that_are_no_text_are_refused(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments, *(() if "--url" in arguments else ("--url", "http://127.0.0.1:9")))
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)

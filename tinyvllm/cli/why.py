@@ -55,7 +55,7 @@ def why(
     if request_id is not None:
         from urllib.parse import quote
 
-        path = f"/requests/{quote(request_id, safe='')}"
+        path = f"/requests/{quote(request_id, safe='', errors='surrogateescape')}"
     elif slowest is not None:
         query = {"slowest": slowest}
     elif last is not None:
@@ -77,14 +77,22 @@ def _get(url: str, api_key: str | None, path: str, query: dict[str, int]) -> Any
     from tinyvllm.bench.load_measure import make_client
     from tinyvllm.bench.load_stream import describe_error
 
-    with make_client(Target(url=url, model="", api_key=api_key, timeout_s=30.0)) as client:
-        try:
+    try:
+        with make_client(Target(url=url, model="", api_key=api_key, timeout_s=30.0)) as client:
             response = client.get(path, params=query)
-        except httpx.HTTPError as error:
-            raise TinyvllmError(f"no server answers at {url}: {type(error).__name__} {error}") from error
+    except httpx.HTTPError as error:
+        raise TinyvllmError(f"no server answers at {url}: {type(error).__name__} {error}") from error
+    except (UnicodeError, httpx.InvalidURL) as error:
+        raise TinyvllmError(f"--url or --api-key has a character that HTTP does not allow: {error}") from error
     if response.status_code != 200:
         raise TinyvllmError(f"{url}{path} answered {describe_error(response.status_code, response.content)}")
-    return response.json()
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict) or not ("requests" in answer or "stages" in answer):
+        raise TinyvllmError(f"{url}{path} did not answer with requests: is it a tinyvllm server?")
+    return answer
 
 
 def request_list(requests: list[dict[str, Any]]) -> RenderableType:

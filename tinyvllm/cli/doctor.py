@@ -44,7 +44,7 @@ def doctor(
         Option(
             "--profiler",
             help="Check the profiler instead: plant known delays, waits, copies and slow kernels, and show which are "
-            "attributed correctly. Takes about a minute.",
+            "attributed correctly. Takes about a minute on a quiet machine, and several on a busy one.",
         ),
     ] = False,
     json_file: Annotated[

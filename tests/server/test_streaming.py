@@ -136,7 +136,7 @@ class Exchange:
         scope = {
             "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
             "root_path": "", "scheme": "http", "http_version": "1.1", "client": None, "server": None,
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"host", b"test"), (b"content-type", b"application/json")],
         }  # fmt: skip
         self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
 

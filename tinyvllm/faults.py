@@ -1,7 +1,7 @@
 """Fault injection: named points at which a plan makes something fail, so that tests can check what is left afterwards.
 
 A point is one line, `reach("engine.launch")`, at a place where real machines fail: memory is exhausted, a disk is full,
-a device or a process dies. Without a plan the line costs a call and a comparison, about 30 ns. A plan says which point
+a device or a process dies. Without a plan the line costs a call and a comparison, about 0.1 us. A plan says which point
 fails, at which occurrence, and how. A test sets it in its own process (`planned`); other processes inherit it in an
 environment variable (`environment`), and read it when they import this module.
 

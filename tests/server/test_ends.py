@@ -202,8 +202,10 @@ def write_unread_log(server: Server, num_lines: int) -> None:
 
 
 def limit_files() -> None:
-    """The soft limit of many systems."""
+    """The soft limit of many systems, and the signals of a terminal, which `nohup` and background jobs ignore."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 # ---- How it ends ----

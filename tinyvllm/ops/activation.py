@@ -104,7 +104,7 @@ def _plain_clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * (gate * ALPHA).sigmoid() * (up.clip(-CLAMP, CLAMP) + 1.0)
 
 
-def _exact_sigmoid(x: np.ndarray) -> np.ndarray:
+def exact_sigmoid(x: np.ndarray) -> np.ndarray:
     """By tanh, which does not overflow."""
     return (np.tanh(x / 2) + 1) / 2
 
@@ -119,14 +119,14 @@ def _exact_gelu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 def _exact_clamped_swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     gate = np.minimum(gate, CLAMP)
-    return gate * _exact_sigmoid(ALPHA * gate) * (np.clip(up, -CLAMP, CLAMP) + 1)
+    return gate * exact_sigmoid(ALPHA * gate) * (np.clip(up, -CLAMP, CLAMP) + 1)
 
 
 # To add an activation, add a line here; storage/hf_config.py maps config.json's `hidden_act` to these names.
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(lambda gate, up: gate * _exact_sigmoid(gate) * up, lambda gate, up: gate.silu() * up, _silu),
+    "silu": Activation(lambda gate, up: gate * exact_sigmoid(gate) * up, lambda gate, up: gate.silu() * up, _silu),
     # of attention's output gate
-    "sigmoid": Activation(lambda gate, up: _exact_sigmoid(gate) * up, lambda gate, up: gate.sigmoid() * up, _sigmoid),
+    "sigmoid": Activation(lambda gate, up: exact_sigmoid(gate) * up, lambda gate, up: gate.sigmoid() * up, _sigmoid),
     "gelu_tanh": Activation(_exact_gelu_tanh, lambda gate, up: gate.gelu() * up, _gelu_tanh),
     "gelu": Activation(_exact_gelu, lambda gate, up: gate * 0.5 * ((gate * sqrt(0.5)).erf() + 1.0) * up, _gelu),
     "clamped_swiglu": Activation(_exact_clamped_swiglu, _plain_clamped_swiglu, _clamped_swiglu),

@@ -8,7 +8,7 @@ import numpy as np
 from tinygrad import Tensor
 
 from tinyvllm.config import ExpertsKind
-from tinyvllm.ops.activation import gated_exact
+from tinyvllm.ops.activation import exact_sigmoid, gated_exact
 from tinyvllm.ops.backend import Epilogue, Norm
 from tinyvllm.ops.experts_spec import ExpertLayer
 from tinyvllm.ops.plain import LEAST_SUM
@@ -46,11 +46,6 @@ def softmax(x: np.ndarray) -> np.ndarray:
     powers = np.exp(x - x.max(axis=-1, keepdims=True))
     shares: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
     return shares
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)), by tanh, which does not overflow."""
-    return np.float32(0.5) * (np.tanh(x * np.float32(0.5)) + np.float32(1.0))
 
 
 def rotate(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
@@ -93,7 +88,7 @@ def choose_experts(logits: np.ndarray, layer: ExpertLayer) -> HostRouting:
     expert's counts more."""
     kind, count = layer.kind, layer.kind.num_experts
     values = logits[:, :count] + (0.0 if layer.router_bias is None else to_host(layer.router_bias))
-    scores = softmax(values) if kind.score == "softmax" else sigmoid(values)
+    scores = softmax(values) if kind.score == "softmax" else exact_sigmoid(values)
     choice = scores + (0.0 if layer.choice_bias is None else to_host(layer.choice_bias))
     if kind.num_groups > 1:
         choice = _of_top_groups(choice, kind)
@@ -104,7 +99,7 @@ def choose_experts(logits: np.ndarray, layer: ExpertLayer) -> HostRouting:
     weights = weights * np.float32(kind.scale)
     if layer.expert_scale is not None:
         weights = weights * to_host(layer.expert_scale)[ids]
-    shared = sigmoid(logits[:, count]) if kind.has_shared_gate else None
+    shared = exact_sigmoid(logits[:, count]) if kind.has_shared_gate else None
     if layer.stacks_shared:
         weight = np.ones(len(ids), np.float32) if shared is None else shared
         ids = np.pad(ids, ((0, 0), (0, 1)), constant_values=count)

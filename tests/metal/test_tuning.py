@@ -12,7 +12,13 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.mark.parametrize(
     ("fmt", "tokens", "operation"),
-    [("Q4_0", 1, "norm_linear"), ("Q6_K", 1, "norm_gated"), ("float16", 5, "linear_add"), ("Q4_K", 70, "norm_linear")],
+    [
+        ("Q4_0", 1, "norm_linear"),
+        ("Q6_K", 1, "norm_gated"),
+        ("float16", 1, "norm_gated"),
+        ("float16", 5, "linear_add"),
+        ("Q4_K", 70, "norm_linear"),
+    ],
     ids=str,
 )
 def test_every_candidate_computes_the_same(fmt: str, tokens: int, operation: str) -> None:

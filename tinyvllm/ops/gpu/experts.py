@@ -162,7 +162,7 @@ class OneRow:
             packed = ExpertQuantizedVectorSpec(mma=self.half, rescales_input=rescales_input, **fields)
             if fits_quantized_vector(packed):
                 return choose(packed)
-        return ExpertVectorSpec(**fields)
+        return choose(ExpertVectorSpec(**fields))
 
     @staticmethod
     def _run(

@@ -370,7 +370,7 @@ class FusedGpuBackend(GpuBackend):
                 block_rows=block_rows,
                 block_stride=block_stride,
             )
-            return run_kernel(vector_kernel(row), [out], [*matrix.planes, x])[0]
+            return run_kernel(vector_kernel(choose(row)), [out], [*matrix.planes, x])[0]
         assert self.mma is not None
         rows = MatrixSpec(
             name=name,
@@ -519,7 +519,7 @@ class FusedGpuBackend(GpuBackend):
             packed = QuantizedVectorSpec(mma=half, rescales_input=self.dtype == "bfloat16" and not is_normed, **fields)
             if fits_quantized_vector(packed):
                 return choose(packed)
-        return VectorSpec(**fields)
+        return choose(VectorSpec(**fields))
 
     @staticmethod
     def _row_source(x: Tensor) -> tuple[list[Tensor], NormedSum | None]:

@@ -6,7 +6,7 @@ threadgroup. Quantized matrices come here only if quantized_vector.py does not c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tinygrad import UOp
@@ -32,9 +32,12 @@ from tinyvllm.ops.kernel.lanes import (
     warps,
     zeros,
 )
+from tinyvllm.ops.kernel.tuning import Tunable
 
 FEW_ROWS = 4096  # rows that need more warps each to fill a large GPU
 VECTOR_COLS = 8  # dense columns of a lane's run: 16 bytes of float16
+MAX_WARPS = 16
+MAX_LOADS = 16  # runs of weights that a lane loads at once: of float16, 64 of its registers
 STAGED_RUN = PANEL + 4  # floats from one run to the next in threadgroup memory: eight lanes' vectors in eight banks
 
 
@@ -181,7 +184,7 @@ class RowOperands:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorSpec(RowProductSpec):
+class VectorSpec(RowProductSpec, Tunable):
     """A product by dot products."""
 
     @property
@@ -215,7 +218,28 @@ class VectorSpec(RowProductSpec):
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(rows, or pairs of gate and up, of a warp; warps along the rows; warps along the columns; runs that a lane
-        loads at once).
+        loads at once): the knobs, or else `rule`."""
+        rows, down, across, ahead = self.rule
+        return self.knob("rows", rows), self.knob("down", down), self.knob("across", across), self.knob("ahead", ahead)
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        return {"rows": (1, 2, 4, 8), "down": (1, 2, 4), "across": (1, 2, 4, 8, 16), "ahead": (1, 2, 4)}
+
+    def is_possible(self) -> bool:
+        rows, down, across, ahead = self.shape
+        loads = rows * ahead * (1 if self.activation is None else 2) * (2 if self.format.is_quantized else 1)
+        return (
+            self.out_rows % (rows * down) == 0
+            and self.block_rows % rows == 0
+            and down * across <= MAX_WARPS
+            and loads <= MAX_LOADS
+            and LANES * across * (ahead - 1) < self.num_runs
+            and LANES * (across - 1) < self.num_runs
+        )
+
+    @property
+    def rule(self) -> tuple[int, int, int, int]:
+        """The `shape` without knobs.
 
         Measured on an H200 for float16, over 20 matrices of models from 1B to 8B (2,048 to 262,144 rows of 2,048 to
         18,944 columns): four warps with 4 loads of 16 bytes in flight for each row are within 6 % of the best of about
@@ -251,12 +275,12 @@ class ExpertVectorSpec(VectorSpec):
         return self.chosen_experts
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def rule(self) -> tuple[int, int, int, int]:
         """Experts that are added up have long rows: with more rows of a warp, threadgroups read less of x. Six warps of
         four runs take 13 % less than sixteen of two (NVIDIA H200, 2,048 rows of 6,144 columns)."""
         passes = -(-self.num_cols // (self.cols * LANES))
         if not self.chosen_experts.adds_up or self.format.is_quantized or passes < 24:
-            return super().shape
+            return super().rule
         across = next(count for count in (6, 5, 4, 7, 8) if passes % (count * 4) == 0 or count == 8)
         return 4, 1, across, 4
 

@@ -32,6 +32,7 @@ from tests.ops.builders import (
     make_step_of,
     normal,
     read_pool,
+    run_product,
 )
 from tests.ops.gpu.products import SHAPES, TOLERANCE, multiply
 from tests.ops.rendering import (
@@ -43,11 +44,12 @@ from tests.ops.rendering import (
     plan_layer,
     rendered,
     swept,
+    unwritten,
 )
 from tinyvllm.arrays import Format
 from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import FLOATS, DeviceHandle
-from tinyvllm.ops.backend import Backend
+from tinyvllm.ops.backend import PLAIN, Backend, Epilogue
 from tinyvllm.ops.gpu import attention_prefill as gpu_prefill
 from tinyvllm.ops.gpu.attention_prefill_hopper import swizzled_place
 from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
@@ -243,6 +245,26 @@ def test_a_product_of_unpacked_weights_fills_what_its_spec_asks_for(tokens: int,
     assert spec.unpacks_first
     assert spec.wgmma == replace(spec, format=DENSE).wgmma
     assert spec.splits == spec.wgmma.splits
+
+
+LARGEST = [(28672, 4096), (34816, 5120), (55296, 5120), (57344, 8192), (8192, 28672)]  # of 8B, 14B, 32B and 70B
+
+
+@pytest.mark.parametrize(("rows", "cols"), LARGEST)
+@pytest.mark.parametrize("tokens", [256, 2048])
+def test_a_prompt_uses_hoppers_matrix_unit_whatever_the_size_of_the_quantized_matrix(
+    tokens: int, rows: int, cols: int
+) -> None:
+    backend = rendered("CUDA")
+    backend.has_wgmma = True
+    small = backend.matrix(make_host("Q4_K", 32, 256))
+    planes = [unwritten(backend, plane.numel() * rows * cols // (32 * 256), plane.dtype) for plane in small.planes]
+    matrix = replace(small, num_rows=rows, num_cols=cols, used_rows=rows, planes=tuple(planes))
+    x = unwritten(backend, tokens * cols, dtypes.half)
+    epilogue = Epilogue(activation="silu") if rows > cols else PLAIN
+    out = run_product(backend, x, matrix, tokens, epilogue=epilogue)
+    names = [kernel.arg.name for kernel in kernels_of([backend.whole(out)])]
+    assert names[:2] == [f"unpack_Q4_K_{rows}x{cols}", f"test_float16_{tokens}x{rows}x{cols}"]
 
 
 # -- products ----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from tinyvllm.ops.gpu.experts_order import (
     order_kernel,
 )
 from tinyvllm.ops.gpu.experts_route import RouteSpec, route_kernel
-from tinyvllm.ops.gpu.gemm import ExpertGemmSpec, gemm_kernel, unpack_kernel
+from tinyvllm.ops.gpu.gemm import UNPACK_ELEMENTS, ExpertGemmSpec, gemm_kernel, unpack_kernel
 from tinyvllm.ops.gpu.gemm_hopper import (
     MIN_STEPS,
     RUN_ROWS,
@@ -53,7 +53,6 @@ from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import choose
 
 MOST_ROWS = 16  # of an expert, on average, up to which weights go from memory straight into registers
-UNPACK_ELEMENTS = 640 << 20  # of the largest stack of experts that is unpacked first: 1.25 GiB of float16
 UNPACK_ROWS = 64  # of an expert, on average, from which on quantized weights are unpacked first
 MOST_TILES = 4  # of TOKENS rows each, in a tile there
 

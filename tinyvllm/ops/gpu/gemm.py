@@ -38,7 +38,7 @@ from tinyvllm.ops.kernel.tuning import Tunable
 DENSE = Format("float16", 16)
 MIN_TOKENS = 65  # the fewest rows that are worth a tile of tokens
 UNPACK_TOKENS = 256  # the fewest rows for which weights are unpacked first
-UNPACK_ELEMENTS = 64 << 20  # of the largest matrix that is unpacked first: 128 MiB of float16
+UNPACK_ELEMENTS = 640 << 20  # of the largest matrix, or stack of experts, that is unpacked first: 1.25 GiB of float16
 STAGES = 3  # tiles of an operand that CUDA holds: one is multiplied, two are being copied
 GROUPS_WANTED = 128  # threadgroups that keep a large GPU busy
 SHORTEST_SPLIT = 16  # the fewest steps of 32 columns that are worth a threadgroup

@@ -450,6 +450,9 @@ class EngineConfig:
     warm_up: str = "full"
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"  # or "priority": lower numbers first
+    # a step that decodes takes at most this many times as long as without prompts, whose chunks are chosen by measured
+    # times; 0: no limit
+    max_step_stretch: float = 0.0
     # plan and enqueue a step while the previous one runs; None: on every device but a CPU, where it does not pay
     async_scheduling: bool | None = None
     # how a step is captured and run: replay: by our own code; tinyjit: by tinygrad's TinyJit (docs/CAPTURE.md)
@@ -495,6 +498,8 @@ class EngineConfig:
                 self.max_num_batched_tokens,
                 f"give at least --max-num-seqs ({self.max_num_seqs}): each sequence decodes one token a step",
             )
+        if self.max_step_stretch and not self.max_step_stretch > 1.0:
+            refuse("max-step-stretch", self.max_step_stretch, "give a number above 1, or 0 for no limit")
         if self.max_model_len is not None and self.max_model_len < 2:
             refuse("max-model-len", self.max_model_len, "give at least 2 tokens: one of prompt and one of output")
         if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:

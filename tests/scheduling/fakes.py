@@ -193,8 +193,17 @@ class Flights:
 
     def step(self) -> list[TokenOut]:
         """Plan one step and commit the oldest if it is time, with the pool audited after each of these."""
+        return self._run(self.scheduler.schedule())
+
+    def step_plan(self) -> StepPlan:
+        """The same of a step that there is; its plan."""
+        plan = self.scheduler.schedule()
+        assert plan is not None
+        self._run(plan)
+        return plan
+
+    def _run(self, plan: StepPlan | None) -> list[TokenOut]:
         scheduler = self.scheduler
-        plan = scheduler.schedule()
         scheduler.block_manager.audit()
         if plan is not None:
             check_limits(scheduler, plan)

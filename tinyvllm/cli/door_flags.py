@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import msgspec
 from typer import Argument, Option
 
-from tinyvllm.cli.flags import EngineFlags, RunnerFlags
+from tinyvllm.cli.flags import SERVED_STRETCH, EngineFlags, RunnerFlags
 from tinyvllm.config import DEVICE_VARIABLE, MODELS_DIR_VARIABLE
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
@@ -167,7 +167,9 @@ def _model_settings(
     name = _value("name", table.get("name") or require_model(model, pull=engine.pull).name, str)
     overrides = dict(_overrides({key: value for key, value in table.items() if key in flags}))
     device = overrides.pop("device", None)
-    config = dataclasses.replace(engine, **overrides).make_config(model, warm_up="background", served_model_name=name)
+    config = dataclasses.replace(engine, **overrides).make_config(
+        model, warm_up="background", max_step_stretch=SERVED_STRETCH, served_model_name=name
+    )
     share = overrides.get("gpu_memory_utilization")  # of the whole memory; the door divides the rest
     config = dataclasses.replace(config, gpu_memory_utilization=engine.gpu_memory_utilization)
     keep_alive = table.get("keep_alive")

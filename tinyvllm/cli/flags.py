@@ -29,6 +29,7 @@ from tinyvllm.text.reasoning import ALIASES, FORMATS
 from tinyvllm.text.tools import FAMILIES
 
 _STANDARD = EngineConfig(model="")  # for its defaults
+SERVED_STRETCH = 3.0  # of `max_step_stretch`, for servers, whose requests wait for each other
 MAX_NUMBER = 1e9  # of a flag that takes fractions: as seconds, 30 years
 _DTYPES = ", ".join(("auto", *DTYPES))
 
@@ -193,6 +194,17 @@ class EngineFlags(RunnerFlags):
             help="fcfs: in order of arrival; priority: by each request's priority, lowest number first.",
         ),
     ] = _STANDARD.scheduling_policy
+    max_step_stretch: Annotated[
+        float | None,
+        Option(
+            metavar="FACTOR",
+            help="How many times as long a step may take because of prompts while other requests get their next token. "
+            "The part of the prompts that it computes is chosen from measured times. A larger factor computes prompts "
+            "faster, a smaller one delays running requests less; 0: no limit but --max-num-batched-tokens. "
+            "[default: 3 for serve, else 0]",
+            show_default=False,
+        ),
+    ] = None
     chat_template: Annotated[
         str | None, Option(metavar="FILE", help="A Jinja file to use instead of the model's own chat template.")
     ] = None
@@ -219,15 +231,17 @@ class EngineFlags(RunnerFlags):
         *,
         num_seqs: int | None = None,
         warm_up: str = _STANDARD.warm_up,
+        max_step_stretch: float = _STANDARD.max_step_stretch,
         served_model_name: str | None = None,
     ) -> EngineConfig:
-        """The engine's settings. num_seqs, warm_up: defaults for flags that the user did not give.
+        """The engine's settings. num_seqs, warm_up, max_step_stretch: defaults for flags that the user did not give.
 
         Raises TinyvllmError for a bad value."""
         resolved = {
             "max_model_len": _parse_model_len(self.max_model_len),
             "max_num_seqs": num_seqs if self.max_num_seqs is None else self.max_num_seqs,
             "warm_up": self.warm_up or warm_up,
+            "max_step_stretch": max_step_stretch if self.max_step_stretch is None else self.max_step_stretch,
             "served_model_name": served_model_name,
         }
         return EngineConfig(model=model, **(self.settings() | resolved))

@@ -16,7 +16,7 @@ from typer import Option
 
 from tinyvllm.cli import engine as engines
 from tinyvllm.cli.door_flags import DoorFlags, Models, split_name
-from tinyvllm.cli.flags import EngineFlags
+from tinyvllm.cli.flags import SERVED_STRETCH, EngineFlags
 from tinyvllm.cli.greeting import Greeting
 from tinyvllm.cli.models import require_model
 from tinyvllm.cli.record_flags import RecordFlags
@@ -109,7 +109,12 @@ def _serve_one(
         names = names or ([] if given_name is None else [given_name])
         files = require_model(path, pull=engine.pull)
         settings = dataclasses.replace(settings, model_aliases=tuple(names[1:]))
-        config = engine.make_config(path, warm_up="background", served_model_name=names[0] if names else files.name)
+        config = engine.make_config(
+            path,
+            warm_up="background",
+            max_step_stretch=SERVED_STRETCH,
+            served_model_name=names[0] if names else files.name,
+        )
         address = sockets.address_of(sock, has_tls=tls is not None)
         log.info(
             "loading %s; HTTP is up on %s, where /health is 503 until it is ready", config.served_model_name, address

@@ -115,6 +115,7 @@ class LaunchedStep:
     handle: Any
     schedule_s: float
     launch_s: float  # without packing, and with the sampling that was enqueued later
+    launched_s: float  # when it was launched, by the engine's clock
 
     @property
     def stage(self) -> int:
@@ -152,6 +153,7 @@ class EngineCore:
         self.clock = StepClock()
         self._in_flight: deque[LaunchedStep] = deque()  # oldest first
         self._num_failures = 0  # consecutive
+        self._collected_s = 0.0  # when the latest step was collected, by `clock`
 
     @property
     def has_work(self) -> bool:
@@ -258,7 +260,7 @@ class EngineCore:
                 request.passage.leave_queue()
         handle: Launched = self.runner.launch(plan)
         launch_s = clock.mark_divided(DECODE if plan.is_decode else PREFILL, handle.pack_s, PACK)
-        step = LaunchedStep(plan, handle, schedule_s, launch_s)
+        step = LaunchedStep(plan, handle, schedule_s, launch_s, clock.now_s - launch_s)
         with measure.span(measure.COMMIT):
             self.scheduler.advance(plan)
         clock.mark(COMMIT)
@@ -274,6 +276,7 @@ class EngineCore:
         wait_s = clock.mark_divided(step.stage, output.tokens_s, TOKENS)
         if step.plan.admitted or not step.plan.is_decode:
             _note_chunks(step, step.launch_s + wait_s)
+        self._note_pace(step, output.num_rows)
         with measure.span(measure.COMMIT):
             num_before = len(outs)
             self.scheduler.commit(step.plan, output, outs)
@@ -293,6 +296,15 @@ class EngineCore:
         stats.step_sizes = count_step(stats.step_sizes, step.plan.num_tokens)
         stats.num_tokens, stats.num_seqs = step.plan.num_tokens, len(step.plan.entries)
         self._publish(stats)
+
+    def _note_pace(self, step: LaunchedStep, num_rows: int) -> None:
+        """Tell the scheduler how long a step has taken that was collected now: since it was launched, or since the step
+        before it, which was in flight then, was collected."""
+        now_s = self.clock.now_s
+        if self.scheduler.pace is not None and num_rows:
+            since_s = max(step.launched_s, self._collected_s)
+            self.scheduler.pace.note(num_rows, step.plan.is_decode, now_s - since_s)
+        self._collected_s = now_s
 
     def check(self) -> None:
         """After an unexpected error: raise EngineDeadError if the pool is inconsistent."""

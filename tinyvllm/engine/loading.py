@@ -15,6 +15,7 @@ from tinyvllm.engine.output import TextEngine
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.scheduler import Scheduler
+from tinyvllm.scheduling.step_pace import StepPace
 from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
 from tinyvllm.storage.resolve import resolve_model
 from tinyvllm.text.chat import ChatTemplate, end_of_turn_ids, load_chat_template
@@ -135,7 +136,9 @@ def assemble_engine(
     """Build scheduler, core and text engine around a runner. `captures` makes the graphs that the runner lacks."""
     capacity = runner.capacity
     block_manager = BlockManager.of(capacity, config.enable_prefix_caching)
-    scheduler = Scheduler(block_manager, capacity, config.scheduling_policy, runner.model_config.name or "the model")
+    pace = StepPace(config.max_step_stretch) if config.max_step_stretch else None
+    name = runner.model_config.name or "the model"
+    scheduler = Scheduler(block_manager, capacity, config.scheduling_policy, name, pace)
     text = Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=generation_defaults)
     loaded = text.for_callers(runner.model_config, capacity, config.seed)
     core = EngineCore(runner, scheduler, captures, captures_when_idle=config.warm_up == "idle")

@@ -21,6 +21,7 @@ from tinyvllm.faults import reach
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenOut
 from tinyvllm.scheduling.request import Request, Status, TokenLogprobs
+from tinyvllm.scheduling.step_pace import StepPace
 
 NO_FINITE_LOGITS = "the model produced no finite logits"  # how such an error begins
 NOTHING_ALLOWED = (
@@ -104,9 +105,15 @@ class Scheduler:
     """
 
     def __init__(
-        self, block_manager: BlockManager, capacity: Capacity, policy: str = "fcfs", model: str = "the model"
+        self,
+        block_manager: BlockManager,
+        capacity: Capacity,
+        policy: str = "fcfs",
+        model: str = "the model",
+        pace: StepPace | None = None,
     ) -> None:
-        """model: its name, for error messages."""
+        """model: its name, for error messages. pace: limits the chunks of prompts in steps that decode; None: only
+        `capacity` does."""
         if capacity.max_num_batched_tokens < capacity.max_num_seqs:
             raise InvariantError(
                 f"a step of {capacity.max_num_batched_tokens} tokens cannot decode {capacity.max_num_seqs} sequences"
@@ -117,6 +124,8 @@ class Scheduler:
         self.num_preemptions = 0  # since start
         self.prefix_queries = 0  # prompt tokens looked up in the prefix cache, since start
         self.prefix_hits = 0  # prompt tokens found there, since start
+        self.pace = pace
+        self._had_prompts = False  # the latest step had tokens of prompts
         self._by_priority = policy == "priority"
         self._model = model
         self._max_len = max_request_len(capacity)
@@ -205,7 +214,9 @@ class Scheduler:
                 f"{self.block_manager.least_free} blocks free"
             )
         admitted = tuple(entry.request for entry in entries[num_continued:])
-        return StepPlan(tuple(in_stable_rows(entries)), tuple(preempted), admitted)
+        plan = StepPlan(tuple(in_stable_rows(entries)), tuple(preempted), admitted)
+        self._had_prompts = not plan.is_decode
+        return plan
 
     def advance(self, plan: StepPlan) -> None:
         """Mark a step as launched: its tokens count as computed, and the tokens that it samples are in flight."""
@@ -265,7 +276,7 @@ class Scheduler:
 
     def _continue_running(self, entries: list[Scheduled], preempted: list[Request]) -> int:
         """Schedule the running requests in order of rank; return the rest of the budget."""
-        budget = self.capacity.max_num_batched_tokens
+        budget = self._token_budget()
         self._num_spare_rows = self.capacity.max_num_seqs - len(self.running)
         index = 0
         while index < len(self.running):  # the list shortens from its end when requests are preempted
@@ -292,6 +303,14 @@ class Scheduler:
             budget -= count
             index += 1
         return budget
+
+    def _token_budget(self) -> int:
+        """The most tokens of the next step."""
+        budget = self.capacity.max_num_batched_tokens
+        if self.pace is None or not (self._waiting or self._had_prompts):
+            return budget
+        num_decoding = sum(request.num_pending == 1 for request in self.running)
+        return max(len(self.running), self.pace.limit(num_decoding, budget))
 
     def _limit_scored(self, request: Request, start: int, count: int) -> int:
         """Limit `count` to the free logit rows, if tokens [start, start + count) need one each for prompt logprobs.

@@ -1,0 +1,171 @@
+"""While prompts come in, those that decode wait at most so many times as long as without prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+
+import pytest
+
+from tests.engine.fakes import FakeModelRunner
+from tests.scheduling.fakes import Flights, make_capacity, make_request, make_runner, run, run_alone
+from tinyvllm.config import EngineConfig
+from tinyvllm.engine.core import EngineCore
+from tinyvllm.engine.step_clock import StepClock
+from tinyvllm.errors import TinyvllmError
+from tinyvllm.scheduling.block_manager import BlockManager
+from tinyvllm.scheduling.plan import StepOutput, StepPlan
+from tinyvllm.scheduling.scheduler import Scheduler
+from tinyvllm.scheduling.step_pace import LEAST_CHUNK, MOST_AGE, MOST_SAMPLES, StepPace
+
+Device = Callable[[int], float]  # seconds of a step of so many rows
+
+
+def paced(stretch: float = 3.0, **fields: int) -> Scheduler:
+    capacity = make_capacity(
+        **{"num_blocks": 400, "block_size": 64, "max_num_seqs": 64, "max_num_batched_tokens": 8192, **fields}
+    )
+    return Scheduler(BlockManager.of(capacity), capacity, pace=StepPace(stretch))
+
+
+def rows_of(plan: StepPlan) -> int:
+    """Of the smallest graph that holds the plan."""
+    return (
+        1 << (plan.num_tokens - 1).bit_length() if plan.is_decode else max(16, 1 << (plan.num_tokens - 1).bit_length())
+    )
+
+
+DEVICES: dict[str, Device] = {
+    "H200, 1B": lambda rows: 0.75e-3 + 3.1e-6 * rows,
+    "H200, 8B": lambda rows: 3.9e-3 + 24e-6 * rows,
+    "two cores, 135M": lambda rows: 4.5e-3 + 1.1e-3 * rows,
+    "steep beyond 512": lambda rows: 1e-3 + 1e-6 * rows + 2e-5 * max(0, rows - 512),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_decoding", [1, 24])
+def test_prompts_of_4096_stretch_a_step_by_the_factor_at_most(device: str, num_decoding: int) -> None:
+    scheduler, seconds = paced(), DEVICES[device]
+    pace = scheduler.pace
+    assert pace is not None
+    flights = Flights(scheduler, make_runner(scheduler))
+    for number in range(num_decoding):
+        scheduler.add(make_request(f"decoding {number}", 8, max_tokens=500))
+    mixed: list[tuple[float, int]] = []
+    rng = random.Random(0)
+    for turn in range(260):
+        if turn % 100 == 50:
+            scheduler.add(make_request(f"prompt {turn}", 4096, max_tokens=1))
+        plan = flights.step_plan()
+        took_s = seconds(rows_of(plan)) * rng.uniform(0.97, 1.03)
+        pace.note(rows_of(plan), plan.is_decode, took_s)
+        if not plan.is_decode and turn > 10:
+            mixed.append((took_s, plan.num_tokens))
+    plain_s = seconds(1 << (num_decoding - 1).bit_length())
+    over = [
+        took_s / plain_s for took_s, tokens in mixed if tokens > num_decoding + LEAST_CHUNK and took_s > 3.1 * plain_s
+    ]
+    assert len(over) <= 0.02 * 260, "sizes that turned out to take longer are tried once"
+    fastest = max(tokens for _, tokens in mixed)
+    fitting = [rows for rows in (16 << i for i in range(10)) if rows >= num_decoding + LEAST_CHUNK]
+    best = max((rows for rows in fitting if seconds(rows) <= 2.8 * plain_s), default=num_decoding + LEAST_CHUNK)
+    assert fastest >= min(best, 4096), "prompts are no slower than they have to be"
+
+
+def test_a_step_that_decodes_nothing_is_not_limited() -> None:
+    scheduler = paced()
+    assert scheduler.pace is not None
+    scheduler.pace.note(1, True, 1.0)
+    scheduler.pace.note(8192, False, 1e6)
+    scheduler.add(make_request("prompt", 9000))
+    plan = scheduler.schedule()
+    assert plan is not None and plan.num_tokens == 8192
+
+
+def test_a_size_that_was_slow_by_accident_is_used_again() -> None:
+    pace = StepPace(3.0)
+    for _ in range(MOST_SAMPLES):
+        pace.note(8, True, 1.0)
+        pace.note(64, False, 1.5)
+        pace.note(256, False, 2.0)
+        pace.note(512, False, 2.5)
+    assert pace.limit(8, 512) == 512
+    assert pace.limit(8, 300) == 300
+    for _ in range(MOST_SAMPLES // 2):
+        pace.note(512, False, 60.0)
+    assert pace.limit(8, 512) == 512, "the median counts"
+    pace.note(512, False, 60.0)
+    assert pace.limit(8, 512) == 256
+    for _ in range(MOST_AGE // 2 + 1):
+        pace.note(64, False, 1.5)
+        pace.note(256, False, 2.0)
+    assert pace.limit(8, 512) == 512, "that was long ago"
+
+
+def test_a_prompt_advances_however_slow_its_steps_are() -> None:
+    pace = StepPace(1.5)
+    pace.note(4, True, 1.0)
+    pace.note(32, False, 50.0)
+    assert pace.limit(4, 4096) == 4 + LEAST_CHUNK
+
+
+def test_nothing_known_is_a_chunk_of_moderate_size() -> None:
+    assert StepPace(3.0).limit(4, 8192) == 132
+    assert StepPace(3.0).limit(4, 16) == 16
+
+
+def test_chunks_of_any_pace_change_no_token() -> None:
+    for seed in range(8):
+        rng = random.Random(seed)
+        scheduler = paced(
+            rng.choice((1.01, 2.0, 5.0)), max_num_batched_tokens=rng.choice((16, 64, 200)), max_num_seqs=8
+        )
+        pace = scheduler.pace
+        assert pace is not None
+        for _ in range(20):
+            pace.note(rng.choice((1, 2, 4, 8, 16, 64, 256)), rng.random() < 0.5, rng.expovariate(1.0))
+        requests = [make_request(f"r{i}", rng.randrange(1, 150), max_tokens=rng.randrange(1, 20)) for i in range(12)]
+        assert run(scheduler, *requests, depth=rng.choice((1, 2))) == [run_alone(one) for one in requests]
+
+
+class TimedRunner(FakeModelRunner):
+    """Steps of 8 rows for 5 s each, by a clock of its own; the device runs one at a time."""
+
+    max_in_flight = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s, self._free_s = 100.0, 0.0
+
+    def launch(self, plan: StepPlan) -> StepOutput:
+        self.now_s += 0.5
+        self._free_s = max(self.now_s, self._free_s) + 5.0
+        output = dataclasses.replace(super().launch(plan), num_rows=8)
+        output.__dict__["done_s"] = self._free_s
+        return output
+
+    def collect(self, flight: StepOutput) -> StepOutput:
+        self.now_s = max(self.now_s, flight.__dict__["done_s"])
+        return super().collect(flight)
+
+
+def test_the_engine_notes_how_long_each_step_ran() -> None:
+    runner = TimedRunner()
+    core = EngineCore(runner, Scheduler(BlockManager.of(runner.capacity), runner.capacity, pace=StepPace(3.0)))
+    core.clock = StepClock(lambda: runner.now_s)
+    noted: list[tuple[int, bool, float]] = []
+    assert core.scheduler.pace is not None
+    core.scheduler.pace.note = lambda *one: noted.append(one)  # type: ignore[method-assign]
+    core.add(make_request("r", 5, max_tokens=4))
+    while core.has_work:
+        core.step()
+    assert [one[:2] for one in noted] == [(8, False), *[(8, True)] * 3]
+    assert noted[0][2] == pytest.approx(5.5), "launch included"
+    assert [one[2] for one in noted[1:]] == pytest.approx([5.0] * 3), "from the end of the step before"
+
+
+def test_a_factor_that_allows_no_prompt_is_refused() -> None:
+    with pytest.raises(TinyvllmError, match=r"--max-step-stretch is 0.5: give a number above 1, or 0 for no limit"):
+        EngineConfig(model="m", max_step_stretch=0.5)

@@ -1,0 +1,82 @@
+"""How many tokens a step may have while sequences decode, so that none of them waits long for its next token.
+
+A step with a chunk of a prompt takes longer than a plain step of decoding, and everything that decodes waits for it.
+How much longer depends on the model, the device and the contexts, so it is measured while serving: a step may take at
+most `stretch` times as long as a plain step. Steps in which nothing decodes are not limited.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+
+MOST_SAMPLES = 5  # of a size, the latest: their median ignores a step that something else delayed
+MOST_AGE = 1000  # steps after which a size that was not run again is unknown: slow steps may have had another cause
+FIRST_CHUNK = 128  # tokens of prompts in a step, while nothing is known about longer ones
+LEAST_CHUNK = 16  # a prompt advances by this much however long it takes
+
+
+@dataclass
+class _Times:
+    """Seconds of the latest steps of a size."""
+
+    latest: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_SAMPLES))
+    number: int = 0  # of the last of them
+
+
+class StepPace:
+    """Owns the measured times of steps. Sizes are the token rows of a step's graph, its padding included."""
+
+    def __init__(self, stretch: float) -> None:
+        """stretch: above 1."""
+        self.stretch = stretch
+        self._plain: dict[int, _Times] = {}  # by rows: of the steps that only decode
+        self._mixed: dict[int, _Times] = {}  # by rows: of the others
+        self._num_steps = 0
+
+    def note(self, num_rows: int, is_decode: bool, seconds: float) -> None:
+        """A step of `num_rows` rows took so long."""
+        self._num_steps += 1
+        times = (self._plain if is_decode else self._mixed).setdefault(num_rows, _Times())
+        times.latest.append(seconds)
+        times.number = self._num_steps
+
+    def limit(self, num_decoding: int, budget: int) -> int:
+        """The tokens that a step may have, at most `budget`, if `num_decoding` of them are sequences that decode."""
+        least = num_decoding + LEAST_CHUNK
+        if not num_decoding or least >= budget:
+            return budget
+        plain_s = self._plain_s(num_decoding)
+        if plain_s is None:
+            return min(budget, num_decoding + FIRST_CHUNK)
+        return min(budget, max(least, self._largest(num_decoding, plain_s)))
+
+    def _plain_s(self, num_decoding: int) -> float | None:
+        """The time of a plain step of so many sequences. None: no plain step was measured yet."""
+        holding = [rows for rows in self._plain if rows >= num_decoding]
+        rows = min(holding) if holding else max(self._plain, default=None)
+        return None if rows is None else median(self._plain[rows].latest)
+
+    def _largest(self, num_decoding: int, plain_s: float) -> int:
+        """The largest size whose time is within the limit. Of the sizes that were not measured yet, only twice the
+        largest such one is considered, by assuming that a token more costs what it cost up to there."""
+        known = {num_decoding: plain_s, **self._known(num_decoding + LEAST_CHUNK)}
+        allowed_s = self.stretch * plain_s
+        sizes = sorted(known)
+        rows = max(size for size in sizes if known[size] <= allowed_s)
+        if rows == num_decoding:
+            return num_decoding + (FIRST_CHUNK if len(sizes) == 1 else 0)
+        if 2 * rows in known:
+            return rows
+        before = sizes[sizes.index(rows) - 1]
+        per_row_s = (known[rows] - known[before]) / (rows - before)
+        return 2 * rows if known[rows] + rows * max(0.0, per_row_s) <= allowed_s else rows
+
+    def _known(self, least_rows: int) -> dict[int, float]:
+        """The time of each size, from `least_rows` on, that was measured lately."""
+        return {
+            rows: median(times.latest)
+            for rows, times in self._mixed.items()
+            if rows >= least_rows and self._num_steps - times.number <= MOST_AGE
+        }

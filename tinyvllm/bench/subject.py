@@ -10,6 +10,7 @@ from tinyvllm.bench.environment import describe_environment
 from tinyvllm.bench.rows import Machine
 from tinyvllm.bench.shapes import find_shape
 from tinyvllm.config import EngineConfig, ModelConfig, ModelFiles
+from tinyvllm.engine.heap import collect_start
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.cost import weight_facts
 from tinyvllm.execution.runner import ModelRunner, Progress, load_random_runner, load_runner
@@ -55,6 +56,7 @@ class Subject:
         except BaseException:
             runner.close()
             raise
+        collect_start()
         return runner
 
     def describe(self, runner: ModelRunner, bandwidth_gbps: float | None, seed: int) -> Machine:

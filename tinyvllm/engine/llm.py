@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from tinyvllm.config import EngineConfig, SamplingParams
 from tinyvllm.engine.admission import require_head
+from tinyvllm.engine.heap import collect_start
 from tinyvllm.engine.loading import Progress as LoadProgress
 from tinyvllm.engine.loading import load_engine
 from tinyvllm.engine.output import Delta, TokenLogprob
@@ -101,6 +102,7 @@ class LLM:
             raise TinyvllmError(f"LLM has no setting {', '.join(unknown)}: it has {', '.join(known)}")
         self.config = EngineConfig(model, **engine_config)
         self._loaded = load_engine(self.config, progress)
+        collect_start()
         self._thread_id = threading.get_ident()
         self._numbers = itertools.count()
 

@@ -103,6 +103,11 @@ class GemmSpec(Tunable):
         return WgmmaSpec(self.name, self.mma, *shape, *cut, self.activation, self.adds_residual)
 
     @property
+    def wgmma_rows(self) -> int:
+        """Rows of the matrix in a tile of Hopper's kernel."""
+        return self.wgmma.row_tile
+
+    @property
     def unpacks_first(self) -> bool:
         """Whether a separate kernel unpacks quantized weights first: with many tokens, faster instructions make up for
         its cost."""

@@ -219,8 +219,23 @@ class VectorSpec(RowProductSpec, Tunable):
     def shape(self) -> tuple[int, int, int, int]:
         """(rows, or pairs of gate and up, of a warp; warps along the rows; warps along the columns; runs that a lane
         loads at once): the knobs, or else `rule`."""
-        rows, down, across, ahead = self.rule
-        return self.knob("rows", rows), self.knob("down", down), self.knob("across", across), self.knob("ahead", ahead)
+        return self.rows, self.down, self.across, self.ahead
+
+    @property
+    def rows(self) -> int:
+        return self.knob("rows", self.rule[0])
+
+    @property
+    def down(self) -> int:
+        return self.knob("down", self.rule[1])
+
+    @property
+    def across(self) -> int:
+        return self.knob("across", self.rule[2])
+
+    @property
+    def ahead(self) -> int:
+        return self.knob("ahead", self.rule[3])
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         return {"rows": (1, 2, 4, 8), "down": (1, 2, 4), "across": (1, 2, 4, 8, 16), "ahead": (1, 2, 4)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -27,7 +28,8 @@ Chosen = tuple[tuple[str, int], ...]  # (knob, value), by name
 
 @dataclass(frozen=True, kw_only=True)
 class Tunable:
-    """A kernel spec with knobs. Subclasses list them in `knobs`, and call `knob` wherever a rule decides."""
+    """A kernel spec with knobs. Subclasses list them in `knobs`, and call `knob` wherever a rule decides. A knob is
+    also an attribute of the spec: its value, chosen or by the rule."""
 
     chosen: Chosen = field(default=(), repr=False)
 
@@ -42,6 +44,16 @@ class Tunable:
     def is_possible(self) -> bool:
         """Whether a kernel can be made with the chosen values."""
         return True
+
+    @property
+    def values(self) -> Chosen:
+        """The value of each knob."""
+        return tuple((name, int(getattr(self, name))) for name, values in self.knobs().items() if values)
+
+    @property
+    def predicted_s(self) -> float | None:
+        """Seconds that the kernel takes by the model of ops/kernel/cost.py; None: it has none."""
+        return None
 
 
 AnySpec = TypeVar("AnySpec", bound=Tunable)
@@ -129,6 +141,19 @@ def candidates(spec: AnySpec) -> Iterator[AnySpec]:
             turned = dataclasses.replace(spec, chosen=tuple(sorted({**dict(spec.chosen), name: value}.items())))
             if turned.is_possible():
                 yield turned
+
+
+def combinations(spec: AnySpec) -> list[AnySpec]:
+    """The spec itself, and then with all other combinations of its knobs' values that are possible, each once. The
+    fastest by `predicted_s` come first, if there is a prediction."""
+    names = [name for name, values in spec.knobs().items() if values]
+    turned = {spec.values: spec}
+    for values in itertools.product(*(spec.knobs()[name] for name in names)):
+        other = dataclasses.replace(spec, chosen=tuple(sorted(zip(names, values, strict=True))))
+        if other.is_possible():
+            turned.setdefault(other.values, other)
+    others = [other for other in turned.values() if other is not spec]
+    return [spec, *sorted(others, key=lambda other: other.predicted_s or 0.0)]
 
 
 def choices_path(root: Path, device: str, hardware: str) -> Path:

@@ -124,7 +124,7 @@ def _record(settings: Settings, model: ModelConfig, case: Case) -> list[GraphFac
         compile_cache=False,
     )
     dtype = case.kind if case.kind in ("float32", "float16", "bfloat16") else "float16"
-    runner = make_runner(replace(model, dtype=dtype), _Weights(case.kind), config)
+    runner = make_runner(replace(model, dtype=dtype), ShapeWeights(case.kind), config)
     runner.warm_up()
     graphs = [_facts(settings, runner.captures.graphs[bucket]) for bucket in runner.buckets]
     runner.close()
@@ -141,7 +141,7 @@ def _nothing_runs(settings: Settings, family: str) -> Iterator[None]:
     old = settings.family, settings.memory_bytes
 
     def make_backend(*args: Any, **kwargs: Any) -> Backend:
-        return _without_weights(backends.make_backend(*args, **kwargs))
+        return without_weights(backends.make_backend(*args, **kwargs))
 
     settings.memory_bytes = MEMORY_BYTES
     set_family(settings, family)
@@ -185,7 +185,7 @@ class _Shape:
         return _Shape(self.kind, (len(rows), self.shape[1]))
 
 
-class _Weights:
+class ShapeWeights:
     """A checkpoint of shapes; vectors and convolutions are ones. In a mixture called Q4_K, V and down are Q6_K, as in
     llama.cpp's."""
 
@@ -202,7 +202,7 @@ class _Weights:
         """Nothing is left over."""
 
 
-def _without_weights(backend: Backend) -> Backend:
+def without_weights(backend: Backend) -> Backend:
     """The backend, loading shapes: it is given matrices of a few rows, and what it makes of them is enlarged."""
     matrix, stacked, gate_up = backend.matrix, backend.stacked, backend.gate_up
     known: dict[Any, Any] = {}  # the layers share their matrices

@@ -162,7 +162,7 @@ def test_the_engine_notes_how_long_each_step_ran() -> None:
     while core.has_work:
         core.step()
     assert [one[:2] for one in noted] == [(8, False), *[(8, True)] * 3]
-    assert noted[0][2] == pytest.approx(5.5), "launch included"
+    assert noted[0][2] == pytest.approx(5.25), "with the launch of 0.5 s, of which packing is 0.25"
     assert [one[2] for one in noted[1:]] == pytest.approx([5.0] * 3), "from the end of the step before"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +52,15 @@ def test_a_model_that_is_not_there_ends_the_list_with_how_to_get_it(tmp_path: Pa
     checks = checks_of(result)
     assert list(checks)[-1] == "start" and checks["start"]["status"] == BAD
     assert "nothing.gguf" in checks["start"]["remedy"]
+
+
+def test_a_checkout_that_is_not_installed_is_examined_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def requires(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", requires)
+    own, tinygrad, *_ = doctor.software()
+    assert own.name == "tinyvllm" and tinygrad.name == "tinygrad"
 
 
 def test_another_tinygrad_than_ours_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:

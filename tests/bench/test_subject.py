@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.bench.fakes import make_model_config
+from tinyvllm.bench.kernel_profile import find_bandwidth
 from tinyvllm.bench.latency import Case, LatencyWork, fit_config, make_requests, measure_latency
 from tinyvllm.bench.rows import Row
 from tinyvllm.bench.shapes import SHAPES, find_shape
@@ -89,6 +90,14 @@ def test_engine_runs_on_random_weights(runner: ModelRunner) -> None:
 
 def test_bandwidth_is_measured(runner: ModelRunner) -> None:
     assert RunnerInspector(runner).measure_bandwidth() > 0
+
+
+def test_a_known_chip_has_the_bandwidth_of_its_data_sheet(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    inspector = RunnerInspector(runner)
+    monkeypatch.setattr(RunnerInspector, "measure_bandwidth", lambda self: 7e9)
+    assert find_bandwidth(inspector) == 7.0
+    monkeypatch.setattr(RunnerInspector, "hardware", "NVIDIA H200")
+    assert find_bandwidth(inspector) == 4800.0
 
 
 def test_description_has_what_a_figure_depends_on(runner: ModelRunner) -> None:

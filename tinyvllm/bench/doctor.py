@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
+import tinyvllm
 from tinyvllm.bench.kernel_profile import find_hardware
 from tinyvllm.bench.latency import Case, LatencyWork, measure_latency
 from tinyvllm.bench.subject import Subject
@@ -60,8 +61,12 @@ def examine(find: Callable[[], Subject], config: EngineConfig, report: Progress)
 
 def software() -> Iterator[Check]:
     """Versions, and whether tinygrad's is the one that our kernels need."""
-    yield Check("tinyvllm", GOOD, f"{version('tinyvllm')}, Python {platform.python_version()}")
-    wanted = next((text.partition("==")[2] for text in requires("tinyvllm") or () if text.startswith("tinygrad==")), "")
+    yield Check("tinyvllm", GOOD, f"{tinyvllm.__version__}, Python {platform.python_version()}")
+    try:
+        needs = requires("tinyvllm") or ()
+    except PackageNotFoundError:  # a checkout on the path that is not installed
+        needs = ()
+    wanted = next((text.partition("==")[2] for text in needs if text.startswith("tinygrad==")), "")
     try:
         found = version("tinygrad")
     except PackageNotFoundError:

@@ -37,6 +37,12 @@ def find_hardware(inspector: RunnerInspector, given: Chip | None) -> Chip:
     return measured_chip(hardware, inspector.measure_bandwidth(), inspector.measure_flops(), kind)
 
 
+def find_bandwidth(inspector: RunnerInspector) -> float:
+    """GB/s of the memory of the chip in the device's name, else as measured now."""
+    chip = guess_chip(inspector.hardware, inspector.gpu_cores)
+    return inspector.measure_bandwidth() / 1e9 if chip is None else chip.bandwidth_gbps
+
+
 def profile_case(inspector: RunnerInspector, subject: Subject, work: LatencyWork, chip: Chip | None) -> ProfileReport:
     """Time the single case of `work`: its kernels, the step as served, and the step with the host's work.
 

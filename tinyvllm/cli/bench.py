@@ -51,7 +51,11 @@ def latency(
     warmup: Annotated[int, Option(metavar="COUNT", help="Untimed repeats first.")] = 1,
     bandwidth: Annotated[
         float | None,
-        Option(metavar="GBPS", help="Memory bandwidth in 1e9 bytes per second, for the floor. [default: measured]"),
+        Option(
+            metavar="GBPS",
+            help="Memory bandwidth in 1e9 bytes per second, for the floor. [default: the chip's, "
+            "if the device's name tells it, else measured]",
+        ),
     ] = None,
     compare_capture: Annotated[
         bool, Option("--compare-capture", help="Measure with --capture replay, then tinyjit, and print both.")
@@ -93,9 +97,10 @@ def latency(
 def _run_variants(
     found: Subject, variants: list[EngineConfig], work: LatencyWork, bandwidth: float | None
 ) -> list[list[Row]]:
-    """The rows of each variant of the settings, one after the other. `bandwidth` in GB/s, measured if None."""
+    """The rows of each variant of the settings, one after the other. `bandwidth` in GB/s; None: `find_bandwidth`."""
     from tinyvllm.bench.capture_table import tag_capture
     from tinyvllm.bench.fusion_table import tag_fusion
+    from tinyvllm.bench.kernel_profile import find_bandwidth
     from tinyvllm.bench.latency import measure_latency
     from tinyvllm.execution.inspector import RunnerInspector
 
@@ -103,7 +108,7 @@ def _run_variants(
     for config in variants:
         with loaded(found, config) as (model_runner, report):
             inspector = RunnerInspector(model_runner)
-            bandwidth = inspector.measure_bandwidth() / 1e9 if bandwidth is None else bandwidth
+            bandwidth = find_bandwidth(inspector) if bandwidth is None else bandwidth
             machine = found.describe(model_runner, bandwidth, work.seed)
             rows = tag_capture(measure_latency(inspector, machine, work, report), config.capture)
             runs.append(tag_fusion(rows, unfused=True) if config.unfused else rows)

@@ -77,6 +77,8 @@ def test_what_cannot_be_explained_is_refused() -> None:
         explain(make_breakdown(), other)
     with pytest.raises(TinyvllmError, match="give two files of `tinyvllm bench breakdown --json`, or two"):
         explain(make_breakdown(), make_profile())
+    with pytest.raises(TinyvllmError, match="both files hold the same run"):
+        explain(make_breakdown(), make_breakdown())
     with pytest.raises(TinyvllmError, match="different steps"):
         explain(make_profile(), make_profile(context=9))
 

@@ -86,7 +86,7 @@ class Diff:
 
 def explain(before: Any, after: Any) -> Diff:
     """The difference between two JSON values of `bench breakdown`, or of `profile`. Raises TinyvllmError for others,
-    and for runs without a case in common."""
+    for the same run twice, and for runs without a case in common."""
     kinds = {kind_of(before), kind_of(after)}
     if kinds == {PROFILE}:
         waterfalls = [_of_profiles(before, after)]
@@ -94,9 +94,11 @@ def explain(before: Any, after: Any) -> Diff:
         waterfalls = [*_of_breakdowns(before, after)]
     else:
         raise TinyvllmError(
-            f"one run is a {kind_of(before)} and the other a {kind_of(after)}: give two files of `tinyvllm bench "
+            f"these are the rows of a {kind_of(before)} and a {kind_of(after)}: give two files of `tinyvllm bench "
             "breakdown --json`, or two of `tinyvllm profile --json`"
         )
+    if before == after:
+        raise TinyvllmError("both files hold the same run: there is no difference to explain")
     if not waterfalls:
         raise TinyvllmError("the runs have no case in common: measure the same prompts and batches")
     one, two = make_run(before), make_run(after)

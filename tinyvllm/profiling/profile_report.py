@@ -140,12 +140,13 @@ KERNEL_COLUMNS = ("name", "dispatches", "total ms", "average us", "share", "GB/s
 
 
 def kernel_table(rows: Sequence[KernelRow]) -> Table:
-    """One line per row, the longest first."""
+    """One line per row, the longest first. Without a chip there is no column for its roof."""
+    columns = KERNEL_COLUMNS if any(row.roof_share is not None for row in rows) else KERNEL_COLUMNS[:-1]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(KERNEL_COLUMNS):
+    for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*_kernel_cells(row))
+        table.add_row(*_kernel_cells(row)[: len(columns)])
     return table
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.execution import tune_workers
+from tinyvllm.arrays import Format
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.errors import DeviceError
 from tinyvllm.execution import tune as tune_module
 from tinyvllm.execution import tune_process
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.runner import ModelRunner, load_runner
-from tinyvllm.execution.tune import Trial, make_plan, search
+from tinyvllm.execution.tune import Trial, expected_gain, in_order, make_plan, search
 from tinyvllm.execution.tune_events import Event, Job
 from tinyvllm.execution.tune_process import tune
+from tinyvllm.ops.gpu.gemm import GemmSpec
 from tinyvllm.ops.kernel import tuning
+from tinyvllm.ops.kernel.body import F16
+from tinyvllm.ops.kernel.lanes import Mma
 
 BUCKET = Bucket.decode(2)
 
@@ -91,6 +96,18 @@ def test_choices_make_steps_of_their_own(runner: ModelRunner) -> None:
     digest = tuning.current.digest
     run_search(runner)
     assert tuning.current.digest != digest
+
+
+def test_candidates_that_may_gain_most_come_first() -> None:
+    """A kernel that takes most of a step is searched first, and its candidates by their predicted times."""
+    shape = dict(mma=Mma("CUDA", F16), format=Format("float16", 16), x_dtype=F16, num_rows=65536, num_cols=4096)
+    specs = {name: GemmSpec(name=name, **shape, num_tokens=256, has_wgmma=True) for name in ("rare", "frequent")}
+    order = in_order(specs, {"rare": 1, "frequent": 32}, 1e-3)
+    assert order[0][0] == "frequent" and [key for key, _ in order].count("rare") == len(order) // 2
+    times = [replace(specs["rare"], chosen=chosen).predicted_s or 0.0 for key, chosen in order if key == "rare"]
+    assert times == sorted(times) and len(times) > 4, times
+    assert expected_gain(0.9) > expected_gain(1.0) > expected_gain(1.1) > 0
+    assert expected_gain(0.5) == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("bucket", [Bucket.decode(1), BUCKET, Bucket(8, False, 2)], ids=lambda bucket: bucket.name)

@@ -36,6 +36,7 @@ class Captures:
         self.store = store
         self._context = context
         self._compiler = Compiler(store)
+        self._tuning_compiler = Compiler()
         self._next: PendingGraph | None = None  # the next one, while it is compiled
         self._requested: Counter[Bucket] = Counter()  # plans that would have run in a missing graph
         self._is_closed = False
@@ -111,8 +112,12 @@ class Captures:
 
     def remake(self, bucket: Bucket) -> None:
         """Capture a bucket again, with the current choices of `ops.kernel.tuning`, without saving it."""
-        self.graphs[bucket] = PendingGraph(bucket, self._context, Compiler()).finish()
+        self.graphs[bucket] = PendingGraph(bucket, self._context, self._tuning_compiler).finish()
         self.num_made += 1
+
+    def foresee(self, bucket: Bucket) -> None:
+        """Begin to compile what a `remake` with the current choices will need."""
+        PendingGraph(bucket, self._context, self._tuning_compiler)
 
     def clear(self) -> None:
         """Drop all graphs."""

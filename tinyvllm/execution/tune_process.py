@@ -75,7 +75,7 @@ def _watch_worker(
     """Run one worker until it ends, or until the budget does."""
     context = multiprocessing.get_context("spawn")  # a device does not survive a fork
     here, there = context.Pipe()
-    process = context.Process(target=work, args=(job, there), daemon=True)
+    process = context.Process(target=work, args=(job, there))  # no daemon: it starts processes that compile
     process.start()
     there.close()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -9,10 +10,13 @@ from tinyvllm.execution.runner import ModelRunner, load_random_runner, load_runn
 from tinyvllm.execution.tune import Trial, search
 from tinyvllm.execution.tune_events import Event, Job
 from tinyvllm.ops.kernel import tuning
+from tinyvllm.processes import die_with_parent
 
 
 def run_worker(job: Job, pipe: Connection) -> None:
     """Load, search bucket by bucket, save after each."""
+    if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
+        die_with_parent(parent.pid)
     try:
         _search_all(job, pipe)
     except Exception as error:

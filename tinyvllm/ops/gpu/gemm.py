@@ -21,6 +21,7 @@ from tinyvllm.ops.formats.matrix import PANEL, Planes
 from tinyvllm.ops.formats.runs import read_run
 from tinyvllm.ops.gpu.gemm_hopper import (
     CACHED_TOKENS,
+    CYCLES_PER_SECOND,
     MIN_STEPS,
     ROW_TILES,
     RUN_ROWS,
@@ -177,6 +178,10 @@ class GemmSpec(Tunable):
     def is_possible(self) -> bool:
         step = MIN_STEPS * WGMMA_COLS if self.uses_wgmma else TILE_COLS
         return self.splits == 1 or self.num_cols % (self.splits * step) == 0
+
+    @property
+    def predicted_s(self) -> float | None:
+        return self.wgmma.cycles / CYCLES_PER_SECOND if self.uses_wgmma else None
 
     @property
     def steps(self) -> int:

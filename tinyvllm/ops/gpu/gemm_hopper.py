@@ -57,6 +57,7 @@ MIN_STEPS = 2  # stages of a tile: tinygrad drops a loop that it knows to run on
 RUN_ROWS = 32  # the output's rows must be a multiple
 CACHED_TOKENS = 2048  # rows of x that a large GPU's cache holds in addition to the matrix's
 # the cost of a product, in cycles of a multiprocessor (measured on an H200, whose peak is 4 for each row)
+CYCLES_PER_SECOND = 1.755e9  # an H200's under a load of products
 ROW_CYCLES = 4.25  # a stage's, for each of the tile's rows
 TILE_CYCLES = 5000  # a tile's in addition to its stages: waiting for the first one, and storing the results
 CACHE_BYTES_PER_CYCLE = 40  # from the L2 cache to each multiprocessor when all of them read

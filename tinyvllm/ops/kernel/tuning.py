@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,13 +65,14 @@ class Choices:
     """The choices for one chip. `bad`: candidates that faulted, hung or gave wrong results, which no search tries
     again. `searched`: names of the steps that a search has finished.
 
-    `asked` collects the specs of the steps that are traced while `watching`."""
+    `asked` collects the specs of the steps that are traced while `watching`; `num_asked`: how often, by key."""
 
     path: Path | None = None
     chosen: dict[str, Chosen] = field(default_factory=dict)
     bad: set[str] = field(default_factory=set)
     searched: set[str] = field(default_factory=set)
     asked: dict[str, Tunable] | None = None
+    num_asked: Counter[str] = field(default_factory=Counter)
 
     def choose(self, spec: AnySpec) -> AnySpec:
         """The spec with the values that were chosen for it."""
@@ -79,6 +81,7 @@ class Choices:
         key = spec_key(spec)
         if self.asked is not None:
             self.asked[key] = spec
+            self.num_asked[key] += 1
         chosen = self.chosen.get(key)
         return dataclasses.replace(spec, chosen=chosen) if chosen else spec
 
@@ -86,6 +89,7 @@ class Choices:
     def watching(self) -> Iterator[dict[str, Tunable]]:
         """Collect the specs that are passed to `choose` inside the context."""
         self.asked = {}
+        self.num_asked.clear()
         try:
             yield self.asked
         finally:

@@ -28,6 +28,7 @@ PRODUCTS = [
 # of every kind of codes; tests/ops/gpu has all formats
 OTHERS = ("affine3_g64-float16", "MXFP4-e8m0", "NVFP4-e4m3", "FP8-float32", "IQ4_XS-float16", "W4A16-bfloat16")
 PRODUCTS += [(fmt, 1 + index % 2, OPERATIONS[index % 3]) for index, fmt in enumerate(OTHERS)]
+PRODUCTS += [("Q4_K", 70, "norm_gated"), ("MXFP4-e8m0", 70, "norm_linear")]
 
 
 def backends(fmt: str, heads: tuple[int, int, int] = (4, 2, 64)) -> tuple[Backend, Backend]:

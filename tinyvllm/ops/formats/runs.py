@@ -179,7 +179,7 @@ def read_run(planes: Planes, row: UOp, run: UOp, num_cols: int, cols: int) -> Ru
     if not fmt.is_quantized:
         return Run([planes.codes[start + i].load().cast(F32) for i in range(cols)], [])
     floats, form = _code_floats(planes, row * (num_cols // PANEL) + run)
-    return Run(floats, _factors(planes, form, row, run, num_cols))
+    return Run(floats, run_factors(planes, form, row, run, num_cols))
 
 
 def _bfloat16_pair(word: UOp) -> list[UOp]:
@@ -187,7 +187,8 @@ def _bfloat16_pair(word: UOp) -> list[UOp]:
     return [(word << 16).bitcast(F32), (word & 0xFFFF0000).bitcast(F32)]
 
 
-def _factors(planes: Planes, form: CodeForm, row: UOp, run: UOp, num_cols: int) -> list[tuple[UOp, UOp | None]]:
+def run_factors(planes: Planes, form: CodeForm, row: UOp, run: UOp, num_cols: int) -> list[tuple[UOp, UOp | None]]:
+    """(a, b) of each of a run's groups: a number of `form` stands for the weight number * a + b. None as b is 0."""
     fmt = planes.fmt
     factors: list[tuple[UOp, UOp | None]] = []
     for i in range(groups_in_run(fmt)):

@@ -2,8 +2,7 @@
 
 A threadgroup computes a tile of tokens times a tile of the matrix's rows, in steps of 32 columns. CUDA copies the next
 columns asynchronously while it multiplies the current ones. Quantized weights are unpacked on their way into the tile,
-once for all of its tokens. METAL loads a tile and then multiplies it, while other threadgroups of the core do the
-opposite.
+once for all of its tokens. METAL's tiles have a layout of their own (gemm_metal.py).
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from tinyvllm.ops.gpu.gemm_hopper import (
     best_cut,
     wgmma_kernel,
 )
+from tinyvllm.ops.gpu.gemm_metal import metal_sums
 from tinyvllm.ops.gpu.token_tiles import ExpertTile, ExpertTiles, TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.hopper import WGMMA_COLS
@@ -184,9 +184,15 @@ class GemmSpec(Tunable):
         return self.wgmma.cycles / CYCLES_PER_SECOND if self.uses_wgmma else None
 
     @property
+    def tile_cols(self) -> int:
+        """Columns of a step: 32, or on METAL 64 if they divide the columns of a split."""
+        is_long = self.mma.kind == "METAL" and self.num_cols // self.splits % (2 * TILE_COLS) == 0
+        return 2 * TILE_COLS if is_long else TILE_COLS
+
+    @property
     def steps(self) -> int:
-        """Steps of 32 columns of a threadgroup."""
-        return self.num_cols // TILE_COLS // self.splits
+        """Steps of `tile_cols` columns of a threadgroup."""
+        return self.num_cols // self.tile_cols // self.splits
 
 
 @dataclass(frozen=True)
@@ -239,8 +245,8 @@ def gemm_kernel(spec: GemmSpec) -> KernelFn:
     it, and are not stored."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
-        tile = _Tile(spec, list(rest))
-        sums = tile.sums_async() if spec.is_async else tile.sums_plain()
+        tile = GemmTile(spec, list(rest))
+        sums = tile.sums()
         stores = tile.stores(out, sums)
         name = f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
         matrices = 1 if spec.experts is None else spec.experts.work[1]
@@ -306,7 +312,7 @@ def round_kernel(num_rows: int, num_cols: int) -> KernelFn:
     return kernel
 
 
-class _Tile:
+class GemmTile:
     """One threadgroup's work: a tile of tokens times a tile of rows, over a split of the columns."""
 
     def __init__(self, spec: GemmSpec, operands: list[UOp]) -> None:
@@ -364,6 +370,17 @@ class _Tile:
 
     # -- sums ----------------------------------------------------------------------------------------------------------
 
+    def sums(self) -> list[UOp]:
+        """The tile's sums, by block of tokens, block of rows and element."""
+        if self.mma.mma.kind == "METAL":
+            return metal_sums(self)
+        return self.sums_async() if self.spec.is_async else self.sums_plain()
+
+    def place(self, element: int) -> tuple[UOp, UOp]:
+        """(token, row) of a lane's sum in its block. On METAL, rows are the left operand."""
+        place = self.mma.place(self.lane, element)
+        return place if self.mma.is_cuda else (place[1], place[0])
+
     def sums_async(self) -> list[UOp]:
         """The tile's sums; the next columns are copied meanwhile (CUDA)."""
         spec, body, steps = self.spec, self.body, self.spec.steps
@@ -388,10 +405,10 @@ class _Tile:
         unpacked: list[UOp] = []
         if not spec.weights_as_stored:
             unpacked = self._unpack(tile_w, 0, 0)
-        registers, count = body.registers(self._num_sums), self._num_sums
+        registers, count = body.registers(self.num_sums), self.num_sums
         zeroed = UOp.group(*[registers.after(*self.axes)[i].store(UOp.const(0.0, F32)) for i in range(count)])
         registers = registers.after(zeroed)
-        loop, turn = self._loop()
+        loop, turn = self.loop()
         arrived = arrival(STAGES - 2, loop, primed[-1], *unpacked)
         begun = begin(turn + (STAGES - 1), arrived)
         added = self._multiply(
@@ -426,20 +443,20 @@ class _Tile:
         return copies
 
     def sums_plain(self) -> list[UOp]:
-        """The tile's sums; each step loads its columns and then multiplies them."""
+        """The tile's sums; each step loads its columns and then multiplies them (CUDA, where x must be converted)."""
         spec, body = self.spec, self.body
         tile_x = body.shared(spec.token_tile * TILE_COLS, F16)
         tile_w = body.shared(spec.row_tile * TILE_COLS, F16)
-        registers, count = body.registers(self._num_sums), self._num_sums
+        registers, count = body.registers(self.num_sums), self.num_sums
         zeroed = UOp.group(*[registers.after(*self.axes)[i].store(UOp.const(0.0, F32)) for i in range(count)])
         registers = registers.after(zeroed)
-        loop, turn = self._loop()
+        loop, turn = self.loop()
         filled = UOp.group(*self._load_x(tile_x.after(loop), turn), *self._unpack(tile_w.after(loop), 0, turn))
         added = self._multiply(tile_x.after(filled), 0, tile_w.after(filled), 0, registers.after(loop))
         done = UOp(Ops.BARRIER, src=(added,)).end(loop)  # before the tiles are overwritten
         return [registers.after(done)[i].load() for i in range(count)]
 
-    def _loop(self) -> tuple[UOp, UOp]:
+    def loop(self) -> tuple[UOp, UOp]:
         """(a loop over the steps, the step's number)."""
         turns = self.tile.turns(self.spec.steps)
         if isinstance(turns, int):
@@ -477,7 +494,7 @@ class _Tile:
         return stores
 
     @property
-    def _num_sums(self) -> int:
+    def num_sums(self) -> int:
         return self.token_blocks * self.row_blocks * self.mma.elements
 
     def _multiply(self, tile_x: UOp, base_x: UOp | int, tile_w: UOp, base_w: UOp | int, sums: UOp, *after: UOp) -> UOp:
@@ -513,13 +530,13 @@ class _Tile:
                     ups = self._biased(block(i, j + half), first_row + spec.out_rows)
                     values = gated(spec.activation, values, ups, quick_arithmetic(mma.mma.kind))
                 for e, value in enumerate(values):
-                    token, row = mma.place(self.lane, e)
+                    token, row = self.place(e)
                     stores.append(self._store(out, first_row, row, i, token, value))
         return stores
 
     def _biased(self, values: list[UOp], first_row: UOp) -> list[UOp]:
         """A block's sums plus the bias of their rows."""
-        rows = [first_row + self.mma.place(self.lane, e)[1] for e in range(len(values))]
+        rows = [first_row + self.place(e)[1] for e in range(len(values))]
         inside = [row.minimum(self.spec.num_rows - 1) for row in rows]
         return [self.tile.finished(value, row) for value, row in zip(values, inside, strict=True)]
 

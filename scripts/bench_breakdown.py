@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from tinyvllm.cli import app
+from tinyvllm.cli.commands import app
 
 if __name__ == "__main__":
     app(["bench", "breakdown", *sys.argv[1:]])

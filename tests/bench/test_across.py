@@ -19,7 +19,7 @@ from tinyvllm.bench.across import combinations, read_rows
 from tinyvllm.bench.contexts import contexts_table, measure_contexts
 from tinyvllm.bench.latency import Case, LatencyWork
 from tinyvllm.bench.runs import make_run
-from tinyvllm.cli import app
+from tinyvllm.cli.commands import app
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.profiling.kernels import Kernel, StepProfile

@@ -20,7 +20,7 @@ from tinyvllm.bench.breakdown_measure import longest_case
 from tinyvllm.bench.plots import draw_breakdown
 from tinyvllm.bench.prompts import LENGTHS, make_ids, make_text
 from tinyvllm.bench.stages import STAGES, WAIT, Case, Driver, PlainRound, RequestTimes
-from tinyvllm.cli import app
+from tinyvllm.cli.commands import app
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.profiling.measure import PACK

@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from tinyvllm.cli import app
+from tinyvllm.cli.commands import app
 from tinyvllm.config import ModelFiles
 
 QUICK = "--repeats 1 --log-level warning"

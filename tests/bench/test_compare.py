@@ -18,7 +18,7 @@ from tinyvllm.bench.rows import Row
 from tinyvllm.bench.runs import make_run as parse_run
 from tinyvllm.bench.runs import read_run
 from tinyvllm.bench.spread import Spread
-from tinyvllm.cli import app
+from tinyvllm.cli.commands import app
 from tinyvllm.errors import TinyvllmError
 
 

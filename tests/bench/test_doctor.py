@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tinyvllm.bench import doctor
 from tinyvllm.bench.doctor import BAD, GOOD, ODD, Check
-from tinyvllm.cli import app
+from tinyvllm.cli.commands import app
 from tinyvllm.config import ModelFiles
 from tinyvllm.device.program_limits import ProgramFacts
 

@@ -25,7 +25,7 @@ from tinyvllm.bench.load_tables import load_markdown, warn_of_generator
 from tinyvllm.bench.plots import draw_load
 from tinyvllm.bench.spread import Spread
 from tinyvllm.bench.trust import GRADES
-from tinyvllm.cli import app
+from tinyvllm.cli.commands import app
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.errors import TinyvllmError

@@ -16,8 +16,8 @@ from tests.server.fake_engine import serving
 from tinyvllm.bench.load import Load, LoadWork, Target
 from tinyvllm.bench.served import ServedLevel, measure_served, running_server
 from tinyvllm.bench.served_tables import served_markdown, summary_line
-from tinyvllm.cli import app
 from tinyvllm.cli.bench_served import given_flags
+from tinyvllm.cli.commands import app
 from tinyvllm.cli.flags import RunnerFlags
 from tinyvllm.config import EngineConfig, ModelFiles
 from tinyvllm.engine.async_engine import AsyncEngine

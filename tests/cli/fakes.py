@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests.server.fake_engine import FakeEngine
-from tinyvllm.cli import app
 from tinyvllm.cli import engine as engines
+from tinyvllm.cli.commands import app
 from tinyvllm.cli.terminal import Progress
 from tinyvllm.config import EngineConfig
 

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from tests.cli.fakes import make_terminal
 from tests.text.harmony import TEMPLATE
-from tinyvllm.cli import app
 from tinyvllm.cli import models as models_commands
+from tinyvllm.cli.commands import app
 from tinyvllm.config import EngineConfig, GenerationDefaults, ModelFiles
 from tinyvllm.errors import DownloadError
 from tinyvllm.storage import pull as storage_pull
@@ -37,6 +37,20 @@ def empty_models_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     directory = tmp_path / "models"
     monkeypatch.setenv("TINYVLLM_MODELS", str(directory))
     return directory
+
+
+def test_ctrl_c_while_modules_are_imported_ends_without_a_traceback() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'tinyvllm.config': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "from tinyvllm.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 # ---- Flags ----

@@ -9,8 +9,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from tinyvllm.cli import app
-from tinyvllm.cli.commands import COMMANDS
+from tinyvllm.cli.commands import COMMANDS, app
 from tinyvllm.cli.examples import EXAMPLES
 
 

@@ -20,7 +20,7 @@ from tests.families.recipe import write_gguf, write_hf
 from tests.families.recipes import RECIPES
 from tests.families.recipes.gemma3 import write_multimodal_hf
 from tinyvllm.arrays import Format
-from tinyvllm.cli import app
+from tinyvllm.cli.commands import app
 from tinyvllm.cli.model_check import parse_size
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.model_check import examine_files

@@ -12,8 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tinyvllm.cli import app
 from tinyvllm.cli import serve as serve_module
+from tinyvllm.cli.commands import app
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.processes import MIN_ADDRESS_BYTES, explain_limit, require_memory_limit
 from tinyvllm.server import child

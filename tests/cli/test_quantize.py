@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from tests.builders import write_tiny_hf_llama
 from tinyvllm.bench import perplexity
 from tinyvllm.bench.perplexity import Comparison, windows_of
-from tinyvllm.cli import app
+from tinyvllm.cli.commands import app
 from tinyvllm.storage.gguf_file import GGUFFile
 
 

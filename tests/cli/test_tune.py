@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tinyvllm.cli import app
+from tinyvllm.cli.commands import app
 from tinyvllm.config import CACHE_DIR_VARIABLE, ModelFiles
 
 

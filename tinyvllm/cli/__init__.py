@@ -1,5 +1,13 @@
 """The `tinyvllm` command. Flags become settings here. Heavy imports happen inside the commands that need them."""
 
-from tinyvllm.cli.commands import app, main
 
-__all__ = ["app", "main"]
+def main() -> None:
+    """The console script. Ctrl-C ends it without a traceback even while its modules are imported."""
+    try:
+        from tinyvllm.cli.commands import main as run
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as shells report it; `terminal.INTERRUPTED` is not imported yet
+    run()
+
+
+__all__ = ["main"]

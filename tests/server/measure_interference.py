@@ -92,11 +92,11 @@ class Disturbance:
 def disturbances(address: Address) -> dict[str, Disturbance | None]:
     chat = json.dumps({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}).encode()
     text = json.dumps({"prompt": "one two three " * (16 * 2**20 // 14 - 20), "max_tokens": 1}).encode()
-    ids = json.dumps({"prompt": [1234] * (2**20 // 2), "max_tokens": 1}).encode()
+    ids = json.dumps({"prompt": [1234] * 399_000, "max_tokens": 1}).encode()
     return {
         "nothing": None,
         "a prompt of 16 MiB": Disturbance(repeat, address, "/v1/completions", text),
-        "half a million token ids": Disturbance(repeat, address, "/v1/completions", ids),
+        "399,000 token ids": Disturbance(repeat, address, "/v1/completions", ids),
         "a schema of 200 KiB": Disturbance(repeat, address, "/v1/completions", schema_body(3000)),
         "a chat template of 60 ms": Disturbance(repeat, address, "/v1/chat/completions", chat),
         "2,000 idle connections": Disturbance(idle_connections, address, 2000),

@@ -38,7 +38,7 @@ from tinyvllm.text import tokenizer as tokenizers
 from tinyvllm.text.long_texts import LONG_CHARS
 
 MAX_BYTES = ServerSettings().max_body_bytes
-# Of processor time: 0.07 for half a million ids, 0.05 for 16 MiB of text, but 0.11 while another worker has the other
+# Of processor time: 0.05 for 400,000 ids, 0.05 for 16 MiB of text, but 0.11 while another worker has the other
 # half of the core. Before bodies were bounded, it was seconds.
 LONGEST_TURN_S = 0.2
 TRIES = 3  # what else runs on the cores makes processor time longer, too

@@ -6,7 +6,7 @@ simdgroup issues takes cycles from that. So this file is about issuing little el
 - A simdgroup has 4 x 4 accumulators: each operand that it loads serves four products.
 - A lane loads its part of four operands at once, as 16 neighboring bytes. Permuting the columns of both operands does
   not change a product, and the permutation is chosen so that a quantized run's words of two codes are operands.
-- Sixteen independent products follow each other before an accumulator is used again.
+- Four independent products follow each other before an accumulator is used again.
 - A step has 64 columns, so that each thread unpacks one run of 32 weights between two barriers.
 - The next step's data is loaded from memory before this step's products and waits in registers. A second tile in
   threadgroup memory would do the same, but leave room for fewer threadgroups on a core.
@@ -34,6 +34,8 @@ from tinyvllm.ops.kernel.lanes import Mma, load_floats
 from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma
 
 SLICES = TILE_COLS // 8  # products of 8 columns in 32
+PARTS = "xyzw"  # the words that a lane loads at once, each its part of a slice's operand
+PAD = 8  # values of padding after each 64, so that neighboring threads use different banks
 HALF_ULP = 0x8000  # of a bfloat16, in a float32's bits
 
 Store = tuple[UOp, UOp, UOp | None]  # (place in a tile, value, whether it is wanted; None: always)
@@ -81,6 +83,11 @@ class Frame(Protocol):
     def loop(self) -> tuple[UOp, UOp]: ...
 
 
+def padded(size: int) -> int:
+    """The size of a tile with its padding."""
+    return size + size // (2 * TILE_COLS) * PAD
+
+
 def metal_sums(frame: Frame) -> list[UOp]:
     """The sums of a threadgroup's tile: each lane's, by block of tokens, block of rows and element."""
     return _MetalSums(frame).sums()
@@ -91,8 +98,8 @@ class _MetalSums:
 
     W lies in threadgroup memory as (chunk of 32 columns, row, pair of columns p, slice, column of the pair), x as
     (chunk, pair of tokens, column 2 * p + its place in the pair, slice, token of the pair). A slice is what one product
-    multiplies; a lane reads the slices of its row and p, or of its column and tokens, in one piece. The sums in
-    `_w_place` and `_x_place` that are bounded by a remainder spread the stores of neighboring threads over the banks.
+    multiplies; a lane reads the slices of its row and p, or of its column and tokens, in one piece. Both are
+    padded, see PAD.
     """
 
     def __init__(self, frame: Frame) -> None:
@@ -103,8 +110,8 @@ class _MetalSums:
 
     def sums(self) -> list[UOp]:
         spec, body, steps = self.spec, self.body, self.spec.steps
-        tile_w = body.shared(spec.row_tile * spec.tile_cols, F16)
-        tile_x = body.shared(spec.token_tile * spec.tile_cols, F16)
+        tile_w = body.shared(padded(spec.row_tile * spec.tile_cols), F16)
+        tile_x = body.shared(padded(spec.token_tile * spec.tile_cols), F16)
         blocks = self.frame.row_blocks * self.frame.token_blocks
         zeroed = UOp(Ops.CUSTOM, dtypes.void, src=self.frame.axes, arg=declared_sums(blocks))
         first = self._written(tile_w, self._w_stores(0)) + self._written(tile_x, self._x_stores(0))
@@ -143,11 +150,11 @@ class _MetalSums:
     # -- tiles ---------------------------------------------------------------------------------------------------------
 
     def _w_place(self, chunk: UOp | int, row: UOp, pair: UOp | int) -> UOp:
-        return chunk * (self.spec.row_tile * TILE_COLS) + row * TILE_COLS + (row // 2 + pair) % 4 * 8
+        return chunk * padded(self.spec.row_tile * TILE_COLS) + row * TILE_COLS + row // 2 * PAD + pair * 8
 
     def _x_place(self, chunk: UOp | int, tokens: UOp, column: UOp, piece: UOp | int) -> UOp:
-        base = chunk * (self.spec.token_tile * TILE_COLS) + tokens * (2 * TILE_COLS)
-        return base + (tokens % 4 + column) % 8 * 8 + piece * 2
+        base = chunk * padded(self.spec.token_tile * TILE_COLS) + tokens * (2 * TILE_COLS + PAD)
+        return base + column * 8 + piece * 2
 
     @staticmethod
     def _written(tile: UOp, stores: Iterable[Store]) -> list[UOp]:
@@ -244,35 +251,44 @@ def declared_sums(count: int) -> str:
 
 def multiply_blocks(mma: Mma, chunks: Sequence[tuple[list[UOp], list[UOp]]]) -> UOp:
     """A statement that adds to each accumulator its own products, of a left and a right block and 32 columns of each
-    chunk; those of the first right block come first. `chunks`: where a lane's 16 bytes of each left and right block
-    begin. tinygrad's WMMA would make a dozen nodes of each product. Only a barrier can wait for it."""
+    chunk; accumulators of the first right block come first. `chunks`: where a lane's 16 bytes of each left and right
+    block begin. tinygrad's WMMA would make a dozen nodes of each product. Only a barrier can wait for it.
+
+    Of the left blocks only two are in registers at a time. An accumulator is used again after as many products as there
+    are right blocks, when its last product has left the pipeline."""
     lines: list[str] = []
-    held: list[str] = []  # the latest chunk's last products, before which the next chunk is loaded
     for number, (lefts, rights) in enumerate(chunks):
-        names = [f"a{number}_{i}" for i in range(len(lefts))], [f"b{number}_{i}" for i in range(len(rights))]
         first = number * (len(lefts) + len(rights))
-        for i, block in enumerate((*names[0], *names[1])):
-            lines.append(f"uint4 {block} = *((threadgroup uint4*)({{{first + i}}}));")
-        lines += held
-        *most, held = (_products(mma, *names, part) for part in "xyzw")
-        lines += [line for products in most for line in products]
-    lines += held
+        left_names = [f"a{number}_{i}" for i in range(len(lefts))]
+        right_names = [f"b{number}_{i}" for i in range(len(rights))]
+        loads = [
+            f"uint4 {block} = *((threadgroup uint4*)({{{first + i}}}));"
+            for i, block in enumerate((*left_names, *right_names))
+        ]
+        lines += [*loads[len(lefts) :], *_operands(mma, right_names), loads[0]]
+        for j, left in enumerate(left_names):
+            lines += [*loads[j + 1 : min(j + 2, len(lefts))], *_operands(mma, [left])]
+            lines += [
+                _product(j, len(lefts), left, i, right, part) for part in PARTS for i, right in enumerate(right_names)
+            ]
     operands = [start for lefts, rights in chunks for start in (*lefts, *rights)]
     return UOp(Ops.CUSTOM, dtypes.void, src=tuple(operands), arg="{{ " + "\n    ".join(lines) + " }}")
 
 
-def _products(mma: Mma, lefts: list[str], rights: list[str], part: str) -> list[str]:
-    """The lines of the products of 8 columns, which are words `part` of what a lane has loaded."""
-    name = {F16: "half", dtypes.bfloat16: "bfloat"}[mma.dtype]
-    lines = [f"simdgroup_{name}8x8 {', '.join(block + part for block in (*lefts, *rights))};"]
-    for block in (*lefts, *rights):
-        value = f"as_type<{name}2>({block}.{part})"
-        lines += [f"{block}{part}.thread_elements()[{e}] = {value}[{e}];" for e in range(2)]
-    for i, right in enumerate(rights):
-        for j, left in enumerate(lefts):
-            place = f"sum{i * len(lefts) + j}"
-            lines.append(f"simdgroup_multiply_accumulate({place}, {left}{part}, {right}{part}, {place});")
+def _operands(mma: Mma, blocks: list[str]) -> list[str]:
+    """The lines that make operands of the words that a lane has loaded."""
+    name, lines = {F16: "half", dtypes.bfloat16: "bfloat"}[mma.dtype], []
+    for block in blocks:
+        lines.append(f"simdgroup_{name}8x8 {', '.join(block + part for part in PARTS)};")
+        for part in PARTS:
+            value = f"as_type<{name}2>({block}.{part})"
+            lines += [f"{block}{part}.thread_elements()[{e}] = {value}[{e}];" for e in range(2)]
     return lines
+
+
+def _product(j: int, num_lefts: int, left: str, i: int, right: str, part: str) -> str:
+    place = f"sum{i * num_lefts + j}"
+    return f"simdgroup_multiply_accumulate({place}, {left}{part}, {right}{part}, {place});"
 
 
 def read_sums(count: int, done: UOp) -> list[UOp]:

@@ -133,6 +133,7 @@ def test_shapes_have_the_parameters_of_their_names() -> None:
         "phi-4-mini": 3836,
         "qwen3-4b": 4022,
         "qwen3-8b": 8190,
+        "qwen3-14b": 14768,
         "gemma-3-12b": 11766,
         "mistral-small-24b": 23572,
         "qwen2.5-32b": 32763,

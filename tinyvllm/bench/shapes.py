@@ -506,6 +506,21 @@ SHAPES: dict[str, ModelConfig] = {
             tie_embeddings=False,
         ),
         ModelConfig(
+            name="qwen3-14b",  # Qwen/Qwen3-14B
+            architecture="qwen3",
+            num_layers=40,
+            hidden_size=5120,
+            ffn_size=17408,
+            num_heads=40,
+            num_kv_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            max_position=40960,
+            rope=Rope(1000000.0),
+            norm_eps=1e-6,
+            tie_embeddings=False,
+        ),
+        ModelConfig(
             name="gemma-3-12b",  # google/gemma-3-12b-pt, the text part
             architecture="gemma3",
             num_layers=48,

@@ -56,7 +56,7 @@ def test_a_kernel_that_fails_is_raised_to_who_waits_and_tried_again_when_asked_f
 class SlowPool:
     """Its jobs never end."""
 
-    def submit(self, function: Any, argument: Any) -> Job:
+    def submit(self, function: Any, argument: Any, urgency: int = 0) -> Job:
         return Job(function, argument)
 
 
@@ -145,6 +145,27 @@ def test_jobs_end_with_their_value_their_error_or_their_process(pool: CompileWor
     with pytest.raises(LostJobError):
         next(job for job in slow if job is not lost).result(0)
     wait_until_gone(list(pids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_most_urgent_job_is_next_and_one_that_has_not_begun_can_be_withdrawn() -> None:
+    pool = CompileWorkers(1, f"{__name__}:begin")
+    try:
+        assert pool.submit(int, "0").result(20) == 0  # the process is there
+        begun = pool.submit(time.sleep, 0.5)
+        while not begun.answer.running():
+            time.sleep(0.01)
+        later = [pool.submit(_now, None, urgency) for urgency in (3, 1, 2)]
+        withdrawn = pool.submit(_now, None)
+        assert withdrawn.withdraw() and not begun.withdraw()
+        third, first, second = [job.result(20) for job in later]
+        assert first < second < third
+    finally:
+        pool.terminate()
+
+
+def _now(_: None) -> int:
+    return time.monotonic_ns()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

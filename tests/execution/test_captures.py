@@ -90,8 +90,9 @@ def test_the_first_graphs_serve_everything_with_the_same_tokens(runner: ModelRun
     assert runner.num_captures == 4, "there is nothing left to do"
 
 
-def test_the_most_requested_graph_is_captured_next(runner: ModelRunner) -> None:
+def test_the_most_requested_graph_is_captured_next(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without requests it would be the smallest one, decode 1."""
+    monkeypatch.setattr(captures_module, "MAX_PENDING", 1)
     tokens_of(runner, PROMPTS[:2], chunk=2)  # pieces of both prompts, 4 tokens per step: prefill 8, many times
     capture_one(runner.captures)
     assert list(runner.captures.graphs)[-1].name == "prefill 8"

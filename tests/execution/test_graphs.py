@@ -11,7 +11,8 @@ from tinyvllm.config import Capacity
 from tinyvllm.device.compiling import Compiler
 from tinyvllm.device.handle import open_device
 from tinyvllm.execution.buckets import Bucket
-from tinyvllm.execution.graphs import GraphContext, PendingGraph
+from tinyvllm.execution.graphs import PendingGraph
+from tinyvllm.execution.step_code import GraphContext
 from tinyvllm.model.registry import Model, find_family
 from tinyvllm.model.weights.checkpoint import open_checkpoint
 from tinyvllm.ops.backend import pool_groups

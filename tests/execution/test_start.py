@@ -15,7 +15,7 @@ from tests.builders import write_tiny_gguf
 from tests.execution.driver import generate, make_request
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.device.program_store import ProgramStore
-from tinyvllm.execution import graphs
+from tinyvllm.execution import step_code
 from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.ops.cpu.backend import CpuBackend
@@ -150,7 +150,7 @@ def test_damaged_files_are_rebuilt(first: FirstStart, cache: Path, tiny_gguf_fil
 def test_after_a_change_of_our_code_steps_are_traced_again(
     first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "sources_digest", lambda: "edited")
+    monkeypatch.setattr(step_code, "sources_digest", lambda: "edited")
     store, tokens = start(tiny_gguf_files)
     assert counts(store) == (0, 0)  # kernels that are as they were need no compiler
     assert store.num_programs_read == first.num_programs

@@ -1,4 +1,5 @@
-"""Processes that compile kernels, each with a pipe of its own, so that the death of one affects its own job only.
+"""Processes that trace steps and compile kernels, each with a pipe of its own, so that the death of one affects its own
+job only.
 
 multiprocessing.Pool shares a lock between its processes: one that dies while it holds the lock blocks all others, and
 the pool waits forever for the job of a dead process. Here a dead process closes its pipe, which ends its job at once.
@@ -11,6 +12,7 @@ these to every process, and a server still compiles while it drains.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pickle
@@ -52,6 +54,10 @@ class Job:
     def is_done(self) -> bool:
         return self.answer.done()
 
+    def withdraw(self) -> bool:
+        """Keep it from being run. False if a process has begun it."""
+        return self.answer.cancel()
+
     def result(self, timeout_s: float | None = None) -> Any:
         """The call's value, unpickled on the caller's thread, because tinygrad's caches are not thread-safe.
 
@@ -67,21 +73,22 @@ class CompileWorkers:
 
     def __init__(self, size: int, initialize: str) -> None:
         """initialize: "module:function", which each process calls first."""
-        self._size = size
+        self.size = size
         self._initialize = initialize
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs = _Jobs()
         self._workers: list[_Worker] = []
 
-    def submit(self, function: Callable[[Any], Any], argument: Any) -> Job:
-        """Run `function(argument)` in one of the processes."""
+    def submit(self, function: Callable[[Any], Any], argument: Any, urgency: int = 0) -> Job:
+        """Run `function(argument)` in one of the processes. Of the jobs that wait, the one of the lowest `urgency`, and
+        among those the oldest, is next."""
         job = Job(function, argument)
         with self._lock:
-            if len(self._workers) < self._size:
+            if len(self._workers) < self.size:
                 with contextlib.suppress(RuntimeError):  # no more threads: those that run do the work
                     self._workers.append(_Worker(self._jobs, self._initialize))
             if self._workers:
-                self._jobs.put(job)
+                self._jobs.put(job, urgency)
             else:
                 job.answer.set_exception(LostJobError("this process may not start another thread"))
         return job
@@ -104,16 +111,16 @@ class CompileWorkers:
         """Kill the processes. Unfinished jobs are lost."""
         with self._lock:
             workers, self._workers = self._workers, []
-            jobs, self._jobs = self._jobs, queue.SimpleQueue()
+            jobs, self._jobs = self._jobs, _Jobs()
         for worker in workers:
             worker.end()
-            jobs.put(None)
+            jobs.put(None, 0)
         for worker in workers:
             worker.thread.join(_END_S)
         with contextlib.suppress(queue.Empty):
             while True:
-                job = jobs.get_nowait()
-                if job is not None:
+                job = jobs.get(block=False)
+                if job is not None and job.answer.set_running_or_notify_cancel():
                     job.answer.set_exception(LostJobError("the compiling processes were ended"))
 
     def pids(self) -> list[int]:
@@ -121,10 +128,25 @@ class CompileWorkers:
         return [worker.pid for worker in list(self._workers) if worker.pid is not None]
 
 
+class _Jobs:
+    """Jobs that wait. None ends the thread that gets it."""
+
+    def __init__(self) -> None:
+        self._queue: queue.PriorityQueue[tuple[int, int, Job | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
+
+    def put(self, job: Job | None, urgency: int) -> None:
+        self._queue.put((urgency, next(self._numbers), job))
+
+    def get(self, *, block: bool = True) -> Job | None:
+        """Raises queue.Empty."""
+        return self._queue.get(block)[2]
+
+
 class _Worker:
     """A process, started at its first job, and started again after its death; and the thread that waits for it."""
 
-    def __init__(self, jobs: queue.SimpleQueue[Job | None], initialize: str) -> None:
+    def __init__(self, jobs: _Jobs, initialize: str) -> None:
         """Raises RuntimeError if the system starts no more threads."""
         self._jobs = jobs
         self._initialize = initialize
@@ -150,6 +172,8 @@ class _Worker:
 
     def _run(self) -> None:
         while not self._has_ended and (job := self._jobs.get()) is not None:
+            if not job.answer.set_running_or_notify_cancel():
+                continue
             try:
                 job.answer.set_result(self._do(job))
             except BaseException as error:  # whatever it is, the caller must not wait for this job

@@ -1,8 +1,8 @@
 """Compiled kernels and recorded steps on disk, so that a second start compiles nothing.
 
 Each file is named by its content: a program by tinygrad's key (a hash of the kernel, the target and the settings of
-code generation), a step by execution/graphs.py's `step_name`. The folder's name has everything else that programs
-depend on: versions, sources, the compiler, the processor.
+code generation), a step by execution/step_code.py's `StepCode.name`. The folder's name has everything else that
+programs depend on: versions, sources, the compiler, the processor.
 """
 
 from __future__ import annotations

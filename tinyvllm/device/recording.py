@@ -3,7 +3,8 @@
 Our kernels are noted in the order of the calls, with the buffers they were given. They need nothing of tinygrad's
 scheduler, which used to take most of a start. Other tensor operations are scheduled when they are realized.
 A step is first a `TracedStep`, whose kernels are still being compiled, then a `RecordedStep`; on disk it is a
-`SavedStep` without buffers, which another process binds to its own.
+`SavedStep` without buffers, which another process binds to its own. A step that another process traces comes as an
+`OutlinedStep`, a saved step whose kernels are still to be compiled.
 """
 
 from __future__ import annotations
@@ -74,6 +75,15 @@ class SavedStep:
     cut: int
     kept: tuple[int, ...]
     notes: tuple[tuple[Any, ...], ...] = ()  # what its tracing noted (ops/coverage.py), in plain values
+
+
+@dataclass(frozen=True)
+class OutlinedStep:
+    """A step without buffers and programs. `kernels`: those whose programs it lacks, in the order of
+    `SavedStep.programs`."""
+
+    step: SavedStep
+    kernels: tuple[Kernel, ...]
 
 
 @dataclass(frozen=True)
@@ -221,23 +231,49 @@ def rebind(step: RecordedStep, others: Mapping[Tensor, Tensor]) -> RecordedStep:
 
 def save_step(step: RecordedStep, named: Mapping[str, Tensor], notes: Iterable[tuple[Any, ...]] = ()) -> SavedStep:
     """The step without its buffers. Raises CacheError if it copies, or borrows a buffer that is not among `named`."""
+    calls = [(slim(call.target), call.buffers) for call in step.calls]
+    saved, programs = _without_buffers(step, calls, Ops.PROGRAM, named, notes)
+    return replace(saved, programs=tuple(programs))
+
+
+def outline_step(step: TracedStep, named: Mapping[str, Tensor], notes: Iterable[tuple[Any, ...]] = ()) -> OutlinedStep:
+    """What `save_step` gives once the kernels are compiled, without their programs. Raises CacheError too."""
+    saved, kernels = _without_buffers(step, step.launches, Ops.SINK, named, notes)
+    devices = {target: args[0].device for target, args in step.launches}
+    return OutlinedStep(saved, tuple((kernel, devices[kernel]) for kernel in kernels))
+
+
+def _without_buffers(
+    step: RecordedStep | TracedStep,
+    launches: Sequence[tuple[UOp, tuple[Buffer, ...]]],
+    kind: Ops,
+    named: Mapping[str, Tensor],
+    notes: Iterable[tuple[Any, ...]],
+) -> tuple[SavedStep, list[UOp]]:
+    """The step without its programs, and the distinct targets of its launches, which must be of this kind."""
     names = {id(tensor.uop.base.buffer): name for name, tensor in named.items()}
     unnamed = [base for base in step.borrowed if id(base) not in names]
-    copies = [call for call in step.calls if call.target.op is not Ops.PROGRAM]
-    if unnamed or copies:
-        raise CacheError(f"a step with {len(copies)} copies and {len(unnamed)} buffers without a name cannot be saved")
-    bases, views, programs = _Numbers(), _Numbers(), _Numbers()
+    others = [target for target, _ in launches if target.op is not kind]
+    if unnamed or others:
+        raise CacheError(f"a step with {len(others)} copies and {len(unnamed)} buffers without a name cannot be saved")
+    bases, views, targets = _Numbers(), _Numbers(), _Numbers()
 
     def number_view(buffer: Buffer) -> int:
         return views.of((bases.of(buffer.base), buffer.offset, buffer.size, buffer.dtype))
 
-    calls = tuple(
-        (programs.of(slim(call.target)), tuple(number_view(buffer) for buffer in call.buffers)) for call in step.calls
+    calls = tuple((targets.of(target), tuple(number_view(buffer) for buffer in args)) for target, args in launches)
+    saved = SavedStep(
+        bases=(),
+        views=tuple(views.order),
+        programs=(),
+        calls=calls,
+        output=bases.of(step.output.uop.base.buffer),
+        cut=step.cut,
+        kept=tuple(bases.of(buffer) for buffer in step.kept),
+        notes=tuple(notes),
     )
-    output = bases.of(step.output.uop.base.buffer)
-    kept = tuple(bases.of(buffer) for buffer in step.kept)
     described = tuple((names.get(id(base)), base.size, base.dtype, base.device) for base in bases.order)
-    return SavedStep(described, tuple(views.order), tuple(programs.order), calls, output, step.cut, kept, tuple(notes))
+    return replace(saved, bases=described), list(targets.order)
 
 
 class _Numbers:

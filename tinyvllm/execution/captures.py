@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 
-from tinyvllm.device.compiling import Compiler
+from tinyvllm.device.compiling import Compiler, num_workers
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.device.scratch import own_bytes
 from tinyvllm.errors import InvariantError
 from tinyvllm.execution.buckets import Bucket, choose_bucket, first_buckets
-from tinyvllm.execution.graphs import Graph, GraphContext, PendingGraph
+from tinyvllm.execution.graphs import Graph, PendingGraph
+from tinyvllm.execution.step_code import GraphContext
+from tinyvllm.execution.tracing import Tracer
 from tinyvllm.faults import reach
 from tinyvllm.scheduling.plan import StepPlan
+
+MAX_PENDING = 32  # graphs that are traced and compiled at once, at most; fewer if fewer processes trace
+POLL_S = 0.003  # how often a start that waits for other processes looks
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +31,8 @@ class Captures:
     """Owns the graphs and captures them: all at once, or first those that serve everything and then one after another.
 
     A plan runs in the smallest captured graph that holds it. If a smaller one is missing, that one counts as requested,
-    and the most requested one is captured next. If a graph cannot be captured, larger ones take its place.
+    and the most requested one is captured next. If a graph cannot be captured, larger ones take its place. While the
+    engine serves, other processes trace and compile, as many graphs at once as there are processes.
     """
 
     def __init__(self, buckets: Sequence[Bucket], context: GraphContext, store: ProgramStore | None) -> None:
@@ -37,7 +44,9 @@ class Captures:
         self._context = context
         self._compiler = Compiler(store)
         self._tuning_compiler = Compiler()
-        self._next: PendingGraph | None = None  # the next one, while it is compiled
+        self._tracer = Tracer(context, self._compiler)
+        self._pending: dict[Bucket, PendingGraph] = {}  # those that are being traced or compiled
+        self._urgencies = itertools.count(1)
         self._requested: Counter[Bucket] = Counter()  # plans that would have run in a missing graph
         self._is_closed = False
 
@@ -93,20 +102,16 @@ class Captures:
     @property
     def is_next_compiled(self) -> bool:
         """Whether the next `advance` captures a graph, for which no step may be in flight."""
-        return self._next is not None and self._next.is_compiled
+        return any(pending.is_recorded for pending in self._pending.values())
 
     def advance(self) -> None:
-        """Do one part of the next graph: trace it, or capture it if it was compiled meanwhile. Returns soon. A failure
-        is logged, and that graph is not tried again."""
-        if self._next is None:
+        """Do one part of the graphs to come: capture one whose steps are recorded, or take over what other processes
+        have done for one, or begin others. Returns soon. A failure is logged, and that graph is not tried again."""
+        ready = [bucket for bucket, pending in self._pending.items() if pending.is_recorded]
+        if ready:
+            self._try(max(ready, key=self._requested.__getitem__), self._capture)
+        elif not any(self._try(bucket, self._advance) for bucket in list(self._pending)):
             self._begin_next()
-        elif self._next.is_compiled:
-            pending, self._next = self._next, None
-            try:
-                reach("runner.capture")
-                self._finish(pending)
-            except Exception as error:
-                self._give_up(pending.bucket, error)
         if not self._to_come:
             self._close()
 
@@ -122,29 +127,60 @@ class Captures:
     def clear(self) -> None:
         """Drop all graphs."""
         self.graphs.clear()
-        self._next = None
+        self._pending.clear()
         self._close()
 
     def _make(self, buckets: Sequence[Bucket], progress: Progress | None) -> None:
-        """Capture these graphs. All are traced before waiting for the first, to keep the compilers busy; the largest
-        first, since its intermediate values need the largest arena."""
+        """Capture these graphs. All are traced before waiting for the first, to keep the compilers busy: here and, as
+        far as they have begun, by other processes. The largest first, since its intermediate values need the largest
+        arena."""
         report = progress or (lambda stage, done, total: None)
         report("warm-up", 0, len(buckets))
         order = sorted(buckets, key=lambda bucket: (-bucket.num_tokens, -bucket.num_seqs))
-        pending = deque(PendingGraph(bucket, self._context, self._compiler) for bucket in order)
-        for done in range(1, len(pending) + 1):
-            self._finish(pending.popleft())
+        pending = [self._pending.pop(bucket) if bucket in self._pending else self._begin(bucket) for bucket in order]
+        for one in pending:
+            one.trace_here()
+            _advance_all(pending)
+        for done, one in enumerate(pending, 1):
+            while not one.is_compiled:
+                if not _advance_all(pending[done - 1 :]):
+                    time.sleep(POLL_S)
+            self._finish(one)
             report("warm-up", done, len(buckets))
 
+    def _begin(self, bucket: Bucket) -> PendingGraph:
+        return PendingGraph(bucket, self._context, self._compiler, self._tracer, next(self._urgencies))
+
     def _begin_next(self) -> None:
-        """Trace the most requested bucket, or else the smallest."""
-        bucket = max(self._to_come, key=lambda one: (self._requested[one], -one.num_tokens), default=None)
+        """Begin the most requested bucket, or else the smallest, unless enough are pending."""
+        if len(self._pending) >= max(1, min(num_workers(), MAX_PENDING)):
+            return
+        waiting = [bucket for bucket in self._to_come if bucket not in self._pending]
+        bucket = max(waiting, key=lambda one: (self._requested[one], -one.num_tokens), default=None)
         if bucket is None:
             return
         try:
-            self._next = PendingGraph(bucket, self._context, self._compiler)
+            self._pending[bucket] = self._begin(bucket)
         except Exception as error:
             self._give_up(bucket, error)
+
+    def _try(self, bucket: Bucket, part: Callable[[Bucket], bool]) -> bool:
+        """Do a part of a pending graph. Returns whether there was something to do."""
+        try:
+            return part(bucket)
+        except Exception as error:
+            self._pending.pop(bucket, None)
+            self._give_up(bucket, error)
+            return True
+
+    def _advance(self, bucket: Bucket) -> bool:
+        return self._pending[bucket].advance()
+
+    def _capture(self, bucket: Bucket) -> bool:
+        pending = self._pending.pop(bucket)
+        reach("runner.capture")
+        self._finish(pending)
+        return True
 
     def _finish(self, pending: PendingGraph) -> None:
         start_s = time.perf_counter()
@@ -166,3 +202,8 @@ class Captures:
             self._compiler.close()
             if self.store is not None:
                 self.store.close()
+
+
+def _advance_all(pending: Sequence[PendingGraph]) -> bool:
+    """Take over what other processes have done. Returns whether there was something."""
+    return any([one.advance() for one in pending if not one.is_recorded])

@@ -3,6 +3,7 @@
 The terms, in the order in which a graph is made:
 
 - A step is *traced*: the model's code runs once, and each kernel that it would launch is noted (`TracedStep`).
+  Another process can do it, which has the model's shape without its weights (`tracing.py`).
 - A step is *recorded* once the traced kernels are compiled: programs and buffers in launch order (`RecordedStep`). It
   is saved to disk without its buffers (`SavedStep`) and restored by a later start.
 - A bucket is *captured* once its recorded steps can be run: a `Graph`, with an instance for each step that may be in
@@ -12,52 +13,25 @@ The terms, in the order in which a graph is made:
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
-import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from tinygrad import Tensor, UOp
 from tinygrad.device import Buffer
-from tinygrad.nn.state import get_state_dict
 
-from tinyvllm.config import Capacity
 from tinyvllm.device.compiling import Compiler
 from tinyvllm.device.jit_replay import JitReplay, check_same_kernels, join_steps
-from tinyvllm.device.program_store import ProgramStore
-from tinyvllm.device.recording import (
-    Call,
-    RecordedStep,
-    SavedStep,
-    TracedStep,
-    bind_step,
-    cut_here,
-    head_of,
-    head_of_tensor,
-    keep,
-    rebind,
-    save_step,
-    trace_step,
-)
+from tinyvllm.device.recording import Call, RecordedStep, head_of, rebind
 from tinyvllm.device.replay import LazyReplay, make_replay
-from tinyvllm.device.scratch import Scratch
 from tinyvllm.device.watching import is_watched
-from tinyvllm.errors import CacheError
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.inputs import InputPacker
-from tinyvllm.execution.watched import Describer
-from tinyvllm.model.registry import Model
-from tinyvllm.ops.backend import Backend, KVPool, Step
-from tinyvllm.ops.coverage import Coverage, Note
-from tinyvllm.ops.kernel import tuning
-from tinyvllm.ops.sampling.logits_processing import SamplingState
+from tinyvllm.execution.pending_steps import PendingSteps
+from tinyvllm.execution.step_code import GraphContext, StepCode
+from tinyvllm.execution.tracing import Tracer
 from tinyvllm.ops.step_inputs import StepLayout
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,88 +70,48 @@ class Graph:
         return len(self.calls)
 
 
-@dataclass(frozen=True)
-class GraphContext:
-    """What the graphs of all buckets share. `outputs`: one per instance, (rows * OUT_WIDTH,) int32. `capture`: how a
-    step is replayed, as in EngineConfig. `scratch`: the memory of each step's intermediate values, since one step runs
-    at a time; TinyJit takes its own."""
-
-    model: Model
-    backend: Backend
-    pool: KVPool
-    capacity: Capacity
-    outputs: tuple[Tensor, ...]
-    state: SamplingState
-    capture: str = "replay"
-    scratch: Scratch = field(default_factory=Scratch)
-
-    @property
-    def is_jit(self) -> bool:
-        return self.capture == "tinyjit"
-
-    @functools.cached_property
-    def describer(self) -> Describer:
-        """What names kernels while they are watched."""
-        return Describer(self.model, self.pool, self.capacity.block_size)
-
-
-@dataclass(frozen=True)
-class StepCode:
-    """A bucket's step as code that launches its kernels, on one instance's inputs and the outputs of all."""
-
-    bucket: Bucket
-    layout: StepLayout
-    context: GraphContext
-    inputs: Tensor
-    outputs: tuple[Tensor, ...]  # its own first, the previous step's last
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that it reads and writes, besides the model's weights and the pool."""
-        return {"inputs": self.inputs, **{f"output {i}": tensor for i, tensor in enumerate(self.outputs)}}
-
-    def forward(self) -> Tensor:
-        """The logits, which are kept."""
-        context = self.context
-        logits = context.model(Step(self.layout, self.inputs, context.pool, self.bucket.is_decode, self.outputs[-1]))
-        keep(logits)
-        return logits
-
-    def sample(self, logits: Tensor, state: SamplingState | None = None) -> Tensor:
-        """The output, sampled from the logits; with a `state` from processed logits."""
-        model, layout = self.context.model, self.layout
-        # sampling's inputs, and so its programs, are the same for all buckets with this number of sequences
-        settings = head_of_tensor(self.inputs, layout.num_sampling_words)
-        vocab_size, stride, output = model.config.vocab_size, model.logit_stride, self.outputs[0]
-        return self.context.backend.sample(logits, vocab_size, stride, settings, layout, output, state).realize()
-
-
 class PendingGraph:
     """A bucket's graph before it is captured: its steps are restored from the store, or traced and being compiled.
 
     Until `finish`, nothing waits and none of its kernels run, so steps may be in flight.
     """
 
-    def __init__(self, bucket: Bucket, context: GraphContext, compiler: Compiler) -> None:
+    def __init__(
+        self, bucket: Bucket, context: GraphContext, compiler: Compiler, tracer: Tracer | None = None, urgency: int = 0
+    ) -> None:
+        """tracer, urgency: those of `PendingSteps`."""
         self.bucket = bucket
-        start_s = time.perf_counter()
-        self._context, self._compiler, device = context, compiler, context.backend.device
+        self.trace_s = 0.0
+        self._context, device = context, context.backend.device
         self._layout = bucket.layout(context.capacity)
         self._buffers = [device.input_buffer(self._layout.size) for _ in context.outputs]
-        self._forward, self._processed = self._trace()
-        traced = [piece.step for piece in (self._forward, self._processed) if isinstance(piece.step, TracedStep)]
-        self._pending = [one for step in traced for one in compiler.begin(step.kernels)]
-        self.trace_s = time.perf_counter() - start_s
+        with self._timed():
+            self._steps = PendingSteps(self._code(0), compiler, tracer, urgency)
 
     @property
     def is_compiled(self) -> bool:
-        """Whether `finish` would wait for no compiler."""
-        return all(pending.is_done for pending in self._pending)
+        """Whether `finish` would wait for no other process."""
+        return self._steps.is_compiled
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether `finish` would wait for the device alone."""
+        return self._steps.is_recorded
+
+    def advance(self) -> bool:
+        """Do the next part before `finish` if it is ready. Returns whether there was something to do."""
+        with self._timed():
+            return self._steps.advance()
+
+    def trace_here(self) -> bool:
+        """Trace now if no other process has begun to. Returns whether it did."""
+        with self._timed():
+            return self._steps.trace_here()
 
     def finish(self) -> Graph:
         """The graph, with an instance for each output; each instance reads the output of the one before it. Except for
         replays on a CPU, this runs the graph on padding, which writes over the outputs: no step may be in flight."""
-        forward, processed = (piece.finish(self._compiler) for piece in (self._forward, self._processed))
+        forward, processed = self._steps.record()
         if not self._context.is_jit:
             forward, processed = self._context.scratch.place(forward, processed)
         instances = []
@@ -188,6 +122,12 @@ class PendingGraph:
             instances.append(make(index, packer, buffer.send, forward, processed))
         self._context.backend.device.wait()
         return Graph(self.bucket, self._layout, self._buffers[0].tensor, tuple(instances), self.trace_s)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start_s = time.perf_counter()
+        yield
+        self.trace_s += time.perf_counter() - start_s
 
     @property
     def _num_routings(self) -> int:
@@ -255,107 +195,3 @@ class PendingGraph:
             run_forward=run_forward,
             run_processed=run_processed,
         )
-
-    def _trace(self) -> tuple[Piece, Piece]:
-        """The step, and sampling from processed logits, on the first instance's tensors."""
-        context, code = self._context, self._code(0)
-        state = context.state
-
-        def trace() -> Tensor:
-            logits = code.forward()
-            cut_here()
-            return code.sample(logits)
-
-        # TinyJit must see the kernels themselves, which a saved step does not have; saved programs it can use
-        store = None if context.is_jit else self._compiler.store
-        tensors = code.tensors | get_state_dict(
-            {"model": context.model, "backend": context.backend, "pool": context.pool}
-        )
-        name = step_name(self.bucket, context.model, context.backend, context.pool, self._layout, tensors)
-        coverage = context.backend.coverage
-        forward = _restore_or_trace(trace, store, name, tensors, coverage)
-        logits = Tensor(UOp.from_buffer(forward.step.kept[-1]))
-        tensors = code.tensors | {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
-        sample = functools.partial(code.sample, logits, state)
-        return forward, _restore_or_trace(sample, store, f"{name}-processed", tensors, coverage)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A step that was restored from `store`, or is being compiled and then saved there under `name`. `tensors`: what it
-    reads and writes. `store`: None if steps are not saved."""
-
-    step: RecordedStep | TracedStep
-    store: ProgramStore | None
-    name: str
-    tensors: dict[str, Tensor]
-    notes: Sequence[Note] = ()  # the operations in the general kernels, noted while it was traced
-
-    def finish(self, compiler: Compiler) -> RecordedStep:
-        if isinstance(self.step, RecordedStep):
-            return self.step
-        step = self.step.finish(compiler)
-        if self.store is not None:
-            try:
-                self.store.write_step(self.name, save_step(step, self.tensors, self.notes))
-            except CacheError as error:
-                logger.info("not saved for the next start: %s", error)
-        return step
-
-
-def _restore_or_trace(
-    trace: Callable[[], Tensor],
-    store: ProgramStore | None,
-    name: str,
-    tensors: dict[str, Tensor],
-    coverage: Coverage,
-) -> Piece:
-    saved = store.read_step(name) if store is not None else None
-    if isinstance(saved, SavedStep):
-        try:
-            step = bind_step(saved, tensors)
-        except CacheError as error:
-            logger.warning("a saved step is traced again: %s", error)
-        else:
-            coverage.restore(saved.notes)
-            return Piece(step, store, name, tensors)
-    with coverage.watching() as notes:
-        return Piece(trace_step(trace), store, name, tensors, notes)
-
-
-def step_name(
-    bucket: Bucket, model: Model, backend: Backend, pool: KVPool, layout: StepLayout, tensors: dict[str, Tensor]
-) -> str:
-    """A hash of everything that determines what is traced: our code, the model's shape and formats, the settings.
-
-    An attribute of the backend without a repr of its own only makes the name new at every start."""
-    facts = (
-        sources_digest(),
-        tuning.current.digest,
-        model_digest(model, backend),
-        (pool.num_blocks, pool.dtype, pool.num_state_slots),
-        (bucket, layout),
-        {key: (tensor.numel(), tensor.dtype) for key, tensor in tensors.items()},
-    )
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
-
-
-def model_digest(model: Model, backend: Backend) -> str:
-    """A hash of the model's shape and formats and of its backend's settings."""
-    matrices = [(m.format, m.num_rows, m.num_cols, m.used_rows, m.layout) for m in model.matrices]
-    settings = {key: value for key, value in sorted(vars(backend).items()) if not isinstance(value, Tensor)}
-    facts = (
-        (type(model).__qualname__, dataclasses.replace(model.config, name=""), model.logit_stride, matrices),
-        (type(backend).__qualname__, settings),
-    )
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
-
-
-@functools.cache
-def sources_digest() -> str:
-    """A hash of this package's code, since all of it may affect a step."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        digest.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
-    return digest.hexdigest()

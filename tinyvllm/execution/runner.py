@@ -24,9 +24,10 @@ from tinyvllm.execution.capacity import KVGroup, MemoryFacts, jit_scratch_bytes,
 from tinyvllm.execution.captures import Captures
 from tinyvllm.execution.captures import Progress as Progress  # re-exported for callers
 from tinyvllm.execution.cost import weight_facts
-from tinyvllm.execution.graphs import Graph, GraphContext, GraphInstance, model_digest
+from tinyvllm.execution.graphs import Graph, GraphInstance
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.logits_processing import SamplingRows
+from tinyvllm.execution.step_code import GraphContext, model_digest
 from tinyvllm.faults import is_poisoned, reach
 from tinyvllm.model.dry_load import require_tensors
 from tinyvllm.model.pooling import final_norm, pool

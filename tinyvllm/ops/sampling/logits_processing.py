@@ -74,6 +74,10 @@ class SamplingState:
         self._write_mask = row_writer(self.mask, words)
         self._write_bias = row_writer(self.bias, 2 * MAX_LOGIT_BIAS)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the writers: a process that traces steps writes no rows."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_write")}
+
     def write_counts(self, row: int, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         """Replace a row's counts by those of a request's tokens."""
         counts = np.zeros(mask_words(self.vocab_size) * WORD, np.uint16)

@@ -1,0 +1,133 @@
+"""A bucket's step as code that launches its kernels, what it needs, and the name under which it is stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tinygrad import Tensor
+from tinygrad.nn.state import get_state_dict
+
+from tinyvllm.config import Capacity
+from tinyvllm.device.recording import head_of_tensor, keep
+from tinyvllm.device.scratch import Scratch
+from tinyvllm.execution.buckets import Bucket
+from tinyvllm.execution.watched import Describer
+from tinyvllm.model.registry import Model
+from tinyvllm.ops.backend import Backend, KVPool, Step
+from tinyvllm.ops.kernel import tuning
+from tinyvllm.ops.sampling.logits_processing import SamplingState
+from tinyvllm.ops.step_inputs import StepLayout
+
+
+@dataclass(frozen=True)
+class GraphContext:
+    """What the graphs of all buckets share. `outputs`: one per instance, (rows * OUT_WIDTH,) int32. `capture`: how a
+    step is replayed, as in EngineConfig. `scratch`: the memory of each step's intermediate values, since one step runs
+    at a time; TinyJit takes its own."""
+
+    model: Model
+    backend: Backend
+    pool: KVPool
+    capacity: Capacity
+    outputs: tuple[Tensor, ...]
+    state: SamplingState
+    capture: str = "replay"
+    scratch: Scratch = field(default_factory=Scratch)
+
+    @property
+    def is_jit(self) -> bool:
+        return self.capture == "tinyjit"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """`model_digest`'s."""
+        return model_digest(self.model, self.backend)
+
+    @functools.cached_property
+    def describer(self) -> Describer:
+        """What names kernels while they are watched."""
+        return Describer(self.model, self.pool, self.capacity.block_size)
+
+
+@dataclass(frozen=True)
+class StepCode:
+    """A bucket's step as code that launches its kernels, on one instance's inputs and the outputs of all."""
+
+    bucket: Bucket
+    layout: StepLayout
+    context: GraphContext
+    inputs: Tensor
+    outputs: tuple[Tensor, ...]  # its own first, the previous step's last
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that it reads and writes, besides the model's weights and the pool."""
+        return {"inputs": self.inputs, **{f"output {i}": tensor for i, tensor in enumerate(self.outputs)}}
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """All tensors that the step reads and writes, by the names that a stored step has for them."""
+        context = self.context
+        return self.tensors | get_state_dict({"model": context.model, "backend": context.backend, "pool": context.pool})
+
+    def sampling_tensors(self, logits: Tensor) -> dict[str, Tensor]:
+        """Those of sampling from processed logits."""
+        state = self.context.state
+        return self.tensors | {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
+
+    def name(self, tensors: Mapping[str, Tensor]) -> str:
+        """The name of the stored step: a hash of everything that determines what is traced: our code, the model's shape
+        and formats, the settings. tensors: `named`.
+
+        An attribute of the backend without a repr of its own only makes the name new at every start."""
+        context = self.context
+        facts = (
+            sources_digest(),
+            tuning.current.digest,
+            context.digest,
+            (context.pool.num_blocks, context.pool.dtype, context.pool.num_state_slots),
+            (self.bucket, self.layout),
+            {key: (tensor.numel(), tensor.dtype) for key, tensor in tensors.items()},
+        )
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
+
+    def forward(self) -> Tensor:
+        """The logits, which are kept."""
+        context = self.context
+        logits = context.model(Step(self.layout, self.inputs, context.pool, self.bucket.is_decode, self.outputs[-1]))
+        keep(logits)
+        return logits
+
+    def sample(self, logits: Tensor, state: SamplingState | None = None) -> Tensor:
+        """The output, sampled from the logits; with a `state` from processed logits."""
+        model, layout = self.context.model, self.layout
+        # sampling's inputs, and so its programs, are the same for all buckets with this number of sequences
+        settings = head_of_tensor(self.inputs, layout.num_sampling_words)
+        vocab_size, stride, output = model.config.vocab_size, model.logit_stride, self.outputs[0]
+        return self.context.backend.sample(logits, vocab_size, stride, settings, layout, output, state).realize()
+
+
+def model_digest(model: Model, backend: Backend) -> str:
+    """A hash of the model's shape and formats and of its backend's settings."""
+    matrices = [(m.format, m.num_rows, m.num_cols, m.used_rows, m.layout) for m in model.matrices]
+    settings = {key: value for key, value in sorted(vars(backend).items()) if not isinstance(value, Tensor)}
+    facts = (
+        (type(model).__qualname__, dataclasses.replace(model.config, name=""), model.logit_stride, matrices),
+        (type(backend).__qualname__, settings),
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def sources_digest() -> str:
+    """A hash of this package's code, since all of it may affect a step."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""Tracing a bucket's steps: in this process, or in another one, which has the model's shape without its weights.
+
+Tracing takes the interpreter for up to seconds, in which no stream gets a token. So while the engine serves, other
+processes trace, several at once. What they answer is what this process would have traced: the same calls on the same
+named buffers, and the same kernels. This process compiles, binds and captures them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tinygrad import Device, Tensor, UOp, dtypes
+from tinygrad.helpers import Context
+from tinygrad.renderer import Renderer
+
+from tinyvllm.device import meta
+from tinyvllm.device.compiling import Compiler, Key, PackedKernel, Pending, can_trace_elsewhere, key_of, settings
+from tinyvllm.device.recording import OutlinedStep, SavedStep, TracedStep, cut_here, outline_step, trace_step
+from tinyvllm.device.scratch import Scratch
+from tinyvllm.execution.buckets import Bucket
+from tinyvllm.execution.step_code import GraphContext, StepCode
+from tinyvllm.faults import reach
+from tinyvllm.ops.coverage import Note
+from tinyvllm.ops.kernel import tuning
+
+
+def trace_forward(code: StepCode) -> tuple[TracedStep, list[Note]]:
+    """The step, and the operations in the general kernels."""
+
+    def trace() -> Tensor:
+        logits = code.forward()
+        cut_here()
+        return code.sample(logits)
+
+    with code.context.backend.coverage.watching() as notes:
+        return trace_step(trace), notes
+
+
+def trace_sampling(code: StepCode, logits: Tensor) -> tuple[TracedStep, list[Note]]:
+    """Sampling from processed logits, after the part of the step before its cut."""
+    with code.context.backend.coverage.watching() as notes:
+        return trace_step(functools.partial(code.sample, logits, code.context.state)), notes
+
+
+@dataclass(frozen=True)
+class TracedElsewhere:
+    """A bucket's step and its sampling from processed logits, without programs: the keys of each step's kernels, in the
+    order of its programs. `kernels`: those of both."""
+
+    steps: tuple[SavedStep, SavedStep]
+    keys: tuple[tuple[Key, ...], tuple[Key, ...]]
+    kernels: dict[Key, PackedKernel]
+
+
+class Tracer:
+    """Has other processes trace the buckets of one context."""
+
+    def __init__(self, context: GraphContext, compiler: Compiler) -> None:
+        self._context = context
+        self._compiler = compiler
+        self._payloads: dict[str, bytes] = {}  # by the digest of the tuned choices
+
+    def begin(self, bucket: Bucket, urgency: int) -> Pending | None:
+        """Start tracing; the result is a TracedElsewhere. None if this process has to trace."""
+        if self._context.is_jit or not can_trace_elsewhere():
+            return None
+        task = (self._renderers, settings(), self._payload, bucket)
+        return self._compiler.begin_tracing(_trace_there, task, f"the trace of {bucket.name}", urgency)
+
+    @property
+    def _payload(self) -> bytes:
+        """What tracing needs, about 100 KB."""
+        choices = tuning.current
+        if choices.digest not in self._payloads:
+            payload = meta.dump((replace(self._context, scratch=Scratch()), choices))
+            self._payloads = {choices.digest: payload}
+        return self._payloads[choices.digest]
+
+    @property
+    def _renderers(self) -> dict[str, Renderer]:
+        device = self._context.backend.device
+        return {name: Device[name].renderer for name in device.cores or (device.name,)}
+
+
+# ---- In the process ----
+
+
+def _trace_there(task: tuple[Mapping[str, Renderer], dict[str, Any], bytes, Bucket]) -> TracedElsewhere:
+    reach("trace.worker")
+    renderers, chosen, payload, bucket = task
+    context = _load(payload, tuple(renderers.items()))
+    with Context(**chosen):
+        return _trace_both(_code_of(bucket, context))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(payload: bytes, renderers: tuple[tuple[str, Renderer], ...]) -> GraphContext:
+    meta.use_meta_devices(dict(renderers))
+    context: GraphContext
+    context, choices = meta.load(payload)
+    tuning.use(choices)
+    return context
+
+
+def _code_of(bucket: Bucket, context: GraphContext) -> StepCode:
+    layout = bucket.layout(context.capacity)
+    inputs = meta.make_tensor(context.backend.device.name, layout.size, dtypes.int)
+    return StepCode(bucket, layout, context, inputs, context.outputs)
+
+
+def _trace_both(code: StepCode) -> TracedElsewhere:
+    """Raises CacheError if a step cannot be without its buffers."""
+    traced, notes = trace_forward(code)
+    forward = outline_step(traced, code.named, notes)
+    logits = Tensor(UOp.from_buffer(traced.kept[-1]))
+    traced, notes = trace_sampling(code, logits)
+    sampling = outline_step(traced, code.sampling_tensors(logits), notes)
+    kernels: dict[Key, PackedKernel] = {}
+    keys = _pack(forward, kernels), _pack(sampling, kernels)
+    return TracedElsewhere((forward.step, sampling.step), keys, kernels)
+
+
+def _pack(step: OutlinedStep, kernels: dict[Key, PackedKernel]) -> tuple[Key, ...]:
+    """The keys of the step's kernels. Adds to `kernels` those that it lacks."""
+    keys = tuple(map(key_of, step.kernels))
+    for key, kernel in zip(keys, step.kernels, strict=True):
+        if key not in kernels:
+            kernels[key] = PackedKernel.of(kernel)
+    return keys

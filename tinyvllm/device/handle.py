@@ -190,7 +190,7 @@ def _copy_in(buffer: Buffer, array: np.ndarray) -> None:
     with watched_copy(buffer.device, HOST, data.size):
         if is_mapped(buffer.device):
             np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8)[: data.size] = data
-        else:
+        elif not kind_of(buffer.device).copy_in(buffer, data):
             # tinygrad takes writable memory only, and a checkpoint's values are views of a file's pages
             data = data if data.flags.writeable else data.copy()
             buffer.allocator._copyin(buffer._buf, data.data)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tinyvllm.config import Limits
 
 if TYPE_CHECKING:
+    import numpy as np
     from tinygrad.device import Buffer
 
     from tinyvllm.device.mapping import HostArray, OutputReader, RowWriter
@@ -72,6 +73,11 @@ class DeviceKind:
     def input_array(self, buffer: Buffer) -> HostArray | None:
         """Host memory from which inputs reach `buffer` without waiting; None: use the allocator's copy."""
         return None
+
+    def copy_in(self, buffer: Buffer, data: np.ndarray) -> bool:
+        """Enqueue copying many bytes to the beginning of `buffer`; `data` may change when it returns. False: use the
+        allocator's copy."""
+        return False
 
     def output_reader(self, buffer: Buffer) -> OutputReader | None:
         """A reader that waits for one step alone; None: use a mark in the queue."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import functools
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from tinyvllm.config import Limits
+from tinyvllm.config import Limits, usable_cores
 from tinyvllm.device.kinds.base import DeviceKind, ProgramLimits
 from tinyvllm.errors import DeviceError
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 BIG_BYTES = 40 << 30
 EVENT_WITHOUT_TIME = 2  # CU_EVENT_DISABLE_TIMING
+SLOT_BYTES = 8 << 20  # of pinned memory, through which weights reach the device
+NUM_SLOTS = 4  # and threads that fill them
 
 
 class Cuda(DeviceKind):
@@ -70,6 +75,12 @@ class Cuda(DeviceKind):
         pinned = _Pinned(buffer.device, buffer.size)
         return pinned.array, lambda: _send(buffer, pinned)
 
+    def copy_in(self, buffer: Buffer, data: np.ndarray) -> bool:
+        if data.nbytes < SLOT_BYTES:
+            return False
+        _staging(buffer.device).copy_in(buffer, data)
+        return True
+
     def output_reader(self, buffer: Buffer) -> CudaReader:
         return CudaReader(buffer)
 
@@ -77,6 +88,48 @@ class Cuda(DeviceKind):
         from tinyvllm.device.cuda_graph import ChainReplay, fits_chain  # loads the driver
 
         return ChainReplay(name, step) if fits_chain(step) else None
+
+
+@functools.cache
+def _staging(device: str) -> _Staging:
+    return _Staging(device)
+
+
+class _Staging:
+    """Copies host memory to a device through a ring of slots of pinned memory, which several threads fill while the
+    device fetches others. tinygrad's copy pins as much memory as it copies, for good, and one thread fills it."""
+
+    def __init__(self, device: str) -> None:
+        from tinygrad.runtime.autogen import cuda  # loads the driver
+
+        self._cuda = cuda
+        self._slots = [_Pinned(device, SLOT_BYTES // 4) for _ in range(NUM_SLOTS)]
+        self._events = [cuda.CUevent() for _ in self._slots]  # when the device has fetched what a slot has
+        for event in self._events:
+            _check(cuda.cuEventCreate(ctypes.byref(event), EVENT_WITHOUT_TIME))
+        self._next = 0
+
+    def copy_in(self, buffer: Buffer, data: np.ndarray) -> None:
+        source = data.reshape(-1).view(np.uint8)
+        filling: deque[tuple[int, int, Future[None]]] = deque()  # (slot, place, when it is full), in order
+        with ThreadPoolExecutor(min(NUM_SLOTS, usable_cores())) as threads:
+            for start in range(0, source.size, SLOT_BYTES):
+                if len(filling) == NUM_SLOTS:
+                    self._send(buffer, source.size, *filling.popleft())
+                slot, self._next = self._next, (self._next + 1) % NUM_SLOTS
+                _check(self._cuda.cuEventSynchronize(self._events[slot]))
+                part = source[start : start + SLOT_BYTES]
+                target = self._slots[slot].array.view(np.uint8)[: part.size]
+                filling.append((slot, start, threads.submit(np.copyto, target, part)))
+            while filling:
+                self._send(buffer, source.size, *filling.popleft())
+
+    def _send(self, buffer: Buffer, size: int, slot: int, start: int, full: Future[None]) -> None:
+        cuda, count = self._cuda, min(SLOT_BYTES, size - start)
+        full.result()
+        place = cuda.CUdeviceptr_v2(buffer._buf.value + start)
+        _check(cuda.cuMemcpyHtoDAsync_v2(place, self._slots[slot].address, count, None))
+        _check(cuda.cuEventRecord(self._events[slot], None))
 
 
 class CudaReader:

@@ -14,9 +14,10 @@ from typer import Option
 from tinyvllm.cli.bench_flags import SubjectFlags, print_table, write_file
 from tinyvllm.cli.flags import RunnerFlags, refuse_others
 from tinyvllm.cli.terminal import progress_bars
-from tinyvllm.config import EngineConfig
+from tinyvllm.config import EngineConfig, ModelConfig
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.profiling import measure
+from tinyvllm.profiling.apple import PromptArithmetic, prompt_arithmetic
 from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, measured_chip
 from tinyvllm.profiling.kernels import GROUPINGS
 from tinyvllm.profiling.predict import MEASURED, predict, predict_prompt
@@ -214,7 +215,10 @@ def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) ->
         prediction = predict(found.model_config, weights, chip, flags.batch, flags.context)
     else:
         step_tokens = runner.max_num_batched_tokens or _step_tokens(chip)
-        prediction = predict_prompt(found.model_config, weights, chip, flags.prefill, step_tokens)
+        arithmetic = _arithmetic(found.model_config, weights.name, chip, min(flags.prefill, step_tokens))
+        prediction = predict_prompt(
+            found.model_config, weights, chip, flags.prefill, step_tokens, arithmetic=arithmetic
+        )
     checks = [(measured, measured.predict(find_shape(measured.shape))) for measured in MEASURED]
     print_table(prediction_table(found.name, weights.name, prediction, checks))
     document = prediction.as_json() | {
@@ -225,6 +229,14 @@ def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) ->
         ],
     }
     subject.write_json(document)
+
+
+def _arithmetic(config: ModelConfig, kind: str, chip: Chip, num_tokens: int) -> PromptArithmetic | None:
+    """What the kernels of a step argue on METAL."""
+    from tinyvllm.execution.metal_prompts import count_prompt
+
+    kernels = count_prompt(config, kind, num_tokens) if chip.device == "METAL" else []
+    return prompt_arithmetic(kernels, chip) if kernels else None
 
 
 def _step_tokens(chip: Chip) -> int:

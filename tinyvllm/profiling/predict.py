@@ -11,10 +11,11 @@ are added.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 from tinyvllm.config import ModelConfig
 from tinyvllm.errors import ProfilingError
+from tinyvllm.profiling.apple import PromptArithmetic
 from tinyvllm.profiling.chips import CHIPS, GB, Chip
 from tinyvllm.profiling.digits import rounded
 from tinyvllm.profiling.kernels import floor_s
@@ -68,7 +69,7 @@ FACTORS = {
         bandwidth_share=0.79,
         quantized_share=0.79,
         compute_share=0.42,
-        prompt_share=0.42,
+        prompt_share=0.74,
         attention_share=0.42,
         kernel_us=2.4,
         host_us=90,
@@ -82,8 +83,8 @@ FACTORS = {
             "Q4_K_M, 4.62 GB per token, 20.9 tok/s: github.com/brand-o/normiebench/issues/3)",
             "2.4 us per kernel that waits for the previous one in the same command buffer: 3,200 of them in 7.7 ms on "
             "an M3 Ultra, minus 16 borders of 20 us (github.com/ml-explore/mlx/issues/4521)",
-            "42 % of the peak: what kernels like METAL's reached on an H200, decoding 64 sequences; llama.cpp's "
-            "prompts reach 83 % of an M4's (224.8 tok/s, the same issue)",
+            "42 % of the peak for up to 64 rows: what kernels like METAL's reached on an H200, decoding 64 sequences",
+            "74 % for prompts unless their kernels are counted: about 85 % by counts, of which a prompt keeps 89 %",
             "host 90 us per step and 1.1 us per sequence: the H200's, plus 50 us to commit and wait (akunu: 30 to 80)",
         ),
     ),
@@ -185,10 +186,17 @@ def predict(config: ModelConfig, kind: str | WeightBytes, chip: Chip, batch: int
 
 
 def predict_prompt(
-    config: ModelConfig, kind: str | WeightBytes, chip: Chip, num_tokens: int, step_tokens: int, num_rows: int = 1
+    config: ModelConfig,
+    kind: str | WeightBytes,
+    chip: Chip,
+    num_tokens: int,
+    step_tokens: int,
+    num_rows: int = 1,
+    arithmetic: PromptArithmetic | None = None,
 ) -> Prediction:
     """Predict a single prompt of `num_tokens`, computed `step_tokens` at a time. `num_rows`: rows of logits in each
-    step, one for each sequence that the engine allows. Otherwise like `predict`."""
+    step, one for each sequence that the engine allows; `arithmetic`: the shares of the peak by counts, instead of the
+    factor's. Otherwise like `predict`."""
     if min(num_tokens, step_tokens, num_rows) < 1:
         raise ProfilingError(f"counts of a prompt must be at least 1, but {num_tokens=}, {step_tokens=}, {num_rows=}")
     spans = [(start, min(step_tokens, num_tokens - start)) for start in range(0, num_tokens, step_tokens)]
@@ -196,9 +204,13 @@ def predict_prompt(
     steps = [count_work(config, weights, KV_ITEMSIZE, [span], num_rows) for span in spans]
     work = Work(*(sum(values) for values in zip(*map(astuple, steps), strict=True)))
     matrix_flops = sum(step.matrix_flops * (count - 1) / count for step, (_, count) in zip(steps, spans, strict=True))
-    compute_s = _compute_s(chip, matrix_flops + work.attention_flops, FACTORS[chip.device].prompt_share)
+    share = FACTORS[chip.device].prompt_share
+    shares = (share, share) if arithmetic is None else (arithmetic.products, arithmetic.attention)
+    compute_s = _compute_s(chip, matrix_flops, shares[0]) + _compute_s(chip, work.attention_flops, shares[1])
     setup = _Setup(weights, chip, num_steps=len(spans), column=2)
-    return setup.prediction(config, work, compute_s, batch=1, context=0, prompt=num_tokens)
+    prediction = setup.prediction(config, work, compute_s, batch=1, context=0, prompt=num_tokens)
+    lines = () if arithmetic is None else arithmetic.lines
+    return replace(prediction, assumptions=prediction.assumptions + lines)
 
 
 def _compute_s(chip: Chip, flops: float, share: float) -> float:

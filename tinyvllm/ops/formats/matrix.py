@@ -412,16 +412,25 @@ def pack(
         host = _dequantized(host, dtype or "float16")
     check_shape(host, num_experts)
     padded = -(-rows // PANEL) * PANEL
-    if isinstance(host, QuantizedMatrix):
-        fmt, planes = host.format, _quantized_planes(host, padded, layout, has_half(device))
-    else:
-        fmt, planes = _dense_planes(host, dtype, padded, layout)
-    if layout == "row":
-        planes[0] = _in_words(planes[0])
+    fmt, planes = planes_of(host, layout, dtype, keeps_half=has_half(device))
     tensors = tuple(upload(plane, device) for plane in planes)
     if fmt.grid is not None:
         tensors += (_table_on(device, fmt.grid),)
     return Matrix(fmt, padded, cols, rows, layout, tensors, num_experts=num_experts)
+
+
+def planes_of(
+    host: HostMatrix, layout: str, dtype: str | None = None, *, keeps_half: bool = True
+) -> tuple[Format, list[np.ndarray]]:
+    """(the format, the planes) of a host matrix as `pack` puts them on a device, without a grid's table."""
+    padded = -(-host.shape[0] // PANEL) * PANEL
+    if isinstance(host, QuantizedMatrix):
+        fmt, planes = host.format, _quantized_planes(host, padded, layout, keeps_half)
+    else:
+        fmt, planes = _dense_planes(host, dtype, padded, layout)
+    if layout == "row":
+        planes[0] = _in_words(planes[0])
+    return fmt, planes
 
 
 def _dequantized(host: QuantizedMatrix, dtype: str) -> np.ndarray:

@@ -559,8 +559,10 @@ class FusedGpuBackend(GpuBackend):
 
     def _takes_words(self, matrices: Sequence[Matrix], num_tokens: int) -> bool:
         """Whether the products of several rows take x as bfloat16 in a float16 buffer (which is loaded in vectors)."""
-        if self.mma is None or self.mma.kind != "CUDA" or self.mma.dtype != dtypes.bfloat16:
+        if self.mma is None or self.mma.dtype != dtypes.bfloat16:
             return False
+        if self.mma.kind == "METAL":
+            return num_tokens >= MIN_TOKENS
         if any(matrix.format.name != "bfloat16" for matrix in matrices):
             return False
         if num_tokens < MIN_TOKENS:

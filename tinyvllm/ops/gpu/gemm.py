@@ -185,9 +185,11 @@ class GemmSpec(Tunable):
 
     @property
     def tile_cols(self) -> int:
-        """Columns of a step: 32, or on METAL 64 if they divide the columns of a split."""
+        """Columns of a step: 32, or on METAL 64 if they divide the columns of a split, and if the next step's weights
+        and x fit into registers beside the rest."""
         is_long = self.mma.kind == "METAL" and self.num_cols // self.splits % (2 * TILE_COLS) == 0
-        return 2 * TILE_COLS if is_long else TILE_COLS
+        fits = self.format.is_quantized or self.x_dtype != F32
+        return 2 * TILE_COLS if is_long and fits else TILE_COLS
 
     @property
     def steps(self) -> int:
@@ -226,6 +228,8 @@ def multiply_rows(
 ) -> Tensor:
     """Run the product into `out`, after unpacking the weights if that is faster; adds `residual` (T, N) if given."""
     spec = replace(spec, adds_residual=residual is not None)
+    if spec.mma.kind == "METAL":
+        spec = replace(spec, x_dtype=x.dtype)
     if spec.unpacks_first:
         whole = empty(spec.num_rows * spec.num_cols, F16, str(out.device))
         planes = run_kernel(unpack_kernel(spec.format, spec.num_rows, spec.num_cols), [whole], planes)

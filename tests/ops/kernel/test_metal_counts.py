@@ -1,0 +1,78 @@
+"""Counts of what METAL's kernels issue, and what they argue of prompts: they bind, since no Mac is here to measure."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tinyvllm.bench.shapes import find_shape
+from tinyvllm.execution.metal_prompts import count_products
+from tinyvllm.ops.kernel.body import F32, Body, finish
+from tinyvllm.ops.kernel.metal_counts import MetalCounts, count_kernel
+from tinyvllm.profiling.apple import PUBLISHED, REST, prompt_arithmetic
+from tinyvllm.profiling.chips import CHIPS
+
+from tinygrad import UOp  # isort: skip  (tinyvllm makes its settings first)
+
+
+def counted(make: object, *sizes: int) -> MetalCounts:
+    buffers = [UOp.placeholder((size,), F32, slot) for slot, size in enumerate(sizes)]
+    return count_kernel(make(*buffers))[0]  # type: ignore[operator]
+
+
+def test_instructions_are_counted_as_often_as_their_loops_run() -> None:
+    def kernel(out: UOp, x: UOp) -> UOp:
+        body = Body()
+        lane, loop = body.threads(64), body.loop(10)
+        at = (lane * 10 + loop) * 4
+        stores = [out[at + i].store(x[at + i].load().exp2() * 3.0 + 1.0) for i in range(4)]
+        return finish(UOp.group(*stores).end(loop, lane), "tested")
+
+    before = os.environ.get("DMC")
+    counts = counted(kernel, 2560, 2560)
+    assert os.environ.get("DMC") == before
+    assert (counts.device_loads, counts.device_load_bytes, counts.device_stores) == (10, 160, 10)  # vectors of four
+    assert counts.complex_instructions >= 40 and counts.complex_cycles >= 160  # exponentials
+    assert 40 <= counts.arithmetic <= 90  # fused products, addresses and the loop
+    assert (counts.simdgroups, counts.groups, counts.products, counts.barriers) == (2, 1, 0, 0)
+
+
+def test_what_is_unpacked_in_threadgroup_memory_waits_at_a_barrier() -> None:
+    def kernel(out: UOp, x: UOp) -> UOp:
+        body = Body()
+        lane = body.threads(32)
+        shared = body.shared(128)
+        shared = shared.after(UOp.group(*[shared[lane * 4 + i].store(x[lane * 4 + i].load()) for i in range(4)]))
+        return finish(out[lane].store(shared[lane].load()).end(lane), "tested")
+
+    counts = counted(kernel, 32, 128)
+    assert (counts.shared_stores, counts.shared_store_bytes) == (1, 16)
+    assert (counts.shared_loads, counts.shared_load_bytes, counts.barriers) == (1, 4, 1)
+    assert counts.threadgroup_bytes == 512 and 4 <= counts.registers <= 12
+    assert counts.moves == 0  # a loaded vector is stored as it is
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", pytest.param("float16", marks=pytest.mark.slow)])
+def test_the_products_of_a_prompt_reach_three_quarters_of_the_peak(kind: str) -> None:
+    """As llama.cpp's on an M1 Max do, whose counts are known: see `PUBLISHED`."""
+    products = count_products(find_shape("llama-3.1-8b"), kind, 512)
+    assert {kernel.name for kernel in products} == {"gate_up", "qkv, attention_out, down"}
+    for kernel in products:
+        counts = kernel.issued
+        assert kernel.share > 0.85
+        assert counts.shared_loads <= 0.13 * counts.products  # a load serves eight products
+        assert counts.beside <= 1.6 * counts.products
+        assert counts.products >= 60 * counts.barriers
+        assert counts.registers <= 128  # otherwise Apple's compiler spills
+        assert kernel.resident >= 8  # two simdgroups for each of a core's schedulers
+    arithmetic = prompt_arithmetic(products, CHIPS["m4"])
+    assert arithmetic.products >= 0.75
+    assert any("is left in a whole prompt" in line for line in arithmetic.lines)
+
+
+def test_the_rule_is_taken_from_a_published_speed_and_says_what_it_makes_of_others() -> None:
+    assert pytest.approx(PUBLISHED[0].share / PUBLISHED[0].counted, abs=0.01) == REST
+    for published in PUBLISHED:
+        assert 0.7 < published.counted < 0.9 and 0.5 < published.share < 0.9
+        assert abs(published.counted * REST / published.share - 1) < 0.25

@@ -343,6 +343,12 @@ def to_float32(matrix: HostMatrix) -> np.ndarray:
     return values
 
 
+def to_float16(matrix: HostMatrix) -> np.ndarray:
+    """Every value, as float16. Values beyond its range become infinite."""
+    with np.errstate(over="ignore"):
+        return to_float32(matrix).astype(np.float16)
+
+
 def take_rows(matrix: HostMatrix, index: np.ndarray | slice) -> HostMatrix:
     """The rows that `index` selects, in its order."""
     return matrix.rows(index) if isinstance(matrix, QuantizedMatrix) else matrix[index]

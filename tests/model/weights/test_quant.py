@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import FLOAT16_FIELDS, random_k_rows, random_rows
-from tinyvllm.arrays import SCALE_DTYPES, LazyCodes, QuantizedMatrix, grid_table, to_float32
+from tinyvllm.arrays import SCALE_DTYPES, LazyCodes, QuantizedMatrix, grid_table, to_float16, to_float32
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.model.weights import quant
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
@@ -127,3 +127,8 @@ def test_a_large_matrix_is_split_in_pieces_into_the_same(kind: str, monkeypatch:
         found, expected = (quant._arrays(replace(matrix, codes=matrix.read_codes())) for matrix in (pieces, whole))
         for array, other in zip(found, expected, strict=True):
             assert (array.dtype, array.shape, array.tobytes()) == (other.dtype, other.shape, other.tobytes())
+
+
+def test_values_beyond_float16_become_infinite_without_a_warning() -> None:
+    values = to_float16(np.array([[1e6, -1e6, 1.5]], np.float32))
+    assert values.dtype == np.float16 and values.tolist() == [[np.inf, -np.inf, 1.5]]

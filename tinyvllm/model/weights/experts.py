@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyvllm.arrays import HostMatrix, QuantizedMatrix, format_of, join_rows, to_float32
+from tinyvllm.arrays import HostMatrix, QuantizedMatrix, format_of, join_rows, to_float16, to_float32
 from tinyvllm.config import ExpertsKind, ModelConfig
 from tinyvllm.errors import WeightMismatchError
 from tinyvllm.model.weights.stored import DENSE_NAMES, StoredTensor
@@ -221,4 +221,4 @@ def _in_one_format(name: str, experts: Sequence[HostMatrix]) -> Sequence[HostMat
     logger.warning(
         "%s: experts in %s have no common format: all become float16, %.1f MB", name, ", ".join(formats), megabytes
     )
-    return [to_float32(matrix).astype(np.float16) for matrix in experts]
+    return [to_float16(matrix) for matrix in experts]

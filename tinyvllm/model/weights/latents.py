@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tinyvllm.arrays import HostMatrix, QuantizedMatrix, take_rows, to_float32
+from tinyvllm.arrays import HostMatrix, QuantizedMatrix, take_rows, to_float16
 from tinyvllm.config import LatentKind, ModelConfig
 from tinyvllm.model.weights.stored import DENSE_NAMES, StoredTensor
 
@@ -64,7 +64,7 @@ def _split(tensor: StoredTensor, latent: LatentKind, heads: int) -> tuple[Stored
 
     def keys() -> HostMatrix:
         taken = take_rows(tensor.read(), rows[:, :nope].reshape(-1))
-        dense = to_float32(taken).astype(np.float16) if isinstance(taken, QuantizedMatrix) else taken
+        dense = to_float16(taken) if isinstance(taken, QuantizedMatrix) else taken
         return np.ascontiguousarray(dense.reshape(heads, nope, rank).swapaxes(1, 2)).reshape(heads * rank, nope)
 
     def part(shape: tuple[int, int], read: Callable[[], HostMatrix]) -> StoredTensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyvllm.arrays import HostMatrix, QuantizedMatrix, ScaleFormat, Scales, take_rows, to_float32
+from tinyvllm.arrays import HostMatrix, QuantizedMatrix, ScaleFormat, Scales, take_rows, to_float16, to_float32
 from tinyvllm.config import ConvKind, StateKind
 from tinyvllm.errors import WeightMismatchError
 from tinyvllm.model.weights.fused import split_rows
@@ -167,7 +167,7 @@ def take_col_blocks(host: HostMatrix, order: np.ndarray, width: int) -> HostMatr
     form = host.format
     unit = math.lcm(form.group, 8 * form.code_cols)  # whole groups, and whole bytes of signs
     if width % unit or any(width % scale.span and scale.span % width for scale in form.scales):
-        return blocks(to_float32(host)).astype(np.float16)
+        return blocks(to_float16(host))
 
     def narrow(scale: ScaleFormat | None) -> ScaleFormat | None:
         return None if scale is None else replace(scale, span=min(scale.span, width))

@@ -100,6 +100,7 @@ def test_activation_order_is_refused_with_the_remedy(tmp_path: Path) -> None:
     [
         ({"weight_scale": None}, WeightMismatchError, r"has a\.weight_packed, .* but no a\.weight_scale"),
         ({"weight_scale": np.ones((8, 3), np.float32)}, WeightMismatchError, r"a\.weight_scale has shape \(8, 3\)"),
+        ({"weight_scale": np.ones((2, 8, 2), np.float32)}, WeightMismatchError, r"weight_scale has shape \(2, 8, 2\)"),
         ({"weight_shape": np.array([8, 250])}, UnsupportedModelError, r"a packs 250 columns in 32 words of 32 bits"),
     ],
 )

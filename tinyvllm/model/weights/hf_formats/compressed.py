@@ -42,7 +42,7 @@ def build(parts: Parts) -> StoredTensor:
         raise parts.unsupported(
             f"packs {num_cols} columns in {words} words of 32 bits: known are codes of {known} bits"
         )
-    per_row = parts.require(".weight_scale", (*rows, None), FLOATS)[-1]
+    per_row = parts.require_exactly(".weight_scale", (*rows, None), FLOATS)[-1]
     if num_cols % per_row:
         raise parts.mismatch(".weight_scale", f"there are {num_cols} columns")
     groups = groups_of(parts, num_cols, num_cols // per_row)
@@ -64,7 +64,7 @@ def _check_zeros(parts: Parts, bits: int, rows: list[int], per_row: int) -> None
     if ".weight_zero_point" not in parts:
         return
     if parts[".weight_zero_point"].format_name == "I8":
-        parts.require(".weight_zero_point", (*rows, per_row), ("I8",))
+        parts.require_exactly(".weight_zero_point", (*rows, per_row), ("I8",))
         return
     *words, _ = parts.require(".weight_zero_point", (None, per_row), WORDS)
     if math.prod(words) * 32 < math.prod(rows) * bits:
@@ -87,7 +87,7 @@ def _build_fp4(parts: Parts) -> StoredTensor:
     if is_nvidia:
         parts.require(".weight_global_scale", (None,), FLOATS)
     group, types = (16, ("F8_E4M3",)) if is_nvidia else (32, ("U8", "F8_E8M0"))
-    per_row, num_cols = parts.require(".weight_scale", (*rows, None), types)[-1], num_bytes * 2
+    per_row, num_cols = parts.require_exactly(".weight_scale", (*rows, None), types)[-1], num_bytes * 2
     if per_row * group != num_cols:
         raise parts.mismatch(".weight_scale", f"{num_cols} columns have {num_cols // group} groups of {group}")
     return parts.stored((*rows, num_cols), "nvfp4" if is_nvidia else "mxfp4", _fp4)

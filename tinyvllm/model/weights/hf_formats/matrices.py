@@ -19,6 +19,7 @@ from tinyvllm.arrays import (
     QuantizedMatrix,
     ScaleFormat,
     Scales,
+    to_float16,
 )
 from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.stored import DENSE_NAMES, StoredTensor
@@ -67,6 +68,13 @@ class Parts:
             raise self.mismatch(suffix, f"the other tensors and the settings ask for ({expected})")
         return tensor.shape
 
+    def require_exactly(self, suffix: str, shape: tuple[int | None, ...], types: tuple[str, ...]) -> tuple[int, ...]:
+        """As `require`, without sizes before those of `shape`."""
+        found = self.require(suffix, shape, types)
+        if len(found) != len(shape):
+            raise self.mismatch(suffix, f"the other tensors have {len(shape)} dimensions")
+        return found
+
     def require_matrix(
         self, suffix: str, shape: tuple[int | None, int | None], types: tuple[str, ...]
     ) -> tuple[int, int]:
@@ -86,9 +94,7 @@ class Parts:
 
     def converted(self, shape: tuple[int, ...], format_name: str, read: Callable[[Parts], np.ndarray]) -> StoredTensor:
         """The same where no packed format holds the values: they become float16."""
-        return StoredTensor(
-            shape, lambda: read(self).astype(np.float16), format_name, self.num_bytes, is_converted=True
-        )
+        return StoredTensor(shape, lambda: to_float16(read(self)), format_name, self.num_bytes, is_converted=True)
 
     def mismatch(self, suffix: str, expected: str) -> WeightMismatchError:
         """The error that a tensor has a shape which contradicts the others or the settings."""

@@ -51,9 +51,10 @@ def count_products(config: ModelConfig, kind: str, num_tokens: int) -> list[Coun
         counts = _count_product(kind, rows, cols, is_gated)
         weights = sum(rows * cols * count for (_, rows, cols), count in alike.items())
         tiles = -(-num_tokens // TOKEN_TILE) / (COUNTED_TOKENS // TOKEN_TILE)
-        cycles = issue_cycles(counts) * counts.simdgroups * counts.groups * tiles * weights / (rows * cols)
+        times = counts.simdgroups * counts.groups * tiles * weights / (rows * cols)
+        serial, parallel = issue_cycles(counts)
         names = ", ".join(dict.fromkeys(name for name, _, _ in alike))
-        found.append(CountedKernel(names, 2.0 * num_tokens * weights, 1, cycles, counts))
+        found.append(CountedKernel(names, 2.0 * num_tokens * weights, 1, (serial * times, parallel * times), counts))
     return found
 
 
@@ -114,16 +115,19 @@ def _attention(layer: LayerKind, num_tokens: int) -> CountedKernel | None:
     if counted is None:
         return None
     spec, once, twice = counted
-    # every loop over tiles of keys runs once, or twice: with two loops, half of the difference is one tile's
-    loops = 1 if spec.window is not None else 2
-    a_tile = (issue_cycles(twice) - issue_cycles(once)) / loops
-    fixed = issue_cycles(once) - loops * a_tile
     lasts = [min(first + spec.tokens, num_tokens) for first in range(0, num_tokens, spec.tokens)]
     most = num_tokens if layer.window is None else layer.window + spec.tokens
-    cycles = sum(fixed + a_tile * -(-min(last, most) // spec.keys) for last in lasts)
+    tiles = [-(-min(last, most) // spec.keys) for last in lasts]
+    # every loop over tiles of keys runs once, or twice: with two loops, half of the difference is one tile's
+    loops, cycles = 1 if spec.window is not None else 2, []
+    for at_once, at_twice in zip(issue_cycles(once), issue_cycles(twice), strict=True):
+        a_tile = (at_twice - at_once) / loops
+        of_all = sum(at_once - loops * a_tile + a_tile * count for count in tiles)
+        cycles.append(of_all * once.simdgroups * layer.num_kv_heads)
     flops = operations_a_key(layer) * attended_keys(0, num_tokens, layer.window)
-    total = cycles * once.simdgroups * layer.num_kv_heads
-    return CountedKernel(f"attention, heads of {layer.head_dim}", flops, 1, total, once, is_attention=True)
+    return CountedKernel(
+        f"attention, heads of {layer.head_dim}", flops, 1, (cycles[0], cycles[1]), once, is_attention=True
+    )
 
 
 @cache

@@ -55,24 +55,26 @@ def test_what_is_unpacked_in_threadgroup_memory_waits_at_a_barrier() -> None:
 
 @pytest.mark.parametrize("kind", ["Q4_K", pytest.param("float16", marks=pytest.mark.slow)])
 def test_the_products_of_a_prompt_reach_three_quarters_of_the_peak(kind: str) -> None:
-    """As llama.cpp's on an M1 Max do, whose counts are known: see `PUBLISHED`."""
+    """By counts, times what llama.cpp's kernel keeps of its own counts on an M1 Max: see `PUBLISHED`."""
     products = count_products(find_shape("llama-3.1-8b"), kind, 512)
     assert {kernel.name for kernel in products} == {"gate_up", "qkv, attention_out, down"}
     for kernel in products:
         counts = kernel.issued
-        assert kernel.share > 0.85
+        assert kernel.shares[0] > 0.85  # up to the M2
+        assert kernel.shares[1] > 0.9
         assert counts.shared_loads <= 0.13 * counts.products  # a load serves eight products
         assert counts.beside <= 1.6 * counts.products
         assert counts.products >= 60 * counts.barriers
         assert counts.registers <= 128  # otherwise Apple's compiler spills
         assert kernel.resident >= 8  # two simdgroups for each of a core's schedulers
-    arithmetic = prompt_arithmetic(products, CHIPS["m4"])
-    assert arithmetic.products >= 0.75
+    for chip in ("m1", "m4"):
+        arithmetic = prompt_arithmetic(products, CHIPS[chip])
+        assert arithmetic.products >= 0.75
     assert any("is left in a whole prompt" in line for line in arithmetic.lines)
 
 
 def test_the_rule_is_taken_from_a_published_speed_and_says_what_it_makes_of_others() -> None:
     assert pytest.approx(PUBLISHED[0].share / PUBLISHED[0].counted, abs=0.01) == REST
     for published in PUBLISHED:
-        assert 0.7 < published.counted < 0.9 and 0.5 < published.share < 0.9
+        assert 0.7 < published.counted < 0.95 and 0.5 < published.share < 0.9
         assert abs(published.counted * REST / published.share - 1) < 0.25

@@ -19,6 +19,7 @@ from tinyvllm.ops.attention_spec import KEYS, QUERIES, VALUES, AttentionLayer
 from tinyvllm.ops.backend import Step
 from tinyvllm.ops.gpu.attention_prefill_hopper import HopperTile
 from tinyvllm.ops.gpu.attention_prefill_inputs import Inputs, PrefillSpec
+from tinyvllm.ops.gpu.attention_prefill_metal import MetalTile
 from tinyvllm.ops.gpu.attention_prefill_tile import AttentionTile
 from tinyvllm.ops.gpu.tile_map import tile_map_kernel
 from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
@@ -101,7 +102,8 @@ def prefill_kernel(spec: PrefillSpec) -> KernelFn:
     """fn(out (T, H * D), keys, values, tiles, inputs, *tables, *qkv[parts(0)]). Does not write rows of padding."""
 
     def kernel(out: UOp, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, *operands: UOp) -> UOp:
-        kind = HopperTile if spec.uses_wgmma else AttentionTile
+        is_metal = spec.mma.kind == "METAL" and not spec.takes_turns
+        kind = HopperTile if spec.uses_wgmma else MetalTile if is_metal else AttentionTile
         tile = kind(spec, keys, values, tiles, inputs, operands)
         totals, sums = tile.attend()
         stores = tile.stores(out, totals, sums)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from tinygrad import UOp, dtypes
+from tinygrad import UOp
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
@@ -31,11 +31,10 @@ from tinyvllm.ops.formats.runs import Run, read_run, run_factors
 from tinyvllm.ops.gpu.token_tiles import TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body
 from tinyvllm.ops.kernel.lanes import Mma, load_floats
+from tinyvllm.ops.kernel.simdgroups import PAD, PARTS, declared, elements, loaded, operands, padded, product, statement
 from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma
 
 SLICES = TILE_COLS // 8  # products of 8 columns in 32
-PARTS = "xyzw"  # the words that a lane loads at once, each its part of a slice's operand
-PAD = 8  # values of padding after each 64, so that neighboring threads use different banks
 HALF_ULP = 0x8000  # of a bfloat16, in a float32's bits
 
 Store = tuple[UOp, UOp, UOp | None]  # (place in a tile, value, whether it is wanted; None: always)
@@ -83,11 +82,6 @@ class Frame(Protocol):
     def loop(self) -> tuple[UOp, UOp]: ...
 
 
-def padded(size: int) -> int:
-    """The size of a tile with its padding."""
-    return size + size // (2 * TILE_COLS) * PAD
-
-
 def metal_sums(frame: Frame) -> list[UOp]:
     """The sums of a threadgroup's tile: each lane's, by block of tokens, block of rows and element."""
     return _MetalSums(frame).sums()
@@ -112,8 +106,8 @@ class _MetalSums:
         spec, body, steps = self.spec, self.body, self.spec.steps
         tile_w = body.shared(padded(spec.row_tile * spec.tile_cols), F16)
         tile_x = body.shared(padded(spec.token_tile * spec.tile_cols), F16)
-        blocks = self.frame.row_blocks * self.frame.token_blocks
-        zeroed = UOp(Ops.CUSTOM, dtypes.void, src=self.frame.axes, arg=declared_sums(blocks))
+        names = [f"sum{i}" for i in range(self.frame.row_blocks * self.frame.token_blocks)]
+        zeroed = statement([declared(names)], *self.frame.axes, has_scope=False)
         first = self._written(tile_w, self._w_stores(0)) + self._written(tile_x, self._x_stores(0))
         filled = UOp(Ops.BARRIER, src=(zeroed, *first))
         loop, turn = self.frame.loop()
@@ -124,7 +118,7 @@ class _MetalSums:
         stores_w, stores_x = pending.stores(read)
         stored = self._written(tile_w.after(read), stores_w) + self._written(tile_x.after(read), stores_x)
         done = UOp(Ops.BARRIER, src=tuple(stored)).end(loop)
-        return read_sums(blocks, done)
+        return elements(names, done)
 
     # -- products ------------------------------------------------------------------------------------------------------
 
@@ -240,19 +234,10 @@ class _MetalSums:
         return piece % 2 * 4 + four * 2 + place // 2, piece // 2 * 2 + place % 2
 
 
-# -- simdgroup matrices ------------------------------------------------------------------------------------------------
-
-
-def declared_sums(count: int) -> str:
-    """The statement that declares `count` accumulators, all zero."""
-    zero = "make_filled_simdgroup_matrix<float, 8, 8>(0.0f)"
-    return f"simdgroup_float8x8 {', '.join(f'sum{i} = {zero}' for i in range(count))};"
-
-
 def multiply_blocks(mma: Mma, chunks: Sequence[tuple[list[UOp], list[UOp]]]) -> UOp:
     """A statement that adds to each accumulator its own products, of a left and a right block and 32 columns of each
     chunk; accumulators of the first right block come first. `chunks`: where a lane's 16 bytes of each left and right
-    block begin. tinygrad's WMMA would make a dozen nodes of each product. Only a barrier can wait for it.
+    block begin.
 
     Of the left blocks only two are in registers at a time. An accumulator is used again after as many products as there
     are right blocks, when its last product has left the pipeline."""
@@ -261,41 +246,16 @@ def multiply_blocks(mma: Mma, chunks: Sequence[tuple[list[UOp], list[UOp]]]) -> 
         first = number * (len(lefts) + len(rights))
         left_names = [f"a{number}_{i}" for i in range(len(lefts))]
         right_names = [f"b{number}_{i}" for i in range(len(rights))]
-        loads = [
-            f"uint4 {block} = *((threadgroup uint4*)({{{first + i}}}));"
-            for i, block in enumerate((*left_names, *right_names))
-        ]
-        lines += [*loads[len(lefts) :], *_operands(mma, right_names), loads[0]]
+        loads = [loaded(name, first + i) for i, name in enumerate((*left_names, *right_names))]
+        lines += [*loads[len(lefts) :], *operands(mma.dtype, right_names), loads[0]]
         for j, left in enumerate(left_names):
-            lines += [*loads[j + 1 : min(j + 2, len(lefts))], *_operands(mma, [left])]
+            lines += [*loads[j + 1 : min(j + 2, len(lefts))], *operands(mma.dtype, [left])]
             lines += [
-                _product(j, len(lefts), left, i, right, part) for part in PARTS for i, right in enumerate(right_names)
+                product(f"sum{i * len(lefts) + j}", left + part, right + part)
+                for part in PARTS
+                for i, right in enumerate(right_names)
             ]
-    operands = [start for lefts, rights in chunks for start in (*lefts, *rights)]
-    return UOp(Ops.CUSTOM, dtypes.void, src=tuple(operands), arg="{{ " + "\n    ".join(lines) + " }}")
-
-
-def _operands(mma: Mma, blocks: list[str]) -> list[str]:
-    """The lines that make operands of the words that a lane has loaded."""
-    name, lines = {F16: "half", dtypes.bfloat16: "bfloat"}[mma.dtype], []
-    for block in blocks:
-        lines.append(f"simdgroup_{name}8x8 {', '.join(block + part for part in PARTS)};")
-        for part in PARTS:
-            value = f"as_type<{name}2>({block}.{part})"
-            lines += [f"{block}{part}.thread_elements()[{e}] = {value}[{e}];" for e in range(2)]
-    return lines
-
-
-def _product(j: int, num_lefts: int, left: str, i: int, right: str, part: str) -> str:
-    place = f"sum{i * num_lefts + j}"
-    return f"simdgroup_multiply_accumulate({place}, {left}{part}, {right}{part}, {place});"
-
-
-def read_sums(count: int, done: UOp) -> list[UOp]:
-    """A lane's two values of each accumulator, after the end of a loop."""
-    zero = UOp.const(0.0, F32)  # is not rendered: it tells tinygrad the shape, one value
-    texts = [f"sum{i}.thread_elements()[{e}]" for i in range(count) for e in range(2)]
-    return [UOp(Ops.CUSTOM, F32, src=(zero, done), arg=text) for text in texts]
+    return statement(lines, *(start for lefts, rights in chunks for start in (*lefts, *rights)))
 
 
 # -- loads ahead -------------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ class MetalCounts:
     device_load_bytes: float
     device_stores: float
     arithmetic: float  # instructions of one cycle
+    floats: float  # of these, float32's, which use the units of the products
     complex_instructions: float
     complex_cycles: float
     moves: float
@@ -167,12 +168,15 @@ class _Counting:
             return {"complex_instructions": 1, "complex_cycles": COMPLEX_CYCLES[uop.op]}
         if _is_integer_product(uop) or _is_conversion(uop):
             return {"complex_instructions": 1, "complex_cycles": INTEGER_CYCLES}
-        return {"arithmetic": 1} if uop.op in SIMPLE else {}
+        if uop.op not in SIMPLE:
+            return {}
+        return {"arithmetic": 1, "floats": int(uop.dtype == dtypes.float)}
 
     @staticmethod
     def _of_text(text: str) -> dict[str, float]:
         words = text.count(SHARED_WORDS)
-        counts: dict[str, float] = {"products": text.count(PRODUCT)}
+        scaled = text.count(" *= ")
+        counts: dict[str, float] = {"products": text.count(PRODUCT), "arithmetic": scaled, "floats": scaled}
         counts |= {"shared_loads": words, "shared_load_bytes": 16 * words}
         shuffles = text.count("simd_shuffle")
         return counts | {"complex_instructions": shuffles, "complex_cycles": SHUFFLE_CYCLES * shuffles}
@@ -258,7 +262,7 @@ def _live_bytes(uops: Sequence[UOp]) -> int:
     for i, uop in enumerate(uops):
         live += changes[i]
         if uop.op is Ops.CUSTOM:
-            live += 8 * len(re.findall(r"sum\d+ =", str(uop.arg)))  # declared, to the end
+            live += _kept_bytes(str(uop.arg))
             most = max(most, live + _operand_bytes(str(uop.arg)))
         most = max(most, live)
     return most
@@ -320,10 +324,18 @@ def _register_bytes(uop: UOp) -> int:
     return 0
 
 
+def _kept_bytes(text: str) -> int:
+    """Of matrices that a statement declares and that stay to the end: sums of products, and queries."""
+    return 8 * len(re.findall(r"\bsum\d+ =", text)) + 16 * len(re.findall(r"uint4 q", text))
+
+
 def _operand_bytes(text: str) -> int:
-    """Of the operands in a statement of products: all right blocks and two left ones at a time (gemm_metal.py)."""
+    """Of matrices inside a statement: scores, weights, and the operands that are loaded together. In products of tiles
+    those are all right blocks and two left ones; in attention a chunk of keys, or four blocks of values at most."""
     lefts, rights = (len(re.findall(rf"uint4 {side}0_", text)) for side in "ab")
-    return 16 * (rights + min(2, lefts))
+    loads = rights + min(2, lefts) + len(re.findall(r"uint4 k0_", text)) + min(4, len(re.findall(r"uint4 v\d", text)))
+    scores, weights = (len(set(re.findall(rf"\b{name}\d+_\d+", text))) for name in "sp")
+    return 16 * loads + 8 * scores + 4 * weights
 
 
 def _elements(uop: UOp) -> int:

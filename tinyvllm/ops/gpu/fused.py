@@ -42,6 +42,7 @@ from tinyvllm.ops.gpu.recurrent_decode import DecodeStateSpec, recur_rows
 from tinyvllm.ops.gpu.recurrent_rows import GpuRecurrentSpec
 from tinyvllm.ops.gpu.recurrent_solve import ChunkSpec
 from tinyvllm.ops.gpu.row_sum import RUN_COLS, EmbedSpec, SumSpec, sum_kernel
+from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, StreamSpec, stream_kernel
 from tinyvllm.ops.gpu.vector import NormedSum, VectorSpec, vector_kernel
 from tinyvllm.ops.kernel.body import F32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import allows_wgmma
@@ -51,8 +52,9 @@ from tinyvllm.ops.latent_spec import LatentLayer
 from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.step_inputs import StepLayout
 
-# measured on an H200: chaining gains 5 % at 8 rows and loses 2 % at 64; with quantized weights it gains 10 % at 32
-MAX_CHAINED_TOKENS, MAX_CHAINED_QUANTIZED = 16, 32
+# measured on an H200: chaining gains 5 % at 8 rows and loses 2 % at 64; with quantized weights it gains 10 % at 32, and
+# with products that stream their weights 5 % at 64
+MAX_CHAINED_TOKENS, MAX_CHAINED_QUANTIZED, MAX_CHAINED_STREAMS = 16, 32, 64
 # Rows of a matrix, as a multiple of its columns, up to which one row's product computes a normed sum that it reads:
 # each of its threadgroups reads all operands of the sum, so with more rows a kernel of its own costs less
 MOST_ROWS_WITH_SUM = 4
@@ -138,11 +140,8 @@ class Split(Pending):
     split: SplitHeads
 
 
-def multiply(spec: MatrixSpec | GemmSpec, out: Tensor, matrix: Matrix, x: Tensor) -> Tensor:
-    """The product of several rows, written to `out`."""
-    if isinstance(spec, GemmSpec):
-        return multiply_rows(spec, out, matrix.planes, x)
-    return run_kernel(matrix_kernel(spec), [out], [*matrix.planes, x])[0]
+DENSE_NAMES = {dtypes.half: "float16", dtypes.bfloat16: "bfloat16"}  # formats, by the matrix unit's dtype
+ProductSpec = MatrixSpec | GemmSpec | StreamSpec
 
 
 class FusedGpuBackend(GpuBackend):
@@ -156,6 +155,9 @@ class FusedGpuBackend(GpuBackend):
         self.has_wgmma = allows_wgmma(device.name)
         self.has_quantized = False  # whether any matrix so far is quantized
         self.arrivals = device.zeros(GROUPS_WANTED, dtypes.int)  # of threadgroups that share a context
+        # where products that stream their weights describe their operands. A chained kernel writes there while the one
+        # before it still runs, so they take turns; the memory of a step's other scratch may still be read then
+        self.maps = [device.zeros(MAP_SIZE if lanes.kind == "CUDA" else 1, dtypes.uint) for _ in range(2)]
 
     def _mma(self, dtype: DType) -> Mma | None:
         usable = dtype != dtypes.float and dtype in self.lanes.matrix_dtypes
@@ -274,7 +276,7 @@ class FusedGpuBackend(GpuBackend):
         mma = self._mma(dtypes.half) if step.pool.dtype == "float16" else None
         reason = f"a pool in {step.pool.dtype}" if step.pool.dtype != "float16" else "no matrix unit for float16"
         if mma is not None:
-            lanes = self._lanes(step.num_tokens) if step.is_decode else self.lanes
+            lanes = self._lanes_between(step.num_tokens) if step.is_decode else self.lanes
             own = dict(lanes=lanes, mma=mma, qkv_partials=counts)
             spec = kind.of(layer, step.layout, step.pool.num_blocks[layer.pool_layer], **own)
             reason = spec.uncovered_shape()
@@ -405,7 +407,7 @@ class FusedGpuBackend(GpuBackend):
             fn = embed_kernel(spec.format, *shape, spec.token_offset, spec.is_fed, spec.scale)
             out = run_kernel(fn, out, x.sources)
         elif isinstance(x, Summed):
-            added = x.spec(self._lanes(x.num_tokens), x.numel() // x.num_tokens, None)
+            added = x.spec(self._lanes_between(x.num_tokens), x.numel() // x.num_tokens, None)
             out = run_kernel(sum_kernel(added), out, x.operands)
         elif isinstance(x, Split):
             out = run_kernel(combine_kernel(x.split), out, [x.values, x.sums, x.inputs])
@@ -413,11 +415,16 @@ class FusedGpuBackend(GpuBackend):
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 
-    def _lanes(self, num_tokens: int) -> Lanes:
-        """The lanes for a step's kernels: chained only in small steps, where waiting costs more than computing."""
-        if num_tokens > (MAX_CHAINED_QUANTIZED if self.has_quantized else MAX_CHAINED_TOKENS):
+    def _lanes(self, num_tokens: int, most: int = 0) -> Lanes:
+        """The lanes for a step's kernels: chained only in small steps, where waiting costs more than computing. `most`:
+        rows up to which these kernels are chained in any case."""
+        if num_tokens > max(most, MAX_CHAINED_QUANTIZED if self.has_quantized else MAX_CHAINED_TOKENS):
             return replace(self.lanes, is_chained=False)
         return self.lanes
+
+    def _lanes_between(self, num_tokens: int) -> Lanes:
+        """The lanes for the kernels between products."""
+        return self._lanes(num_tokens, MAX_CHAINED_STREAMS if self.has_wgmma and not self.has_quantized else 0)
 
     def _floats(self, size: int) -> Tensor:
         return empty(size, F32, self.device.name)
@@ -540,22 +547,37 @@ class FusedGpuBackend(GpuBackend):
         of the backend's."""
         mma = mma or self.mma
         assert mma is not None
-        spec = self._matrix_spec(name, mma, matrix, num_tokens, epilogue.activation)
-        if isinstance(spec, MatrixSpec) and mma == self.mma and self._takes_words([matrix], num_tokens):
+        spec = self._matrix_spec(name, mma, matrix, num_tokens, epilogue.activation, x.dtype)
+        if isinstance(spec, StreamSpec) and x.dtype != dtypes.half:
+            x = round_rows(x, num_tokens, matrix.num_cols)
+        elif isinstance(spec, MatrixSpec) and mma == self.mma and self._takes_words([matrix], num_tokens):
             if x.dtype != dtypes.half and num_tokens >= ROUND_TOKENS:
                 x = round_rows(x, num_tokens, matrix.num_cols)
             spec = replace(spec, has_words=x.dtype == dtypes.half)
         if epilogue.activation is not None:
-            return multiply(spec, self._empty(num_tokens * spec.out_rows), matrix, x)
+            return self._multiply(spec, self._empty(num_tokens * spec.out_rows), matrix, x)
         size = num_tokens * spec.num_rows
         if epilogue.residual is not None:
             epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
-            if isinstance(spec, GemmSpec) and spec.splits == 1 and not epilogue.uncovered():
-                return multiply_rows(spec, self._empty(size), matrix.planes, x, epilogue.residual)
-        partials = multiply(spec, self._floats(spec.splits * size), matrix, x)
+            if not isinstance(spec, MatrixSpec) and spec.splits == 1 and not epilogue.uncovered():
+                return self._multiply(spec, self._empty(size), matrix, x, epilogue.residual)
+        partials = self._multiply(spec, self._floats(spec.splits * size), matrix, x)
         if spec.splits == 1 and epilogue.is_plain:
             return partials
         return self._pending_sum(partials, spec.splits, num_tokens, epilogue)
+
+    def _multiply(
+        self, spec: ProductSpec, out: Tensor, matrix: Matrix, x: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        """The product of several rows, written to `out`; `residual`: what it is added to."""
+        if isinstance(spec, GemmSpec):
+            return multiply_rows(spec, out, matrix.planes, x, residual)
+        if isinstance(spec, MatrixSpec):
+            return run_kernel(matrix_kernel(spec), [out], [*matrix.planes, x])[0]
+        self.maps.reverse()
+        rest = [] if residual is None else [residual]
+        fn = stream_kernel(replace(spec, adds_residual=residual is not None))
+        return run_kernel(fn, [out, self.maps[0]], [*matrix.planes, x, *rest])[0]
 
     def _takes_words(self, matrices: Sequence[Matrix], num_tokens: int) -> bool:
         """Whether the products of several rows take x as bfloat16 in a float16 buffer (which is loaded in vectors)."""
@@ -567,8 +589,8 @@ class FusedGpuBackend(GpuBackend):
             return False
         if num_tokens < MIN_TOKENS:
             return True
-        specs = [self._matrix_spec("", self.mma, matrix, num_tokens, None) for matrix in matrices]
-        return all(isinstance(spec, GemmSpec) and spec.uses_wgmma for spec in specs)
+        specs = [self._matrix_spec("", self.mma, matrix, num_tokens, None, dtypes.half) for matrix in matrices]
+        return all(isinstance(spec, StreamSpec) or (isinstance(spec, GemmSpec) and spec.uses_wgmma) for spec in specs)
 
     def _pending_sum(self, partials: Tensor, num_partials: int, num_tokens: int, epilogue: Epilogue) -> Summed:
         """The lazy sum of partial products: in float32 if it is qkv or logits, which nothing is added to, otherwise in
@@ -583,12 +605,18 @@ class FusedGpuBackend(GpuBackend):
         return result
 
     def _matrix_spec(
-        self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, activation: str | None
-    ) -> MatrixSpec | GemmSpec:
+        self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, activation: str | None, x_dtype: DType
+    ) -> ProductSpec:
+        """`x_dtype`: of the rows, which in a bfloat16 model are rounded first if there are many."""
+        size = (num_tokens, matrix.num_rows, matrix.num_cols)
+        is_rounded = mma.dtype == dtypes.bfloat16 and num_tokens >= ROUND_TOKENS
+        if self.has_wgmma and matrix.format.name == DENSE_NAMES[mma.dtype] and (x_dtype == dtypes.half or is_rounded):
+            stream = StreamSpec(name, self._lanes(num_tokens, MAX_CHAINED_STREAMS), mma, *size, activation)
+            if stream.is_wanted and (stream := choose(stream)).is_possible():
+                return stream
         if num_tokens >= MIN_TOKENS:
             shape = (num_tokens, matrix.num_rows, matrix.num_cols, activation, self.has_wgmma)
             return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
-        size = (num_tokens, matrix.num_rows, matrix.num_cols)
         return choose(MatrixSpec(name, self._lanes(num_tokens), mma, matrix.format, *size, activation))
 
     def _as_partials(self, products: Sequence[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
@@ -619,7 +647,7 @@ class FusedGpuBackend(GpuBackend):
         If x is a lazy sum or lazy rows of a table, the same kernel computes and writes it."""
         cols, weight = norm.weight.shape[0], norm.weight
         normed = empty(num_tokens * cols, dtype or self.float, self.device.name)
-        lanes, outs = self._lanes(num_tokens), [self._empty(num_tokens * cols), normed]
+        lanes, outs = self._lanes_between(num_tokens), [self._empty(num_tokens * cols), normed]
         given = SumSpec(
             lanes=lanes, num_tokens=num_tokens, num_cols=cols, num_partials=0, has_residual=False, norm_eps=norm.eps
         )

@@ -203,9 +203,11 @@ def meet(*after: UOp) -> UOp:
     return statement(MEET, *after)
 
 
-def acquire_map(target: UOp, *after: UOp) -> UOp:
-    """Make a map that others wrote visible to this thread's copies after it."""
-    return statement(ACQUIRE_MAP, target, *after)
+def acquire_map(target: UOp, *after: UOp, warp: int | None = None) -> UOp:
+    """Make a map that others wrote visible to this thread's copies after it; if `warp` is given, to those of its first
+    lane alone."""
+    condition = "" if warp is None else f"if (threadIdx.x == 0 && threadIdx.y == {warp}) "
+    return statement(condition + ACQUIRE_MAP, target, *after)
 
 
 def wait(barrier: UOp, parity: UOp, *after: UOp) -> UOp:

@@ -87,12 +87,12 @@ class MetalTile(AttentionTile):
 
     # -- keys and values -----------------------------------------------------------------------------------------------
 
-    def _store_keys(self, memory: UOp, first_key: UOp) -> list[UOp]:
+    def _store_keys(self, memory: UOp, first_key: UOp, *, is_whole: bool) -> list[UOp]:
         """Stores of a tile of keys. What lies outside the context is masked later, whatever it is."""
         stores, per_key = [], self.spec.head_dim // PIECE
         for unit, wanted in self._units(self.spec.keys // 2 * per_key):
             pair, piece = unit // per_key, unit % per_key
-            runs = [self._run(self.keys, first_key + pair * 2 + i, piece)[0] for i in (0, 1)]
+            runs = [run for run, _ in self._runs(self.keys, first_key + pair * 2, 1, piece, is_whole=is_whole)]
             for dim in range(PIECE):
                 at = self._key_place(piece // PARTS_OF_CHUNK, pair, piece % PARTS_OF_CHUNK * 2 + dim % 2)
                 stores += _stored(memory, at + dim // 2 * 2, [run[dim] for run in runs], wanted)
@@ -108,9 +108,9 @@ class MetalTile(AttentionTile):
         for unit, wanted in self._units(self.spec.keys // 2 * per_key):
             key, piece = unit // per_key, unit % per_key
             half, key = key // BLOCK, key % BLOCK  # keys 8 apart are neighbors for a lane
+            first = first_key + half * (2 * BLOCK) + key
             runs = []
-            for i in (0, 1):
-                run, exists = self._run(self.values, first_key + half * (2 * BLOCK) + i * BLOCK + key, piece)
+            for run, exists in self._runs(self.values, first, BLOCK, piece, is_whole=is_whole):
                 runs.append(run if is_whole else [exists.where(value, UOp.const(0.0, F16)) for value in run])
             for dim in range(0, PIECE, 2):
                 at = self._value_place(piece, key, dim // 2) + half * 4
@@ -120,13 +120,24 @@ class MetalTile(AttentionTile):
     def _value_place(self, block: UOp | int, key: UOp, pair: UOp | int) -> UOp:
         return self.values_at + block * VALUE_BLOCK + key * TILE_COLS + pair * PIECE
 
-    def _run(self, pool: UOp, key: UOp, piece: UOp) -> tuple[list[UOp], UOp]:
-        """(8 dimensions of a key or a value, whether a token of the tile may attend to it)."""
-        exists = key < self.context
-        if self.spec.window is not None:  # blocks before the window may have been given back
-            exists = exists & (key >= self.spec.first_key(self.position))
-        at = self.source(self.step.slot_of(self.sequence, exists.where(key, 0)), piece * PIECE)
-        return [pool[at + i].load() for i in range(PIECE)], exists
+    def _runs(self, pool: UOp, first: UOp, distance: int, piece: UOp, *, is_whole: bool) -> list[tuple[list[UOp], UOp]]:
+        """(8 dimensions of a key or a value, whether a token of the tile may attend to it) of two, `distance` apart. Of
+        a whole tile, to all of which all tokens do, nothing is asked."""
+        found: list[tuple[list[UOp], UOp]] = []
+        shares_block = self.spec.window is None and self.spec.layout.block_size % (2 * distance) == 0
+        slot = first
+        for i in (0, 1):
+            key = first + i * distance
+            exists = key < self.context
+            if self.spec.window is not None:  # blocks before the window may have been given back
+                exists = exists & (key >= self.spec.first_key(self.position))
+            if i and shares_block:
+                slot = slot + distance
+            else:
+                slot = self.step.slot_of(self.sequence, key if is_whole else exists.where(key, 0))
+            at = self.source(slot, piece * PIECE)
+            found.append(([pool[at + d].load() for d in range(PIECE)], exists))
+        return found
 
     # -- the walk along the context ------------------------------------------------------------------------------------
 
@@ -136,7 +147,7 @@ class MetalTile(AttentionTile):
         loop = self.body.fold_while(walk.count)
         first_key = (loop.cast(dtypes.weakint) + walk.first) * spec.keys
         inside = memory.after(loop)
-        stores = self._store_keys(inside, first_key)
+        stores = self._store_keys(inside, first_key, is_whole=walk.is_whole)
         stores += self._store_values(inside, first_key, is_whole=walk.is_whole)
         filled = memory.after(UOp(Ops.BARRIER, src=tuple(stores)))
         old = [stats.after(loop)[i].load() for i in range(2 * self.lane_rows)]

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tinyvllm.bench.shapes import find_shape
-from tinyvllm.execution.metal_prompts import count_products
+from tinyvllm.execution.metal_prompts import count_attention, count_products
 from tinyvllm.ops.kernel.body import F32, Body, finish
 from tinyvllm.ops.kernel.metal_counts import MetalCounts, count_kernel
 from tinyvllm.profiling.apple import PUBLISHED, REST, prompt_arithmetic
@@ -71,6 +71,16 @@ def test_the_products_of_a_prompt_reach_three_quarters_of_the_peak(kind: str) ->
         arithmetic = prompt_arithmetic(products, CHIPS[chip])
         assert arithmetic.products >= 0.75
     assert any("is left in a whole prompt" in line for line in arithmetic.lines)
+
+
+@pytest.mark.parametrize(
+    "shape", ["llama-3.1-8b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-3.2-1b", "gemma-3-4b"))]
+)
+def test_the_attention_of_a_prompt_reaches_three_quarters_of_the_peak_by_counts(shape: str) -> None:
+    for kernel in count_attention(find_shape(shape), 512):  # heads of 128, 64 and 256
+        assert kernel.shares[0] > 0.75 and kernel.shares[1] > 0.8
+        assert kernel.issued.registers <= 128
+        assert kernel.resident >= 8
 
 
 def test_the_rule_is_taken_from_a_published_speed_and_says_what_it_makes_of_others() -> None:

@@ -102,8 +102,7 @@ def prefill_kernel(spec: PrefillSpec) -> KernelFn:
     """fn(out (T, H * D), keys, values, tiles, inputs, *tables, *qkv[parts(0)]). Does not write rows of padding."""
 
     def kernel(out: UOp, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, *operands: UOp) -> UOp:
-        is_metal = spec.mma.kind == "METAL" and not spec.takes_turns
-        kind = HopperTile if spec.uses_wgmma else MetalTile if is_metal else AttentionTile
+        kind = HopperTile if spec.uses_wgmma else AttentionTile if spec.tiles.is_cuda else MetalTile
         tile = kind(spec, keys, values, tiles, inputs, operands)
         totals, sums = tile.attend()
         stores = tile.stores(out, totals, sums)

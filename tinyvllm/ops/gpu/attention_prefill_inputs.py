@@ -85,6 +85,8 @@ class PrefillSpec(FusedAttentionSpec):
     @property
     def keys(self) -> int:
         """Keys of a tile. Threadgroup memory holds queries, and two tiles of keys and values on CUDA, one on METAL."""
+        if self.takes_turns and not self.tiles.is_cuda:
+            return 16
         return 64 if self.tiles.is_cuda and self.head_dim <= 64 else 32
 
     @property

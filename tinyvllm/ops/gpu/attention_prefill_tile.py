@@ -1,4 +1,5 @@
-"""One threadgroup's attention in the prefill kernel: a tile of tokens against the context, in tiles of keys."""
+"""One threadgroup's attention in the prefill kernel: a tile of tokens against the context, in tiles of keys. On CUDA;
+METAL has the same in other forms (attention_prefill_metal.py)."""
 
 from __future__ import annotations
 
@@ -161,7 +162,7 @@ class AttentionTile:
     @property
     def copies_ahead(self) -> bool:
         """Whether the next tile of keys and values is copied while one is in use."""
-        return self.mma.is_cuda and not self.spec.takes_turns
+        return not self.spec.takes_turns
 
     def initial_stats(self) -> list[UOp]:
         """The maxima by row, and then the lane's sums of weights, before the first tile: nothing, or the heads'
@@ -214,15 +215,10 @@ class AttentionTile:
         loop = self.body.fold_while(walk.count)
         step = loop.cast(dtypes.weakint) + walk.first
         first_key = step * spec.keys
-        if self.copies_ahead:
-            slots = self.key_slots(first_key + spec.keys)
-            arrived = arrival(0, loop, *primed, *[slot for slot, _ in slots])
-            begun = (self._begin(replace(memory, base=(step + 1) % 2 * size), slots, arrived),)
-            tile = memory.after(arrived, base=step % 2 * size, begun=begun)
-        else:
-            filled = memory.after(loop)
-            both = [(filled.keys, self.keys), (filled.values, self.values)]
-            tile = memory.after(UOp.group(*self._fill(both, first_key)))
+        slots = self.key_slots(first_key + spec.keys)
+        arrived = arrival(0, loop, *primed, *[slot for slot, _ in slots])
+        begun = (self._begin(replace(memory, base=(step + 1) % 2 * size), slots, arrived),)
+        tile = memory.after(arrived, base=step % 2 * size, begun=begun)
         old = [registers.after(loop)[i].load() for i in range(registers.max_numel())]
         new = self._step(queries, tile, None if walk.is_whole else first_key, old)
         stored = UOp.group(*[registers.after(loop)[i].store(value) for i, value in enumerate(new)])

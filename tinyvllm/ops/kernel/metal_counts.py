@@ -40,7 +40,7 @@ SIMPLE = {
     *(Ops.ADD, Ops.SUB, Ops.MUL, Ops.MAX, Ops.AND, Ops.OR, Ops.XOR),
     *(Ops.CMPLT, Ops.CMPNE, Ops.CMPEQ, Ops.WHERE, Ops.NEG, Ops.FDIV, Ops.TRUNC),
 }
-PRODUCT, SHARED_WORDS = "simdgroup_multiply_accumulate", "*((threadgroup uint4*)"
+PRODUCT = "simdgroup_multiply_accumulate"
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,10 @@ class _Counting:
 
     @staticmethod
     def _of_text(text: str) -> dict[str, float]:
-        words = text.count(SHARED_WORDS)
         scaled = text.count(" *= ")
+        words = [int(count) for count in re.findall(r"threadgroup uint(\d)\*", text)]
         counts: dict[str, float] = {"products": text.count(PRODUCT), "arithmetic": scaled, "floats": scaled}
-        counts |= {"shared_loads": words, "shared_load_bytes": 16 * words}
+        counts |= {"shared_loads": len(words), "shared_load_bytes": 4 * sum(words)}
         shuffles = text.count("simd_shuffle")
         return counts | {"complex_instructions": shuffles, "complex_cycles": SHUFFLE_CYCLES * shuffles}
 
@@ -326,6 +326,8 @@ def _register_bytes(uop: UOp) -> int:
 
 def _kept_bytes(text: str) -> int:
     """Of matrices that a statement declares and that stay to the end: sums of products, and queries."""
+    if PRODUCT in text:
+        return 0
     return 8 * len(re.findall(r"\bsum\d+ =", text)) + 16 * len(re.findall(r"uint4 q", text))
 
 
@@ -333,9 +335,13 @@ def _operand_bytes(text: str) -> int:
     """Of matrices inside a statement: scores, weights, and the operands that are loaded together. In products of tiles
     those are all right blocks and two left ones; in attention a chunk of keys, or four blocks of values at most."""
     lefts, rights = (len(re.findall(rf"uint4 {side}0_", text)) for side in "ab")
-    loads = rights + min(2, lefts) + len(re.findall(r"uint4 k0_", text)) + min(4, len(re.findall(r"uint4 v\d", text)))
+    values = [int(words) for words in re.findall(r"uint(\d) v\d", text)]
+    loads = 4 * (rights + min(2, lefts) + len(re.findall(r"uint4 k0_", text)))
+    if PRODUCT in text:
+        loads += 4 * len(re.findall(r"uint4 q\d+_0 ", text))
+    loads += sum(values[:4])
     scores, weights = (len(set(re.findall(rf"\b{name}\d+_\d+", text))) for name in "sp")
-    return 16 * loads + 8 * scores + 4 * weights
+    return 4 * loads + 8 * scores + 4 * weights
 
 
 def _elements(uop: UOp) -> int:

@@ -37,12 +37,12 @@ def loaded(name: str, place: int, parts: int = len(PARTS)) -> str:
     return f"uint{parts} {name} = *((threadgroup uint{parts}*)({{{place}}}));"
 
 
-def operands(dtype: DType, names: Sequence[str]) -> list[str]:
+def operands(dtype: DType, names: Sequence[str], parts: str = PARTS) -> list[str]:
     """Makes operands of loaded words: those of `name` are `namex`, `namey`, ..."""
     lines, kind = [], NAMES[dtype]
     for name in names:
-        lines.append(f"simdgroup_{kind}8x8 {', '.join(name + part for part in PARTS)};")
-        for part in PARTS:
+        lines.append(f"simdgroup_{kind}8x8 {', '.join(name + part for part in parts)};")
+        for part in parts:
             value = f"as_type<{kind}2>({name}.{part})"
             lines += [f"{name}{part}.thread_elements()[{e}] = {value}[{e}];" for e in range(ELEMENTS)]
     return lines

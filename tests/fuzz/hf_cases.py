@@ -199,7 +199,9 @@ def _mutate_tokenizer(rng: Random, tree: dict[str, Any]) -> Any:
     changed = dict(tree)
     for _ in range(rng.choice((1, 1, 2))):
         name = rng.choice(("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens"))
-        if name == "model":
+        if name in ("model", "added_tokens") and name not in tree:
+            changed[name] = _part(rng, "normalizer")  # another change has removed it
+        elif name == "model":
             changed["model"] = _model(rng, tree["model"])
         elif name == "added_tokens":
             content = rng.choice(("a", " ", "\n", "", "ab", "a" * 3000, "a" * 5000, "\u2581", "é"))

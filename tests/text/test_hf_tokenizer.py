@@ -212,3 +212,17 @@ def test_malformed_lists_of_added_tokens_are_named(directory: Path, listed: Any,
     edit_json(directory / "tokenizer_config.json", added_tokens_decoder=listed or [1])
     with pytest.raises(ModelError, match=message):
         load(directory)
+
+
+def test_a_letter_that_becomes_many_tokens_is_refused(directory: Path) -> None:
+    """Looking for it among what a post-processor adds would take a time of the product of both."""
+    path = directory / "tokenizer.json"
+    edit_json(path, normalizer={"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 65})
+    with pytest.raises(UnsupportedModelError, match="encodes the letter 'a' as 65 tokens: at most 64"):
+        load(directory)
+    pieces = [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}] * 64
+    template = {"type": "TemplateProcessing", "single": [*pieces, {"Sequence": {"id": "A", "type_id": 0}}], "pair": []}
+    tokens = {"<|im_end|>": {"id": "<|im_end|>", "ids": [IM_END_ID], "tokens": ["<|im_end|>"]}}
+    edit_json(path, normalizer=None, post_processor=template | {"special_tokens": tokens})
+    with pytest.raises(UnsupportedModelError, match="makes 65 tokens of the letter 'a': at most 64"):
+        load(directory)

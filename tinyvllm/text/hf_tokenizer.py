@@ -187,10 +187,21 @@ def token_id_of(backend: tokenizers.Tokenizer, text: str | None) -> int | None:
     return None if text is None else backend.token_to_id(text)
 
 
+MOST_IDS = 64  # of one letter with what is added to a text: tokenizers in use have up to 5
+
+
 def find_added_ids(backend: tokenizers.Tokenizer, path: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that the file's post-processor adds before and after a text, found by encoding one."""
     plain = backend.encode("a", add_special_tokens=False).ids
+    if len(plain) > MOST_IDS:
+        raise UnsupportedModelError(
+            f"{path}: it encodes the letter 'a' as {len(plain)} tokens: at most {MOST_IDS} are right"
+        )
     whole = backend.encode("a", add_special_tokens=True).ids
+    if len(whole) > MOST_IDS:
+        raise UnsupportedModelError(
+            f"{path}: its post_processor makes {len(whole)} tokens of the letter 'a': at most {MOST_IDS} are right"
+        )
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return tuple(whole[:start]), tuple(whole[start + len(plain) :])

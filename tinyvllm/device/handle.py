@@ -197,11 +197,19 @@ def _copy_in(buffer: Buffer, array: np.ndarray) -> None:
 
 
 def has_many_registers() -> bool:
-    """Whether this computer's CPU has 32 vector registers of 256 bits (AVX-512VL) rather than 16, or narrower ones."""
-    if not sys.platform.startswith("linux"):
+    """Whether the CPU device's programs have 32 vector registers of 256 bits (AVX-512VL) rather than 16, or narrower
+    ones: this computer has them, and DEV names no other processor (as CPU::x86_64,haswell)."""
+    _, processor, *features = f"{Device['CPU'].renderer.target.arch},".split(",")
+    excluded = [feature for feature in features if feature.startswith("-avx512")]
+    if not sys.platform.startswith("linux") or processor != "native" or excluded:
         return False
     with open("/proc/cpuinfo") as file:
         return any("avx512vl" in line.split() for line in file if line.startswith("flags"))
+
+
+def has_dot_instructions() -> bool:
+    """Whether the CPU device's processor multiplies pairs of 16-bit integers in one instruction: every x86."""
+    return str(Device["CPU"].renderer.target.arch).startswith("x86_64")
 
 
 def has_half(name: str) -> bool:

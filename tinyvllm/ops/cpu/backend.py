@@ -12,7 +12,7 @@ from tinygrad import Tensor, UOp
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.arrays import take_rows as take_host_rows
 from tinyvllm.config import ConvKind, LayerKind, StateKind
-from tinyvllm.device.handle import FLOATS, DeviceHandle, has_many_registers
+from tinyvllm.device.handle import FLOATS, DeviceHandle, has_dot_instructions, has_many_registers
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import (
@@ -33,7 +33,9 @@ from tinyvllm.ops.backend import (
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.cpu.attention import CpuAttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu.columns import GateSpec, GroupNormSpec, gate_columns_kernel, norm_groups_kernel
+from tinyvllm.ops.cpu.dots import DOT_ROWS
 from tinyvllm.ops.cpu.expert_layers import ExpertProducts, route_rows, scale_activation
+from tinyvllm.ops.cpu.inputs import Inputs
 from tinyvllm.ops.cpu.latent_attention import latent_attention_kernel, write_latents_kernel
 from tinyvllm.ops.cpu.linear import (
     EmbedSpec,
@@ -43,14 +45,12 @@ from tinyvllm.ops.cpu.linear import (
     finish_kernel,
     join_kernel,
     linear_kernel,
-    rms_norm_kernel,
 )
-from tinyvllm.ops.cpu.product import STAGED_ROWS, NormSpec
 from tinyvllm.ops.cpu.recurrent import CpuRecurrentSpec, recur_on_core
 from tinyvllm.ops.cpu.sharded import Activation, Sharded, sharded, tensors_of, widths_of
 from tinyvllm.ops.cpu.whole_norm import WholeNormSpec, whole_norm_kernel
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
-from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, join_shards, pack
+from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, join_shards, pack, reads_dots
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.tuning import choose
 from tinyvllm.ops.latent_spec import LatentLayer, LatentSpec
@@ -75,6 +75,7 @@ class CpuBackend(DeviceSampling):
         self.dtype = dtype
         self.dequantize = dequantize
         self.coverage = Coverage()
+        self.has_dots = has_dot_instructions()
         self.tile_rows = 4 if has_many_registers() else 2
         self.cores = device.cores[: _count_cores(len(device.cores), layers)] or (device.name,)
 
@@ -94,7 +95,7 @@ class CpuBackend(DeviceSampling):
         by_core = []
         for (a, b), core in self._bounds(num_kv_heads):
             mine = stack_qkv([_take_shard(host, a, b, num_kv_heads) for host in hosts])
-            by_core.append([self._pack(matrix, core) for matrix in mine])
+            by_core.append([self._pack(matrix, core, by_head=len(hosts) == 1) for matrix in mine])
         return tuple(join_shards(shards) for shards in zip(*by_core, strict=True))
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
@@ -175,8 +176,11 @@ class CpuBackend(DeviceSampling):
         num = min(len(self.cores), count)
         return [((i * count // num, (i + 1) * count // num), self.cores[i]) for i in range(num)]
 
-    def _pack(self, host: HostMatrix, core: str, num_experts: int = 0) -> Matrix:
-        return pack(host, "panel", self.dtype, core, dequantize=self.dequantize, num_experts=num_experts)
+    def _pack(self, host: HostMatrix, core: str, num_experts: int = 0, *, by_head: bool = False) -> Matrix:
+        """Experts and matrices by head have panels: their kernels multiply floats."""
+        has_dots = self.has_dots and not (num_experts or by_head or self.dequantize) and reads_dots(host)
+        layout = "dot" if has_dots else "panel"
+        return pack(host, layout, self.dtype, core, dequantize=self.dequantize, num_experts=num_experts)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
         """float16 for "auto": half the bytes of float32, and at long contexts decoding is bound by them.
@@ -207,6 +211,7 @@ class CpuBackend(DeviceSampling):
                 token_offset=step.layout.offset("token_ids"),
                 is_fed=previous is not None,
                 scale=scale,
+                layout=table.layout,
             )
             outs += run_kernel(embed_kernel(spec), [empty(tokens * cols, device=core)], [*sources, *planes])
             widths.append(cols)
@@ -221,14 +226,11 @@ class CpuBackend(DeviceSampling):
         norm: Norm | None = None,
         epilogue: Epilogue = PLAIN,
     ) -> list[Activation]:
-        inputs: Sequence[Activation] = [x] * len(self.cores)
-        eps = None
-        if norm is not None:
-            inputs, eps = self._normed(x, norm, matrices[0].num_cols, num_tokens)
+        inputs = self._inputs(x, norm, (num_tokens, matrices[0].num_cols))
         if epilogue.post_norm is None:
-            return [self._linear(name, inputs, matrix, num_tokens, eps, norm, epilogue) for matrix in matrices]
+            return [self._linear(name, inputs, matrix, num_tokens, epilogue) for matrix in matrices]
         before = Epilogue(bias=epilogue.bias, activation=epilogue.activation)
-        results = [self._linear(name, inputs, matrix, num_tokens, eps, norm, before) for matrix in matrices]
+        results = [self._linear(name, inputs, matrix, num_tokens, before) for matrix in matrices]
         return [
             self._finish(result, matrix.num_rows // (1 if epilogue.activation is None else 2), num_tokens, epilogue)
             for result, matrix in zip(results, matrices, strict=True)
@@ -416,56 +418,46 @@ class CpuBackend(DeviceSampling):
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 
-    def _normed(self, x: Activation, norm: Norm, cols: int, num_tokens: int) -> tuple[list[Activation], float | None]:
-        """(each core's input of a product, the epsilon with which the product norms it). A few rows are normed by the
-        product. Many are normed here, once on each core for all products of the same input; the epsilon is then
-        None."""
-        if num_tokens <= STAGED_ROWS:
-            return [x] * len(self.cores), norm.eps
-        return self._norm_rows(x, norm, cols, num_tokens), None
-
-    def _norm_rows(self, x: Activation, norm: Norm, cols: int, num_tokens: int) -> list[Activation]:
-        """The normed rows, on each core."""
-        spec = NormSpec(num_tokens, cols, norm.eps, widths_of(x, cols))
-        outs = [empty(num_tokens * cols, device=core) for core in self.cores]
-        return [run_kernel(rms_norm_kernel(spec), [out], [*tensors_of(x), norm.weight])[0] for out in outs]
+    def _inputs(self, x: Activation, norm: Norm | None, shape: tuple[int, int]) -> Inputs:
+        """x (T, K) for products. `shape`: (T, K)."""
+        return Inputs(x, norm, shape, self.cores)
 
     def _linear(
         self,
         name: str,
-        inputs: Sequence[Activation],
+        inputs: Inputs,
         matrix: Matrix,
         num_tokens: int,
-        eps: float | None,
-        norm: Norm | None,
         epilogue: Epilogue,
     ) -> Activation:
-        """Each core's rows of the matrix, times its input. `eps`: as from `_normed`."""
-        tables = [norm.weight] if norm is not None and eps is not None else []
-        tables += [] if epilogue.bias is None else [epilogue.bias]
+        """Each core's rows of the matrix, times its input."""
         outs: list[Tensor] = []
         widths: list[int] = []
         all_cols = matrix.num_rows // (1 if epilogue.activation is None else 2)
         for i, shard in enumerate(matrix.shards):
+            x = inputs.of(matrix, i)
             spec = LinearSpec(
                 name=name,
                 format=shard.format,
                 num_tokens=num_tokens,
                 num_rows=shard.num_rows,
                 num_cols=shard.num_cols,
-                norm_eps=eps,
+                norm_eps=None if x.norm is None else x.norm.eps,
                 activation=epilogue.activation,
                 scale=epilogue.scale,
                 has_residual=epilogue.residual is not None,
                 has_out_scale=epilogue.out_scale is not None,
                 softcap=epilogue.softcap,
                 bias_starts=None if epilogue.bias is None else (sum(widths), all_cols + sum(widths)),
-                x_cols=widths_of(inputs[i], matrix.num_cols),
-                tile_rows=self.tile_rows,
+                x_cols=x.x_cols,
+                tile_rows=self.tile_rows if shard.layout == "panel" else DOT_ROWS,
+                layout=shard.layout,
             )
             spec = choose(spec)
             out = empty(num_tokens * spec.out_cols, device=self.cores[i])
-            operands = [*shard.planes, *tensors_of(inputs[i]), *tables]
+            operands = [*shard.planes, *x.tensors, *([] if x.norm is None else [x.norm.weight])]
+            if epilogue.bias is not None:
+                operands.append(epilogue.bias)
             if epilogue.residual is not None:
                 operands.append(tensors_of(epilogue.residual)[i])
             if epilogue.out_scale is not None:

@@ -19,6 +19,7 @@ from tinygrad import UOp
 
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import gated, tanh
+from tinyvllm.ops.cpu.dots import DotProduct, FixedRows, fix_rows
 from tinyvllm.ops.cpu.product import (
     CPU_ARITHMETIC,
     STAGED_ROWS,
@@ -60,6 +61,7 @@ class LinearSpec(Tunable):
     block_rows: int = 0
     block_stride: int = 0
     tile_rows: int = 4  # input rows whose accumulators fit into the vector registers: 32 lanes each
+    layout: str = "panel"  # of the matrix; "dot": x is rounded to integers (dots.py), which many rows are beforehand
 
     @property
     def out_cols(self) -> int:
@@ -82,20 +84,18 @@ class LinearSpec(Tunable):
 
 @cached_kernel
 def linear_kernel(spec: LinearSpec) -> KernelFn:
-    """fn(out, *planes, *x shards[, norm weight][, bias][, residual][, out scale])."""
+    """fn(out, *planes, *x shards[, norm weight][, bias][, residual][, out scale]). With the `dot` layout and more than
+    STAGED_ROWS, x is its integers and their factors (dots.py)."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands = list(rest)
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
-        x = take_shards(operands, () if spec.block_rows else spec.x_cols, spec.num_cols)
-        norm_weight = operands.pop(0) if spec.norm_eps is not None else None
+        body = Body()
+        x = _take_input(body, spec, operands)
         bias = operands.pop(0) if spec.bias_starts is not None else None
         ending = Ending.take(spec, operands)
-        body = Body()
-        if spec.num_tokens <= STAGED_ROWS and not spec.block_rows:
-            x = [stage_rows(body, x, spec.num_tokens, spec.norm, norm_weight)]
         panel = body.loop(spec.num_rows // PANEL)
-        if spec.block_rows:
+        if spec.block_rows and not isinstance(x, FixedRows):
             stride, block = spec.num_rows // spec.block_rows * spec.block_stride, panel // (spec.block_rows // PANEL)
             x = [Shard(x[0].buffer, 0, spec.num_cols, stride, block * spec.block_stride)]
         tile = _multiply_panel(body, spec, planes, x, panel)
@@ -105,6 +105,18 @@ def linear_kernel(spec: LinearSpec) -> KernelFn:
         return finish(stores.end(*tile.loops, panel), _name(spec), ops=ops, nbytes=nbytes)
 
     return kernel
+
+
+def _take_input(body: Body, spec: LinearSpec, operands: list[UOp]) -> list[Shard] | FixedRows:
+    """x as the product reads it, removed from the front of the operands with the norm's weight."""
+    tokens, has_dots = spec.num_tokens, spec.layout == "dot"
+    if has_dots and tokens > STAGED_ROWS:
+        return FixedRows(operands.pop(0), operands.pop(0), spec.num_cols, spec.format.group)
+    x = take_shards(operands, () if spec.block_rows else spec.x_cols, spec.num_cols)
+    norm_weight = operands.pop(0) if spec.norm_eps is not None else None
+    if tokens <= STAGED_ROWS and not spec.block_rows and (not has_dots or spec.norm is not None or len(x) > 1):
+        x = [stage_rows(body, x, tokens, spec.norm, norm_weight)]
+    return fix_rows(body, x[0], tokens, spec.format.group) if has_dots else x
 
 
 def _name(spec: LinearSpec) -> str:
@@ -143,15 +155,18 @@ class _Tile:
     loops: list[UOp]  # to end after the stores of the registers
 
 
-def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[Shard], panel: UOp) -> _Tile:
+def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[Shard] | FixedRows, panel: UOp) -> _Tile:
     """The product of a tile of x's rows with a panel: 32 accumulators, one per lane, for each row."""
     rows = spec.rows_per_pass
     tile_row = body.loop(spec.num_tokens // rows) if spec.num_tokens > rows else None
     loops = [tile_row] if tile_row is not None else []
     first = tile_row * rows if tile_row is not None else UOp.const(0)
-    acc = fill(body, body.registers(rows * PANEL), 0.0, panel, *[shard.buffer for shard in x], *loops)
-    product = Product(body, spec.format, spec.num_cols, planes, panel, [first + r for r in range(rows)])
-    return _Tile(first, rows, product.add_shards(acc, x), loops)
+    read = [x.integers, x.factors] if isinstance(x, FixedRows) else [shard.buffer for shard in x]
+    acc = fill(body, body.registers(rows * PANEL), 0.0, panel, *read, *loops)
+    of_rows = (body, spec.format, spec.num_cols, planes, panel, [first + r for r in range(rows)])
+    if isinstance(x, FixedRows):
+        return _Tile(first, rows, DotProduct(*of_rows, reads_once=tile_row is None).add(acc, x), loops)
+    return _Tile(first, rows, Product(*of_rows).add_shards(acc, x), loops)
 
 
 class HasEnding(Protocol):
@@ -276,6 +291,7 @@ class EmbedSpec:
     token_offset: int  # of the token ids in the step's inputs
     is_fed: bool = False  # the previous step's output is an operand, and a token id below 0 names one of its rows
     scale: float = 1.0
+    layout: str = "panel"  # of the table
 
 
 @cached_kernel
@@ -292,7 +308,7 @@ def embed_kernel(spec: EmbedSpec) -> KernelFn:
         for i, rows in enumerate(spec.shard_rows):
             table = Planes(spec.format, planes[i * count : (i + 1) * count])
             inside = (row - start).maximum(0).minimum(rows - 1)
-            here = table.value(inside, col + spec.first_col, spec.table_cols, "panel")
+            here = table.value(inside, col + spec.first_col, spec.table_cols, spec.layout)
             value = here if value is None else (row < start).where(value, here)
             start += rows
         assert value is not None

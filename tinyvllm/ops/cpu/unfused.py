@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from tinyvllm.ops.backend import PLAIN, Epilogue, Norm
 from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.cpu.inputs import Inputs
 from tinyvllm.ops.cpu.sharded import Activation
 from tinyvllm.ops.formats.matrix import Matrix
 
@@ -32,5 +33,5 @@ class UnfusedCpuBackend(CpuBackend):
         columns = [matrix.num_rows // (1 if epilogue.activation is None else 2) for matrix in matrices]
         return [self._finish(y, count, num_tokens, after) for y, count in zip(products, columns, strict=True)]
 
-    def _normed(self, x: Activation, norm: Norm, cols: int, num_tokens: int) -> tuple[list[Activation], float | None]:
-        return self._norm_rows(x, norm, cols, num_tokens), None
+    def _inputs(self, x: Activation, norm: Norm | None, shape: tuple[int, int]) -> Inputs:
+        return Inputs(x, norm, shape, self.cores, norms_first=True)

@@ -1,9 +1,10 @@
 """Weight matrices in memory: which planes a format has, how each device lays them out, how a value is read back.
 
-Two layouts with the same planes:
+Three layouts with the same planes:
 
 - `panel` (CPU): panels of 32 output rows, `[N/32][K][32]`. A vector lane is an output row, so that a product needs no
   horizontal sum, and the 32 weights of one column lie side by side.
+- `dot` (CPU, for integer dot products): panels whose codes lie in words of neighboring columns, see dots.py.
 - `row` (GPU): `[N][K]`, as checkpoints have it. Codes and bfloat16 values lie in 32-bit words, low bits first: tinygrad
   reads four words at once, and bytes one by one.
 
@@ -41,6 +42,7 @@ from tinyvllm.arrays import (
 from tinyvllm.config import usable_cores
 from tinyvllm.device.handle import has_half, upload
 from tinyvllm.errors import InvariantError, UnsupportedModelError
+from tinyvllm.ops.formats.dots import dot_code, dot_cols, pack_dots, unpack_dots
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32
 
 PANEL = RUN  # output rows of a panel, and codes of one packed run
@@ -63,6 +65,18 @@ def high_bits(fmt: Format) -> int:
     return fmt.bits - low_bits(fmt) if fmt.is_quantized else 0
 
 
+def has_dots(fmt: Format) -> bool:
+    """Whether the format can have the `dot` layout: its codes are integers, and its groups are whole runs of words."""
+    widths = [low_bits(fmt), *([high_bits(fmt)] if high_bits(fmt) else [])]
+    is_integer = fmt.is_quantized and fmt.grid is None and fmt.codebook is None and not fmt.is_float8
+    return is_integer and all(fmt.group % dot_cols(width) == 0 for width in widths)
+
+
+def reads_dots(host: HostMatrix) -> bool:
+    """Whether a matrix can have the `dot` layout."""
+    return isinstance(host, QuantizedMatrix) and has_dots(host.format)
+
+
 def panel_unit(fmt: Format) -> float:
     """What `Planes.panel_code` leaves to be multiplied, once for a group: of float8 codes, which are read as halves."""
     return E4M3_UNIT if fmt.is_float8 and has_half("CPU") else 1.0
@@ -81,7 +95,7 @@ class Matrix:
     num_rows: int  # N, a multiple of 32 (zero rows follow `used_rows`)
     num_cols: int  # K
     used_rows: int
-    layout: str  # "panel" or "row"
+    layout: str  # "panel", "dot" or "row"
     planes: tuple[Tensor, ...]
     row_shards: tuple[Matrix, ...] = ()  # each core's rows, if several cores hold them; `planes` is empty then
     num_experts: int = 0  # each with the same number of rows, one after the other; 0: no axis of experts
@@ -140,9 +154,9 @@ class ScalePlanes:
 
     def at(self, row: UOp, per_row: int, column: UOp, layout: str) -> UOp:
         """The place of a row's entry `column` in a plane that has `per_row` of them a row."""
-        if layout == "panel":
-            return (row // PANEL * per_row + column) * PANEL + row % PANEL
-        return row * per_row + column
+        if layout == "row":
+            return row * per_row + column
+        return (row // PANEL * per_row + column) * PANEL + row % PANEL
 
 
 class Planes:
@@ -240,6 +254,8 @@ class Planes:
             return self._scaled(self._grid_value(self.fmt.grid, row, col, num_cols, layout), row, col, num_cols, layout)
         if layout == "row":
             return self._row_value(row, col, num_cols)
+        if layout == "dot":
+            return self._scaled(self._dot_value(row, col, num_cols), row, col, num_cols, layout)
         fmt, run, lane = self.fmt, row // PANEL * num_cols + col, row % PANEL
         lanes, width = code_lanes(fmt), low_bits(fmt)
         if not fmt.is_quantized or fmt.is_float8:
@@ -253,6 +269,16 @@ class Planes:
             byte = self.codes[run * lanes + lane % lanes].load().cast(I32)
             code = (byte >> (lane // lanes * width).cast(I32)) & ((1 << width) - 1)
         return self._scaled(self._code_value(code, run, lane), row, col, num_cols, layout)
+
+    def _dot_value(self, row: UOp, col: UOp, num_cols: int) -> UOp:
+        """What a code stands for in the `dot` layout."""
+        fmt = self.fmt
+        code = dot_code(self.codes, low_bits(fmt), row, col, num_cols)
+        if fmt.bits == 8:
+            code = (code ^ 0x80) - 0x80
+        if self.high is not None:
+            code = code + (dot_code(self.high, high_bits(fmt), row, col, num_cols) << low_bits(fmt))
+        return (code - fmt.offset).cast(F32)
 
     def _row_value(self, row: UOp, col: UOp, num_cols: int) -> UOp:
         """`value` in row layout, whose codes are words."""
@@ -519,6 +545,12 @@ def _row_slices(num_rows: int, num_cols: int) -> Iterator[slice]:
 
 def _pack_rows(host: QuantizedMatrix, padded: int, layout: str, keeps_half: bool) -> list[np.ndarray]:
     fmt = host.format
+    if layout == "dot":
+        codes = _as_bits(host.read_codes())
+        planes = [_arrange(pack_dots(codes, low_bits(fmt)), padded, layout)]
+        if high_bits(fmt):
+            planes.append(_arrange(pack_dots(codes >> low_bits(fmt), high_bits(fmt)), padded, layout))
+        return planes + _all_scale_planes(host, padded, layout, keeps_half)
     codes = _arrange(_as_bits(host.read_codes()), padded, layout)
     planes = [codes]
     if fmt.bits != 8 or fmt.grid is not None:
@@ -529,10 +561,12 @@ def _pack_rows(host: QuantizedMatrix, padded: int, layout: str, keeps_half: bool
     if host.signs is not None:
         signs = _arrange(host.signs, padded, layout)
         planes.append(_in_words(signs) if layout == "row" else signs)
-    for scales in (host.scale, host.minimum):
-        if scales is not None:
-            planes += _scale_planes(scales, padded, layout, keeps_half)
-    return planes
+    return planes + _all_scale_planes(host, padded, layout, keeps_half)
+
+
+def _all_scale_planes(host: QuantizedMatrix, padded: int, layout: str, keeps_half: bool) -> list[np.ndarray]:
+    both = [scales for scales in (host.scale, host.minimum) if scales is not None]
+    return [plane for scales in both for plane in _scale_planes(scales, padded, layout, keeps_half)]
 
 
 def _scale_planes(scales: Scales, padded: int, layout: str, keeps_half: bool) -> list[np.ndarray]:
@@ -606,6 +640,8 @@ def _unpack_grid(planes: Planes, matrix: Matrix) -> Tensor:
 def _unpack_values(planes: Planes, matrix: Matrix) -> Tensor:
     """Dense values, or what codes stand for before the offset, as float32, still in the layout's order, flat."""
     fmt, stored = matrix.format, planes.codes
+    if matrix.layout == "dot":
+        return _unpack_dot_values(planes, fmt)
     if stored.dtype == dtypes.uint:  # row layout: words
         is_signed = fmt.bits == 8 and not fmt.is_float8
         stored = stored.bitcast(dtypes.ushort if fmt.name == "bfloat16" else dtypes.char if is_signed else dtypes.uchar)
@@ -617,6 +653,15 @@ def _unpack_values(planes: Planes, matrix: Matrix) -> Tensor:
         return stored.cast(dtypes.float)
     codes = _unpack_codes(planes, stored).reshape(-1)
     return codes.cast(dtypes.float) if fmt.codebook is None else look_up(codes, fmt.codebook)
+
+
+def _unpack_dot_values(planes: Planes, fmt: Format) -> Tensor:
+    codes = unpack_dots(planes.codes, low_bits(fmt)).reshape(-1)
+    if fmt.bits == 8:
+        return codes.cast(dtypes.uchar).bitcast(dtypes.char).cast(dtypes.float)
+    if planes.high is not None:
+        codes = codes + (unpack_dots(planes.high, high_bits(fmt)).reshape(-1) << low_bits(fmt))
+    return codes.cast(dtypes.float)
 
 
 def _unpack_codes(planes: Planes, stored: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""What products read of an activation: its columns as they are, normed, or rounded to integers (dots.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from tinygrad import Tensor, dtypes
+
+from tinyvllm.ops.backend import Norm
+from tinyvllm.ops.cpu.dots import fix_rows_kernel
+from tinyvllm.ops.cpu.linear import rms_norm_kernel
+from tinyvllm.ops.cpu.product import STAGED_ROWS, NormSpec
+from tinyvllm.ops.cpu.sharded import Activation, tensors_of, widths_of
+from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.ops.kernel.body import empty, run_kernel
+
+
+@dataclass(frozen=True)
+class ProductInput:
+    """The operands of one core's product that come from x and its norm."""
+
+    tensors: tuple[Tensor, ...]
+    x_cols: tuple[int, ...]  # as in LinearSpec
+    norm: Norm | None = None  # that the product applies
+
+
+class Inputs:
+    """x (T, K) for products of the same rows. A few rows are normed and rounded by each product; many are here, once on
+    each core for all of them. `norms_first`: a few rows are normed here too."""
+
+    def __init__(
+        self,
+        x: Activation,
+        norm: Norm | None,
+        shape: tuple[int, int],
+        cores: tuple[str, ...],
+        *,
+        norms_first: bool = False,
+    ) -> None:
+        """`shape`: (T, K)."""
+        self._x, self._norm, self._shape, self._cores = x, norm, shape, cores
+        self._has_few = shape[0] <= STAGED_ROWS
+        self._norms_first = norms_first or not self._has_few
+        self._rounded, self._normed = cache(self._round), cache(self._norm_rows)  # one for each group and core
+
+    def of(self, matrix: Matrix, core: int) -> ProductInput:
+        """Of a core's product with a matrix."""
+        cols = self._shape[1]
+        if matrix.layout == "dot" and not self._has_few:
+            return ProductInput(self._rounded(matrix.format.group, core), (cols,))
+        if self._norm is not None and self._norms_first:
+            return ProductInput(self._normed(core), (cols,))
+        return ProductInput(tensors_of(self._x), widths_of(self._x, cols), self._norm)
+
+    def _spec(self) -> NormSpec:
+        tokens, cols = self._shape
+        return NormSpec(tokens, cols, 0.0 if self._norm is None else self._norm.eps, widths_of(self._x, cols))
+
+    def _read(self) -> list[Tensor]:
+        return [*tensors_of(self._x), *([] if self._norm is None else [self._norm.weight])]
+
+    def _round(self, group: int, core: int) -> tuple[Tensor, ...]:
+        size, name = self._shape[0] * self._shape[1], self._cores[core]
+        outs = [empty(size, dtypes.short, name), empty(size // group * 2, device=name)]
+        return tuple(run_kernel(fix_rows_kernel(self._spec(), group, self._norm is not None), outs, self._read()))
+
+    def _norm_rows(self, core: int) -> tuple[Tensor, ...]:
+        out = empty(self._shape[0] * self._shape[1], device=self._cores[core])
+        return tuple(run_kernel(rms_norm_kernel(self._spec()), [out], self._read()))

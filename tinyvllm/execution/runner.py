@@ -36,6 +36,7 @@ from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint, wit
 from tinyvllm.model.weights.random import RandomWeights
 from tinyvllm.ops.backend import Backend, KVPool
 from tinyvllm.ops.backends import make_backend
+from tinyvllm.ops.cpu.cores import count_cores
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.tuning import choices_path, load_choices
 from tinyvllm.ops.sampling.logits_processing import SamplingState, state_bytes
@@ -76,7 +77,7 @@ def make_runner(
     """`load_runner` for known settings, with tensors from `source`."""
     report = progress or (lambda stage, done, total: None)
     model_config = complete_config(model_config)
-    device = open_device(min(config.cpu_cores or usable_cores(), model_config.num_kv_heads))
+    device = open_device(count_cores(config.cpu_cores or usable_cores(), model_config.layers))
     capture = choose_capture(config.capture)
     if capture == "tinyjit":
         check_environment()

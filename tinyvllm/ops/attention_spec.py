@@ -194,12 +194,12 @@ class AttentionSpec:
         if self.shard is None:
             return self.section_start(section)
         first, heads, kv_heads = self.shard
-        return (first * self.group, heads + first, heads + kv_heads + first)[section] * self.head_dim
+        return (first * (heads // kv_heads), heads + first, heads + kv_heads + first)[section] * self.head_dim
 
     @property
     def first_head(self) -> int:
         """The number, in the layer, of this shard's first query head."""
-        return 0 if self.shard is None else self.shard[0] * self.group
+        return 0 if self.shard is None else self.shard[0] * (self.shard[1] // self.shard[2])
 
     def section_start(self, section: int) -> int:
         """The first column of queries, keys or values in qkv."""

@@ -28,12 +28,13 @@ def make_backend(
 ) -> Backend:
     """The backend for a device. `dtype`: "auto" or one of config.DTYPES; `stored`: the dtype of the checkpoint's dense
     matrices; `layers`: the kinds of the model's layers; `overflows_float16`: as in ModelConfig; `unfused`: with the
-    general kernels where there are fused ones. A CPU's activations are always float32. Raises DeviceError for a device
-    without kernels, or without fused ones to leave out, and UnsupportedModelError for a dtype that the model's
-    activations exceed."""
+    general kernels where there are fused ones. A CPU's activations are always float32, and with "float32" its products
+    do not round them. Raises DeviceError for a device without kernels, or without fused ones to leave out, and
+    UnsupportedModelError for a dtype that the model's activations exceed."""
     if device.is_cpu:
         backend = UnfusedCpuBackend if unfused else CpuBackend
-        return backend(device, None if dtype == "auto" else dtype, layers, dequantize=dequantize)
+        own = None if dtype == "auto" else dtype
+        return backend(device, own, layers, dequantize=dequantize, rounds=dtype != "float32")
     if not device.kind.has_kernels:
         known = ", ".join(kind.name for kind in KINDS.values() if kind.has_kernels)
         raise DeviceError(f"device {device.name} has no kernels here: choose one of {known} with --device")

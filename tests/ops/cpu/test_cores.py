@@ -57,9 +57,10 @@ def generate(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[
     return [(request.output_ids, found) for request, found in zip(requests, logprobs, strict=True)]
 
 
-@pytest.mark.parametrize(("quant", "cores"), [(None, 2), ("Q4_1", 2), ("Q8_0", 3)])
+@pytest.mark.parametrize(("quant", "cores"), [(None, 2), ("Q4_1", 2), ("Q8_0", 3), ("Q4_0", 9)])
 def test_several_cores_generate_what_one_generates(tmp_path: Path, quant: str | None, cores: int) -> None:
-    """Shards are uneven: 4 KV heads among 3 cores, 3 panels of hidden columns among 2."""
+    """Shards are uneven: 4 KV heads among 3 cores, 3 panels of hidden columns among 2 cores or 9. Of these, two share
+    each KV head, and one has no part in attention."""
     shape: dict[str, Any] = {
         "hidden": 96,
         "heads": 8,

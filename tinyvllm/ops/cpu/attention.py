@@ -7,7 +7,7 @@ consecutive memory and neither needs a horizontal sum.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from tinygrad import UOp
@@ -38,6 +38,21 @@ class CpuAttentionSpec(AttentionSpec):
 
     fused_write: bool = False
     kv_dtype: str = "float16"
+    # if cores share a KV head: this one's first query head, and the query heads of all of them
+    first_query: int = 0
+    all_queries: int = 0
+
+    def with_queries(self, first: int, end: int) -> CpuAttentionSpec:
+        """Of query heads [first, end) of one KV head. Keys and values were written before."""
+        return replace(self, first_query=first, all_queries=self.num_heads, num_heads=end - first)
+
+    @property
+    def first_head(self) -> int:
+        return super().first_head + self.first_query
+
+    def section_start(self, section: int) -> int:
+        heads = self.all_queries or self.num_heads
+        return (0, heads, heads + self.num_kv_heads)[section] * self.head_dim
 
     @property
     def block_elements(self) -> int:
@@ -79,6 +94,7 @@ class _Row:
         """Value `offset` of a head of queries, keys or values, with its bias."""
         spec = self.spec
         first = spec.section_start(section) // spec.head_dim
+        head = head + spec.first_query if section == QUERIES and spec.first_query else head
         value = self._stored(head + first if first else head, offset)
         if self.tables.bias is None:
             return value

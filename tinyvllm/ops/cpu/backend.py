@@ -33,6 +33,7 @@ from tinyvllm.ops.backend import (
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.cpu.attention import CpuAttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu.columns import GateSpec, GroupNormSpec, gate_columns_kernel, norm_groups_kernel
+from tinyvllm.ops.cpu.cores import Team, count_cores, share
 from tinyvllm.ops.cpu.dots import DOT_ROWS
 from tinyvllm.ops.cpu.expert_layers import ExpertProducts, route_rows, scale_activation
 from tinyvllm.ops.cpu.inputs import Inputs
@@ -58,6 +59,8 @@ from tinyvllm.ops.recurrent_spec import RecurrentLayer
 from tinyvllm.ops.short_conv import ConvLayer, ConvSpec, convolve
 from tinyvllm.ops.step_inputs import StepLayout
 
+MOST_PLANES = 48  # that a kernel reads: it takes up to 63 buffers (tinygrad's MAX_ARGS)
+
 
 class CpuBackend(DeviceSampling):
     """Activations are float32; dense matrices stay as stored unless `dtype` recasts them.
@@ -68,35 +71,48 @@ class CpuBackend(DeviceSampling):
     """
 
     def __init__(
-        self, device: DeviceHandle, dtype: str | None, layers: Sequence[LayerKind] = (), *, dequantize: bool = False
+        self,
+        device: DeviceHandle,
+        dtype: str | None,
+        layers: Sequence[LayerKind] = (),
+        *,
+        dequantize: bool = False,
+        rounds: bool = False,
     ) -> None:
-        """`layers`: those of the model; without any, one core computes everything."""
+        """`layers`: those of the model; without any, one core computes everything. `rounds`: products with quantized
+        matrices round rows of x to 16 bits where the processor multiplies integers faster (dots.py)."""
         self.device = device
         self.dtype = dtype
         self.dequantize = dequantize
         self.coverage = Coverage()
-        self.has_dots = has_dot_instructions()
+        self.has_dots = rounds and has_dot_instructions()
         self.tile_rows = 4 if has_many_registers() else 2
-        self.cores = device.cores[: _count_cores(len(device.cores), layers)] or (device.name,)
+        self.cores = device.cores[: count_cores(len(device.cores), layers)] or (device.name,)
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def matrix(self, host: HostMatrix) -> Matrix:
         """Sharded by panels of rows."""
+        return join_shards(self._pack_panels(host, self.cores))
+
+    def _pack_panels(self, host: HostMatrix, cores: tuple[str, ...], *, by_head: bool = False) -> list[Matrix]:
+        """A matrix's rows, shared by cores."""
         rows = host.shape[0]
-        bounds = self._bounds(-(-rows // PANEL))
-        shards = [(slice(a * PANEL, min(b * PANEL, rows)), core) for (a, b), core in bounds]
-        return join_shards([self._pack(take_host_rows(host, part), core) for part, core in shards])
+        shards = [(slice(a * PANEL, min(b * PANEL, rows)), core) for (a, b), core in share(-(-rows // PANEL), cores)]
+        return [self._pack(take_host_rows(host, part), core, by_head=by_head) for part, core in shards]
 
     def stacked(self, hosts: Sequence[HostMatrix], num_kv_heads: int | None = None) -> tuple[Matrix, ...]:
-        """q, k and v are sharded by KV heads, so that each core attends on its own; other matrices by panels."""
+        """q, k and v are sharded by KV heads, so that each core, or the cores that share a head, attend on their own;
+        other matrices by panels."""
         if num_kv_heads is None:
             return tuple(self.matrix(host) for host in stack_qkv(hosts))
-        by_core = []
-        for (a, b), core in self._bounds(num_kv_heads):
+        by_matrix: list[list[Matrix]] = []
+        for (a, b), cores in self._teams(num_kv_heads):
             mine = stack_qkv([_take_shard(host, a, b, num_kv_heads) for host in hosts])
-            by_core.append([self._pack(matrix, core, by_head=len(hosts) == 1) for matrix in mine])
-        return tuple(join_shards(shards) for shards in zip(*by_core, strict=True))
+            by_matrix = by_matrix or [[] for _ in mine]
+            for shards, host in zip(by_matrix, mine, strict=True):
+                shards += self._pack_panels(host, cores, by_head=len(hosts) == 1)
+        return tuple(join_shards(shards) for shards in by_matrix)
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
         """Panels of 16 gate rows and the 16 corresponding up rows, sharded by 32 output columns."""
@@ -151,10 +167,10 @@ class CpuBackend(DeviceSampling):
         latents = latent_layers(groups)
         for layer, count in pool.num_blocks.items():
             num_kv_heads, head_dim = shapes[layer]
-            per_head, bounds = count * block_size * head_dim, self._bounds(num_kv_heads)
+            per_head, teams = count * block_size * head_dim, self._teams(num_kv_heads)
 
-            def half(per_head: int = per_head, bounds: list[tuple[tuple[int, int], str]] = bounds) -> Stored:
-                tensors = [self.device.zeros((b - a) * per_head, FLOATS[dtype], core) for (a, b), core in bounds]
+            def half(per_head: int = per_head, teams: list[Team] = teams) -> Stored:
+                tensors = [self.device.zeros((b - a) * per_head, FLOATS[dtype], cores[0]) for (a, b), cores in teams]
                 return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
             pool.keys[layer] = half()
@@ -173,8 +189,14 @@ class CpuBackend(DeviceSampling):
 
     def _bounds(self, count: int) -> list[tuple[tuple[int, int], str]]:
         """[((first, end), core)]: `count` units divided between the cores as evenly as possible."""
-        num = min(len(self.cores), count)
-        return [((i * count // num, (i + 1) * count // num), self.cores[i]) for i in range(num)]
+        return share(count, self.cores)
+
+    def _teams(self, num_kv_heads: int) -> list[Team]:
+        """[((first, end), cores)]: the KV heads of a core, or the one of several cores that divide its query heads."""
+        size = len(self.cores) // num_kv_heads
+        if size < 2:
+            return [(heads, (core,)) for heads, core in self._bounds(num_kv_heads)]
+        return [((i, i + 1), self.cores[i * size : (i + 1) * size]) for i in range(num_kv_heads)]
 
     def _pack(self, host: HostMatrix, core: str, num_experts: int = 0, *, by_head: bool = False) -> Matrix:
         """Experts and matrices by head have panels: their kernels multiply floats."""
@@ -195,8 +217,7 @@ class CpuBackend(DeviceSampling):
     # -- operations ---------------------------------------------------------------------------------------------------
 
     def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Activation:
-        tokens, planes = step.num_tokens, [plane for shard in table.shards for plane in shard.planes]
-        previous = step.previous_output
+        tokens, previous = step.num_tokens, step.previous_output
         sources = [step.inputs] if previous is None else [step.inputs, previous]
         outs, widths = [], []
         for (a, b), core in self._bounds(table.num_cols // PANEL):
@@ -205,6 +226,7 @@ class CpuBackend(DeviceSampling):
                 format=table.format,
                 num_tokens=tokens,
                 shard_rows=tuple(shard.used_rows for shard in table.shards),
+                shards=(0, len(table.shards)),
                 table_cols=table.num_cols,
                 first_col=a * PANEL,
                 num_cols=cols,
@@ -213,9 +235,20 @@ class CpuBackend(DeviceSampling):
                 scale=scale,
                 layout=table.layout,
             )
-            outs += run_kernel(embed_kernel(spec), [empty(tokens * cols, device=core)], [*sources, *planes])
+            outs.append(self._embed(spec, core, sources, table))
             widths.append(cols)
         return sharded(outs, widths)
+
+    def _embed(self, spec: EmbedSpec, core: str, sources: list[Tensor], table: Matrix) -> Tensor:
+        """One core's columns, by as many kernels as the table's shards have too many planes for one."""
+        at_once, out = max(1, MOST_PLANES // len(table.shards[0].planes)), None
+        for first in range(0, len(table.shards), at_once):
+            shards = table.shards[first : first + at_once]
+            own = replace(spec, shards=(first, first + len(shards)))
+            read = [*sources, *([] if out is None else [out]), *[plane for shard in shards for plane in shard.planes]]
+            (out,) = run_kernel(embed_kernel(own), [empty(own.num_tokens * own.num_cols, device=core)], read)
+        assert out is not None
+        return out
 
     def linear(
         self,
@@ -267,27 +300,32 @@ class CpuBackend(DeviceSampling):
         if layer.kind.head_norm_is_whole:
             qkv, layer = [self._norm_whole(qkv, layer, step.num_tokens)], layer.without_whole_norm()
         kind, pool = layer.kind, step.pool
-        outs, out_widths = [], []
+        outs, widths = [], []
         keys, values = tensors_of(pool.keys[layer.pool_layer]), tensors_of(pool.values[layer.pool_layer])
         group = kind.num_heads // kind.num_kv_heads
-        bounds = self._bounds(kind.num_kv_heads)
-        for i, ((a, b), core) in enumerate(bounds):
+        teams = self._teams(kind.num_kv_heads)
+        for i, ((a, b), cores) in enumerate(teams):
+            mine: list[Tensor] = []
+            cols: list[int] = []
+            for part, part_cols in zip(qkv, layer.qkv_cols, strict=True):
+                size = len(tensors_of(part)) // len(teams)
+                mine += tensors_of(part)[i * size : (i + 1) * size]
+                cols += widths_of(part, part_cols)[i * size : (i + 1) * size]
             spec = CpuAttentionSpec.of(
                 layer,
                 step.layout,
                 pool.num_blocks[layer.pool_layer],
                 num_heads=(b - a) * group,
                 num_kv_heads=b - a,
-                qkv_cols=tuple(widths_of(part, cols)[i] for part, cols in zip(qkv, layer.qkv_cols, strict=True)),
-                shard=None if len(bounds) == 1 else (a, kind.num_heads, kind.num_kv_heads),
-                fused_write=step.is_decode and kind.kv_layer is None,
+                qkv_cols=tuple(cols),
+                shard=None if len(teams) == 1 else (a, kind.num_heads, kind.num_kv_heads),
+                fused_write=step.is_decode and kind.kv_layer is None and len(cores) == 1,
                 kv_dtype=pool.dtype,
             )
-            out = empty(step.num_tokens * spec.num_heads * spec.head_dim, device=core)
-            mine = [tensors_of(part)[i] for part in qkv]
-            outs.append(self._attend(spec, out, (keys[i], values[i]), layer, step, mine))
-            out_widths.append(spec.num_heads * spec.head_dim)
-        return sharded(outs, out_widths)
+            for out, heads in self._attend(spec, cores, (keys[i], values[i]), layer, step, mine):
+                outs.append(out)
+                widths.append(heads * kind.head_dim)
+        return sharded(outs, widths)
 
     def attend_latent(self, queries: Activation, latents: Activation, layer: LatentLayer, step: Step) -> Activation:
         spec = LatentSpec.of(layer, step.layout, step.pool.num_blocks[layer.index])
@@ -435,7 +473,8 @@ class CpuBackend(DeviceSampling):
         widths: list[int] = []
         all_cols = matrix.num_rows // (1 if epilogue.activation is None else 2)
         for i, shard in enumerate(matrix.shards):
-            x = inputs.of(matrix, i)
+            core = str(shard.planes[0].device)
+            x = inputs.of(matrix, self.cores.index(core))
             spec = LinearSpec(
                 name=name,
                 format=shard.format,
@@ -454,7 +493,7 @@ class CpuBackend(DeviceSampling):
                 layout=shard.layout,
             )
             spec = choose(spec)
-            out = empty(num_tokens * spec.out_cols, device=self.cores[i])
+            out = empty(num_tokens * spec.out_cols, device=core)
             operands = [*shard.planes, *x.tensors, *([] if x.norm is None else [x.norm.weight])]
             if epilogue.bias is not None:
                 operands.append(epilogue.bias)
@@ -493,19 +532,30 @@ class CpuBackend(DeviceSampling):
     def _attend(
         self,
         spec: CpuAttentionSpec,
-        out: Tensor,
+        cores: tuple[str, ...],
         pool: tuple[Tensor, Tensor],
         layer: AttentionLayer,
         step: Step,
         qkv: list[Tensor],
-    ) -> Tensor:
+    ) -> list[tuple[Tensor, int]]:
+        """The output of each core of a team, and its number of query heads."""
         read = [step.inputs, *layer.tables, *qkv]
+
+        def output(spec: CpuAttentionSpec, core: str) -> Tensor:
+            return empty(step.num_tokens * spec.num_heads * spec.head_dim, device=core)
+
         if spec.fused_write:
-            return run_kernel(attention_kernel(spec), [out, *pool], read)[0]
+            out = output(spec, cores[0])
+            return [(run_kernel(attention_kernel(spec), [out, *pool], read)[0], spec.num_heads)]
         if spec.writes_kv:
             written = [step.inputs, *layer.key_tables, *qkv]
             pool = tuple(run_kernel(write_kv_kernel(spec), list(pool), written))
-        return run_kernel(attention_kernel(spec), [out], [*pool, *read])[0]
+        outs = []
+        for (first, end), core in share(spec.num_heads, cores) if len(cores) > 1 else [((0, spec.num_heads), cores[0])]:
+            own = spec if len(cores) == 1 else spec.with_queries(first, end)
+            (out,) = run_kernel(attention_kernel(own), [output(own, core)], [*pool, *read])
+            outs.append((out, own.num_heads))
+        return outs
 
 
 def _heads_of(kind: StateKind, key_heads: int) -> StateKind:
@@ -517,22 +567,6 @@ def _take_shard(host: HostMatrix, first: int, last: int, num_units: int) -> Host
     """The rows of units [first, last) of `num_units` that the matrix consists of."""
     unit = host.shape[0] // num_units
     return take_host_rows(host, np.arange(first * unit, last * unit))
-
-
-def _count_cores(available: int, layers: Sequence[LayerKind]) -> int:
-    """The most cores among which each layer's KV heads can be shared so that every core's rows of k and v fill whole
-    panels; one if there is no such number, and zeros then pad the rows of q, k and v together."""
-    shapes = {(kind.num_kv_heads, kind.head_dim) for kind in layers if kind.latent is None and kind.state is None}
-    for latent, heads in {(kind.latent, kind.num_heads) for kind in layers if kind.latent is not None}:
-        shapes |= {(heads, dim) for dim in (latent.nope_dim + latent.rope_dim, latent.rank, latent.value_dim)}
-    if not shapes:
-        return 1
-
-    def fills_panels(num: int, heads: int, dim: int) -> bool:
-        return all(((i + 1) * heads // num - i * heads // num) * dim % PANEL == 0 for i in range(num))
-
-    most = min(available, *[heads for heads, _ in shapes])
-    return next((num for num in range(most, 1, -1) if all(fills_panels(num, *shape) for shape in shapes)), 1)
 
 
 def _require_panels(num_rows: int) -> None:

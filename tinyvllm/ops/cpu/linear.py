@@ -285,6 +285,7 @@ class EmbedSpec:
     format: Format
     num_tokens: int  # T
     shard_rows: tuple[int, ...]  # rows of each shard; token ids are clamped to their sum
+    shards: tuple[int, int]  # those that the kernel reads: [first, end)
     table_cols: int  # K
     first_col: int
     num_cols: int
@@ -296,23 +297,27 @@ class EmbedSpec:
 
 @cached_kernel
 def embed_kernel(spec: EmbedSpec) -> KernelFn:
-    """fn(out (T, columns), inputs[, previous_output], *planes of each shard). A token id beyond the table reads its
-    last row."""
+    """fn(out (T, columns), inputs[, previous_output][, out of the shards before], *planes of each shard). A token id
+    beyond the table reads its last row."""
 
     def kernel(out: UOp, inputs: UOp, *rest: UOp) -> UOp:
         previous, planes = (rest[0], rest[1:]) if spec.is_fed else (None, rest)
         body, count = Body(), Planes.count(spec.format)
         token, col = body.loop(spec.num_tokens), body.loop(spec.num_cols)
         row = token_id(inputs[spec.token_offset + token].load(), previous, sum(spec.shard_rows))
-        value, start = None, 0
-        for i, rows in enumerate(spec.shard_rows):
+        first, end = spec.shards
+        value, start = None, sum(spec.shard_rows[:first])
+        if first:
+            value, planes = planes[0][token * spec.num_cols + col].load(), planes[1:]
+        for i, rows in enumerate(spec.shard_rows[first:end]):
             table = Planes(spec.format, planes[i * count : (i + 1) * count])
             inside = (row - start).maximum(0).minimum(rows - 1)
             here = table.value(inside, col + spec.first_col, spec.table_cols, spec.layout)
+            here = here if spec.scale == 1.0 else here * spec.scale
             value = here if value is None else (row < start).where(value, here)
             start += rows
         assert value is not None
-        store = out[token * spec.num_cols + col].store(value if spec.scale == 1.0 else value * spec.scale)
+        store = out[token * spec.num_cols + col].store(value)
         name = f"embed_{spec.format.name}_{spec.num_tokens}x{spec.num_cols}"
         nbytes = int(spec.num_tokens * spec.num_cols * (4 + spec.format.code_bits / 8))
         return finish(store.end(col).end(token), name, nbytes=nbytes)

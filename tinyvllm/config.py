@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -427,13 +427,14 @@ class EngineConfig:
     """How the engine runs a model. Names follow vLLM's flags."""
 
     model: str  # catalog name, directory, .gguf file or hub id
-    # of activations and unquantized matrices; auto: float32 on a CPU, bfloat16 for an unquantized bfloat16 model and
+    # of activations and unquantized matrices; auto: float32 on a CPU (rounded to 16 bits in products of quantized
+    # matrices, unless this says float32), bfloat16 for an unquantized bfloat16 model and
     # for one that overflows float16, else float16
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"  # auto: float16; on a GPU float32 if dtype is; on OpenCL as dtype
     dequantize: bool = False  # unpack quantized weights at load
     unfused: bool = False  # general kernels where there are fused ones, to see what fusing gains
-    cpu_cores: int | None = None  # for a CPU device; None: all cores of the process, but at most one per KV head
+    cpu_cores: int | None = None  # for a CPU device; None: those of `default_cores`, as far as the model can use them
     block_size: int = 16  # tokens per KV block
     num_gpu_blocks_override: int | None = None  # blocks in the pool; None: as many as fit in memory
     # share of the memory free at the start that weights and KV cache may take; None: 0.9, but 0.8 on METAL and 0.5 on a
@@ -742,6 +743,26 @@ def home_dir() -> Path:
         return Path.home()
     except RuntimeError:
         return Path(os.devnull) / "this-user-has-no-home-directory"
+
+
+def default_cores() -> int:
+    """`usable_cores`, without those that share their arithmetic units with another one (hyper-threading)."""
+    if not hasattr(os, "sched_getaffinity"):
+        return usable_cores()
+    return min(usable_cores(), count_physical(os.sched_getaffinity(0), Path("/sys/devices/system/cpu")))
+
+
+def count_physical(cores: Iterable[int], system: Path) -> int:
+    """The physical cores among logical ones. `system`: the kernel's folder of them; those without a file there count as
+    one each."""
+
+    def siblings(core: int) -> str:
+        try:
+            return (system / f"cpu{core}/topology/thread_siblings_list").read_text()
+        except OSError:
+            return str(core)
+
+    return len({siblings(core) for core in cores})
 
 
 def usable_cores() -> int:

@@ -79,7 +79,7 @@ class RunnerFlags:
         int | None,
         Option(
             metavar="NUMBER",
-            help="Cores that the CPU device uses. [default: all, but at most one per KV head]"
+            help="Cores that the CPU device uses. [default: all physical cores, up to 32]"
             f" [env var of the maximum: {CORES_VARIABLE}]",
         ),
     ] = _STANDARD.cpu_cores

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import dtypes
 
-from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles, usable_cores
+from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles, default_cores
 from tinyvllm.device.handle import FLOATS, open_device
 from tinyvllm.device.hardware import hardware_name, processor_name
 from tinyvllm.device.jit_replay import check_environment, choose_capture
@@ -77,7 +77,7 @@ def make_runner(
     """`load_runner` for known settings, with tensors from `source`."""
     report = progress or (lambda stage, done, total: None)
     model_config = complete_config(model_config)
-    device = open_device(count_cores(config.cpu_cores or usable_cores(), model_config.layers))
+    device = open_device(count_cores(config.cpu_cores or default_cores(), model_config.layers))
     capture = choose_capture(config.capture)
     if capture == "tinyjit":
         check_environment()

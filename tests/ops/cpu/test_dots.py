@@ -1,0 +1,191 @@
+"""Products of quantized matrices by integer dot products: x is rounded to 16 bits, and nothing else is lost."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tinygrad import Tensor, UOp, dtypes
+
+from tests.ops.builders import largest_difference, make_host, make_step, make_step_of, normal
+from tests.ops.formats.drawn import BY_NAME, affine
+from tinyvllm.arrays import CODE_BITS, Format, to_float32
+from tinyvllm.config import LayerKind, count_physical
+from tinyvllm.device.handle import DeviceHandle, has_dot_instructions, open_device
+from tinyvllm.ops.backend import Norm
+from tinyvllm.ops.cpu import backend as cpu_backend
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.cpu.cores import MOST_CORES, count_cores
+from tinyvllm.ops.cpu.dots import LARGEST, _statement, fix_rows_kernel
+from tinyvllm.ops.cpu.product import NormSpec
+from tinyvllm.ops.formats.dots import pack_dots
+from tinyvllm.ops.formats.matrix import Planes, has_dots, high_bits, low_bits, pack, reads_dots, unpack
+from tinyvllm.ops.kernel.body import Body, empty, finish, run_kernel
+from tinyvllm.ops.step_inputs import StepLayout
+
+COLS = 256
+ROUNDED = 4e-5  # of a product's largest value: what rounding x may change
+x86 = pytest.mark.skipif(not has_dot_instructions(), reason="the layout is for x86's instructions")
+AFFINE = ("affine3_g64", "affine4_g64", "affine8_g128")
+DRAWN = [name for name, fmt in BY_NAME.items() if has_dots(fmt)]
+USUAL = (*("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"), *(f"{name}-float16" for name in AFFINE))
+
+
+def multiply(backend: CpuBackend, host: Any, x: np.ndarray) -> np.ndarray:
+    """norm(x) @ host.T, with a norm of ones."""
+    norm = Norm(backend.device.upload(np.ones(x.shape[1], np.float32)), eps=1e-5)
+    (out,) = backend.linear("test", backend.device.upload(x), [backend.matrix(host)], len(x), norm)
+    parts = [np.asarray(part.numpy()).reshape(len(x), -1) for part in backend.parts_of(out)]
+    return np.concatenate(parts, axis=1)
+
+
+def normed(x: np.ndarray) -> np.ndarray:
+    wide = x.astype(np.float64)
+    return wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5)
+
+
+@pytest.mark.parametrize("name", [*USUAL, *[pytest.param(n, marks=pytest.mark.slow) for n in DRAWN]])
+def test_words_hold_what_a_checkpoint_does(name: str) -> None:
+    """Read whole, and value by value, as embeddings are. All formats: pytest -m slow tests/ops/cpu/test_dots.py"""
+    host: Any = make_host(name, 40, COLS)
+    matrix = pack(host, "dot", None, "CPU")
+    np.testing.assert_allclose(unpack(matrix).numpy()[:40], to_float32(host), rtol=0, atol=2e-7)
+
+    def kernel(out: UOp, *planes: UOp) -> UOp:
+        body = Body()
+        row, col = body.loop(64), body.loop(COLS)
+        value = Planes(matrix.format, planes).value(row, col, COLS, "dot")
+        return finish(out[row * COLS + col].store(value).end(col, row), "read_values")
+
+    values = run_kernel(kernel, [empty(64 * COLS)], matrix.planes)[0].numpy().reshape(64, COLS)
+    np.testing.assert_allclose(values[:40], to_float32(host), rtol=0, atol=2e-7)
+
+
+@x86
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        *[(name, (1, 6, 17)[i % 3]) for i, name in enumerate(USUAL)],
+        *[pytest.param(name, tokens, marks=pytest.mark.slow) for name in DRAWN for tokens in (1, 17)],
+    ],
+)
+def test_a_product_is_that_of_x_in_16_bits(device: DeviceHandle, name: str, tokens: int) -> None:
+    host, x = make_host(name, 64, COLS), normal(tokens, COLS)
+    found = multiply(CpuBackend(device, None, rounds=True), host, x)
+    assert largest_difference(found, normed(x) @ to_float32(host).astype(float).T) < ROUNDED
+
+
+@x86
+def test_a_row_does_not_depend_on_its_neighbors_or_on_the_cores() -> None:
+    host, x = make_host("Q4_K", 96, COLS), normal(20, COLS)
+    layers = [LayerKind(4, 2, 32)]
+    one = CpuBackend(open_device(1), None, layers, rounds=True)
+    three = CpuBackend(open_device(3), None, layers, rounds=True)
+    together = multiply(one, host, x)
+    np.testing.assert_array_equal(multiply(three, host, x), together)
+    alone = np.concatenate([multiply(one, host, x[i : i + 1]) for i in (0, 19)])
+    np.testing.assert_allclose(together[[0, 19]], alone, rtol=0, atol=1e-6)  # the norms' sums
+
+
+@pytest.mark.parametrize("normed_first", [False, True])
+def test_rows_are_rounded_to_their_groups_unit(normed_first: bool) -> None:
+    x = normal(3, 128) * np.logspace(-20, 4, 128, dtype=np.float32)
+    x[2, :32], x[1, 40], x[1, 70] = 0.0, np.inf, np.nan
+    spec, group = NormSpec(3, 128, 1e-5, (32, 96)), 32
+    parts = [Tensor(np.ascontiguousarray(part).reshape(-1)).realize() for part in np.split(x, [32], axis=1)]
+    parts += [Tensor(np.ones(128, np.float32)).realize()] if normed_first else []
+    outs = run_kernel(
+        fix_rows_kernel(spec, group, normed_first), [empty(3 * 128, dtypes.short), empty(3 * 4 * 2)], parts
+    )
+    integers, factors = outs[0].numpy().reshape(3, 4, 32).astype(float), outs[1].numpy().reshape(3, 4, 2)
+    with np.errstate(invalid="ignore"):
+        expected = (normed(x) if normed_first else x.astype(float)).reshape(3, 4, 32)
+    units = factors[..., :1].astype(float)
+    for row in (0, 2):
+        peak = np.abs(expected[row]).max(-1, keepdims=True)
+        assert (np.abs(integers[row] * units[row] - expected[row]) <= peak * (0.51 / LARGEST) + 1e-34).all()
+        np.testing.assert_allclose(factors[row, :, 1], (integers[row] * units[row]).sum(-1), rtol=1e-6)
+    lost = slice(None) if normed_first else [1, 2]
+    assert not np.isfinite(factors[1, lost, 0]).any(), "a product with infinity or NaN must not look like a number"
+
+
+TARGETS = ["x86-64", "haswell", "skylake-avx512", "icelake-server", "alderlake"]
+
+
+@x86
+@pytest.mark.parametrize("bits", [bits for bits in CODE_BITS if has_dots(affine(bits, 64))])
+def test_every_processors_statement_gives_the_same_sums(tmp_path: Path, bits: int) -> None:
+    """Compiled for each; those that this computer can run."""
+    fmt, rng = replace(affine(bits, 64), offset=0), np.random.default_rng(bits)
+    codes = rng.integers(0, 1 << bits, (32, 64)).astype(np.uint8)
+    x = rng.integers(-LARGEST, LARGEST + 1, (3, 64)).astype(np.int16)
+    x[0] = LARGEST  # the largest sums
+    signed = codes.view(np.int8) if bits == 8 else codes
+    expected = x.astype(np.int64) @ signed.T.astype(np.int64)
+    planes = [pack_dots(codes, low_bits(fmt))]
+    planes += [pack_dots(codes >> low_bits(fmt), high_bits(fmt))] if high_bits(fmt) else []
+    planes = [np.ascontiguousarray(plane.T) for plane in planes]  # (runs, 32)
+    names = ["a", "b", "c", "d", "e", "f"][: 4 + len(planes)]
+    text = _statement(fmt, 3, prefetches=True).format(*names)
+    parameters = "int* a, unsigned* b, short* c, short* d, short* e, unsigned* f"
+    source = tmp_path / "statement.c"
+    source.write_text(f"void run({parameters}) {{ {text} }}\n")
+    flags = Path("/proc/cpuinfo").read_text().split()
+    needs = {"haswell": "avx2", "skylake-avx512": "avx512bw", "icelake-server": "avx512_vnni", "alderlake": "avx_vnni"}
+    for target in TARGETS:
+        library = tmp_path / f"{target}.so"
+        command = ["clang", "-shared", "-fPIC", "-O2", f"-march={target}", str(source), "-o", str(library)]
+        subprocess.run(command, check=True)
+        if target in needs and needs[target] not in flags:
+            continue
+        sums = np.zeros((3, 32), np.int32)
+        arrays = [sums, planes[0], x[0], x[1], x[2], planes[-1]]
+        ctypes.CDLL(str(library)).run(*[array.ctypes.data_as(ctypes.c_void_p) for array in arrays])
+        np.testing.assert_array_equal(sums, expected, err_msg=target)
+
+
+def test_a_table_of_many_shards_is_read_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel takes so many buffers and no more."""
+    monkeypatch.setattr(cpu_backend, "MOST_PLANES", 4)
+    backend = CpuBackend(open_device(3), None, [LayerKind(4, 2, 32)], rounds=True)
+    host, layout, ids = make_host("Q4_1", 96, COLS), StepLayout(4, 1, 1, 8), [95, 31, 32, 64]
+    buffer = make_step(layout, [])
+    layout.views(buffer)["token_ids"][:] = ids
+    out = backend.embed(backend.matrix(host), make_step_of(backend, layout, buffer), 2.0)
+    found = np.concatenate([part.numpy().reshape(4, -1) for part in backend.parts_of(out)], axis=1)
+    np.testing.assert_allclose(found, 2 * to_float32(host)[ids], rtol=0, atol=1e-6)
+
+
+def test_which_matrices_have_words() -> None:
+    assert all(reads_dots(make_host(name, 32, COLS)) for name in (*USUAL, "Q5_0", "Q5_1"))
+    assert not any(has_dots(fmt) for fmt in (BY_NAME["nf4-float32"], BY_NAME["FP8-float32"], Format("float16", 16)))
+
+
+# -- cores -----------------------------------------------------------------------------------------------------------
+
+
+def test_cores_beyond_the_kv_heads_are_used_where_heads_fill_panels() -> None:
+    def cores(available: int, *layers: LayerKind) -> int:
+        return count_cores(available, layers)
+
+    assert cores(16, LayerKind(32, 8, 64)) == 16
+    assert cores(16, LayerKind(9, 3, 64)) == 16
+    assert cores(64, LayerKind(32, 8, 128)) == MOST_CORES
+    assert cores(16, LayerKind(32, 8, 80)) == 4, "two KV heads of 80 fill panels"
+    assert cores(16, replace(LayerKind(32, 8, 64), head_norm_eps=1e-6, head_norm_is_whole=True)) == 8
+    assert cores(16) == 1
+
+
+def test_siblings_of_a_core_count_once(tmp_path: Path) -> None:
+    for core in range(4):
+        folder = tmp_path / f"cpu{core}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{core % 2},{core % 2 + 2}\n")
+    assert count_physical([0, 1, 2, 3], tmp_path) == 2
+    assert count_physical([0, 3], tmp_path) == 2
+    assert count_physical([0, 2, 7], tmp_path) == 2, "of core 7 the system says nothing"

@@ -153,7 +153,7 @@ class _Queue:
 
     def __init__(self, core: str, table: np.ndarray) -> None:
         self._table = table
-        self._entry = np.array([_run_table(core).addr, table.ctypes.data, len(table)], np.uint64)
+        self._entry = np.array([_run_table().addr, table.ctypes.data, len(table)], np.uint64)
         worker = Device[core].worker(QUEUE)
         self._ring, self._put, self._done = (_words(buffer) for buffer in (worker.ring, worker.put, worker.done))
         self._post = functools.partial(ctypes.CDLL(None).sem_post, ctypes.c_void_p(worker.sem._buf.va_addr))
@@ -189,7 +189,7 @@ def _tables(
     for number, (call, core) in enumerate(zip(step.calls, owner, strict=True)):
         for other in waits[number]:
             rows[core].append(
-                _synchronize(_wait_until(cores[core]), progress[owner[other]], _yield_address().ctypes.data, other + 1)
+                _synchronize(_wait_until(), progress[owner[other]], _yield_address().ctypes.data, other + 1)
             )
         commands = [_commands(cores[core], call)]
         if stamps is not None:
@@ -240,8 +240,8 @@ def _yield_address() -> np.ndarray:
 
 
 @functools.cache
-def _wait_until(core: str) -> CPUProgram:
-    """fn(counter, yield_address, value): return when the counter has reached `value`.
+def _wait_until() -> CPUProgram:
+    """fn(counter, yield_address, value): return when the counter has reached `value`. One program for all cores.
 
     It yields after each look: on a busy machine a spinning wait would keep the processor from the core it waits for."""
     counter, yield_address = UOp.param(0, dtypes.uint32, (1,), volatile=True), UOp.param(1, dtypes.uint64, (1,))
@@ -249,7 +249,7 @@ def _wait_until(core: str) -> CPUProgram:
     look = UOp.loop(0)
     yielded = yield_address.after(look)[0].load().call(ret_dtype=dtypes.int)
     now = counter.after(look, yielded)[0].load()
-    return _compile(core, now.end(look, now < value.cast(dtypes.uint32)), "wait_until")
+    return _compile(now.end(look, now < value.cast(dtypes.uint32)), "wait_until")
 
 
 def _words(buffer: Buffer) -> np.ndarray:
@@ -271,17 +271,18 @@ def _commands(device: str, call: Call) -> np.ndarray:
 
 
 @functools.cache
-def _run_table(device: str) -> CPUProgram:
-    """fn(table, count): call the programs of a table's rows. Each is passed the whole row and reads its own part."""
+def _run_table() -> CPUProgram:
+    """fn(table, count): call the programs of a table's rows. Each is passed the whole row and reads its own part. One
+    program for all cores."""
     table = UOp.param(0, dtypes.uint64, (MAX_COMMANDS * CMD_SIZE,))
     count = UOp.param(1, dtypes.int, (), vmin_vmax=(0, MAX_COMMANDS), name="count", addrspace=AddrSpace.ALU)
     row = UOp.range(count, 0, dtype=dtypes.int)
     words = [table.index(row * CMD_SIZE + i).load() for i in range(CMD_SIZE)]
-    return _compile(device, words[0].call(*words[1:], ret_dtype=dtypes.void).end(row), "run_table")
+    return _compile(words[0].call(*words[1:], ret_dtype=dtypes.void).end(row), "run_table")
 
 
-def _compile(device: str, body: UOp, name: str) -> CPUProgram:
-    opened = Device[device]
+def _compile(body: UOp, name: str) -> CPUProgram:
+    opened = Device["CPU"]
     sink = body.sink(arg=KernelInfo(name), tag=1)
     program = do_to_program(sink, ClangRenderer(replace(opened.renderer.target, renderer="CLANG")))
     return CPUProgram(opened, program.to_elf())

@@ -12,7 +12,7 @@ from tinygrad import Tensor, UOp
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.arrays import take_rows as take_host_rows
 from tinyvllm.config import ConvKind, LayerKind, StateKind
-from tinyvllm.device.handle import FLOATS, DeviceHandle, has_dot_instructions, has_many_registers
+from tinyvllm.device.handle import FLOATS, DeviceHandle, has_dot_instructions, has_many_registers, upload
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import (
@@ -87,6 +87,7 @@ class CpuBackend(DeviceSampling):
         self.coverage = Coverage()
         self.has_dots = rounds and has_dot_instructions()
         self.tile_rows = 4 if has_many_registers() else 2
+        self._first_columns: dict[tuple[int, str], Tensor] = {}
         self.cores = device.cores[: count_cores(len(device.cores), layers)] or (device.name,)
 
     # -- weights ------------------------------------------------------------------------------------------------------
@@ -228,16 +229,22 @@ class CpuBackend(DeviceSampling):
                 shard_rows=tuple(shard.used_rows for shard in table.shards),
                 shards=(0, len(table.shards)),
                 table_cols=table.num_cols,
-                first_col=a * PANEL,
                 num_cols=cols,
                 token_offset=step.layout.offset("token_ids"),
                 is_fed=previous is not None,
                 scale=scale,
                 layout=table.layout,
             )
-            outs.append(self._embed(spec, core, sources, table))
+            outs.append(self._embed(spec, core, [self._first_column(a * PANEL, core), *sources], table))
             widths.append(cols)
         return sharded(outs, widths)
+
+    def _first_column(self, col: int, core: str) -> Tensor:
+        """A column's number on a core."""
+        key = (col, core)
+        if key not in self._first_columns:
+            self._first_columns[key] = upload(np.array([col], np.int32), core)
+        return self._first_columns[key]
 
     def _embed(self, spec: EmbedSpec, core: str, sources: list[Tensor], table: Matrix) -> Tensor:
         """One core's columns, by as many kernels as the table's shards have too many planes for one."""
@@ -318,7 +325,7 @@ class CpuBackend(DeviceSampling):
                 num_heads=(b - a) * group,
                 num_kv_heads=b - a,
                 qkv_cols=tuple(cols),
-                shard=None if len(teams) == 1 else (a, kind.num_heads, kind.num_kv_heads),
+                shard=(a, kind.num_heads, kind.num_kv_heads) if kind.has_bias or kind.has_sinks else None,
                 fused_write=step.is_decode and kind.kv_layer is None and len(cores) == 1,
                 kv_dtype=pool.dtype,
             )

@@ -31,7 +31,7 @@ from tinyvllm.ops.cpu.product import (
     take_shards,
 )
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes
-from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, exp2, fill, finish
+from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, clamp, exp2, fill, finish
 from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.sampling.token_ids import token_id
 
@@ -280,14 +280,14 @@ def finish_kernel(spec: FinishSpec) -> KernelFn:
 
 @dataclass(frozen=True)
 class EmbedSpec:
-    """Columns [first_col, first_col + num_cols) of rows of an embedding table that is sharded by rows."""
+    """`num_cols` columns of rows of an embedding table that is sharded by rows. Where they begin is data, so that all
+    cores share a kernel."""
 
     format: Format
     num_tokens: int  # T
     shard_rows: tuple[int, ...]  # rows of each shard; token ids are clamped to their sum
     shards: tuple[int, int]  # those that the kernel reads: [first, end)
     table_cols: int  # K
-    first_col: int
     num_cols: int
     token_offset: int  # of the token ids in the step's inputs
     is_fed: bool = False  # the previous step's output is an operand, and a token id below 0 names one of its rows
@@ -297,14 +297,15 @@ class EmbedSpec:
 
 @cached_kernel
 def embed_kernel(spec: EmbedSpec) -> KernelFn:
-    """fn(out (T, columns), inputs[, previous_output][, out of the shards before], *planes of each shard). A token id
-    beyond the table reads its last row."""
+    """fn(out (T, columns), first column (1,) int32, inputs[, previous_output][, out of the shards before], *planes of
+    each shard). A token id beyond the table reads its last row."""
 
-    def kernel(out: UOp, inputs: UOp, *rest: UOp) -> UOp:
+    def kernel(out: UOp, start: UOp, inputs: UOp, *rest: UOp) -> UOp:
         previous, planes = (rest[0], rest[1:]) if spec.is_fed else (None, rest)
         body, count = Body(), Planes.count(spec.format)
         token, col = body.loop(spec.num_tokens), body.loop(spec.num_cols)
         row = token_id(inputs[spec.token_offset + token].load(), previous, sum(spec.shard_rows))
+        first_col = clamp(start[0].load(), 0, spec.table_cols - spec.num_cols)
         first, end = spec.shards
         value, start = None, sum(spec.shard_rows[:first])
         if first:
@@ -312,7 +313,7 @@ def embed_kernel(spec: EmbedSpec) -> KernelFn:
         for i, rows in enumerate(spec.shard_rows[first:end]):
             table = Planes(spec.format, planes[i * count : (i + 1) * count])
             inside = (row - start).maximum(0).minimum(rows - 1)
-            here = table.value(inside, col + spec.first_col, spec.table_cols, spec.layout)
+            here = table.value(inside, col + first_col, spec.table_cols, spec.layout)
             here = here if spec.scale == 1.0 else here * spec.scale
             value = here if value is None else (row < start).where(value, here)
             start += rows

@@ -87,13 +87,16 @@ class CpuBackend(DeviceSampling):
         self.coverage = Coverage()
         self.has_dots = rounds and has_dot_instructions()
         self.tile_rows = 4 if has_many_registers() else 2
-        self._first_columns: dict[tuple[int, str], Tensor] = {}
+        self._first_columns: dict[tuple[int, str], Tensor] = {}  # by the first panel and the core
         self.cores = device.cores[: count_cores(len(device.cores), layers)] or (device.name,)
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def matrix(self, host: HostMatrix) -> Matrix:
         """Sharded by panels of rows."""
+        for (a, _), core in self._bounds(host.shape[1] // PANEL):  # now, because tracing may be in another process
+            if (a, core) not in self._first_columns:
+                self._first_columns[a, core] = upload(np.array([a * PANEL], np.int32), core)
         return join_shards(self._pack_panels(host, self.cores))
 
     def _pack_panels(self, host: HostMatrix, cores: tuple[str, ...], *, by_head: bool = False) -> list[Matrix]:
@@ -235,16 +238,9 @@ class CpuBackend(DeviceSampling):
                 scale=scale,
                 layout=table.layout,
             )
-            outs.append(self._embed(spec, core, [self._first_column(a * PANEL, core), *sources], table))
+            outs.append(self._embed(spec, core, [self._first_columns[a, core], *sources], table))
             widths.append(cols)
         return sharded(outs, widths)
-
-    def _first_column(self, col: int, core: str) -> Tensor:
-        """A column's number on a core."""
-        key = (col, core)
-        if key not in self._first_columns:
-            self._first_columns[key] = upload(np.array([col], np.int32), core)
-        return self._first_columns[key]
 
     def _embed(self, spec: EmbedSpec, core: str, sources: list[Tensor], table: Matrix) -> Tensor:
         """One core's columns, by as many kernels as the table's shards have too many planes for one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 from tinygrad import Tensor, dtypes
 
@@ -42,15 +41,23 @@ class Inputs:
         self._x, self._norm, self._shape, self._cores = x, norm, shape, cores
         self._has_few = shape[0] <= STAGED_ROWS
         self._norms_first = norms_first or not self._has_few
-        self._rounded, self._normed = cache(self._round), cache(self._norm_rows)  # one for each group and core
+        # by core, and by group and core. (No cached methods: they would refer to this object, which refers to them, and
+        # until such a cycle is collected, the memory of x is given to nothing else.)
+        self._normed: dict[int, tuple[Tensor, ...]] = {}
+        self._rounded: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def of(self, matrix: Matrix, core: int) -> ProductInput:
         """Of a core's product with a matrix."""
         cols = self._shape[1]
         if matrix.layout == "dot" and not self._has_few:
-            return ProductInput(self._rounded(matrix.format.group, core), (cols,))
+            key = (matrix.format.group, core)
+            if key not in self._rounded:
+                self._rounded[key] = self._round(*key)
+            return ProductInput(self._rounded[key], (cols,))
         if self._norm is not None and self._norms_first:
-            return ProductInput(self._normed(core), (cols,))
+            if core not in self._normed:
+                self._normed[core] = self._norm_rows(core)
+            return ProductInput(self._normed[core], (cols,))
         return ProductInput(tensors_of(self._x), widths_of(self._x, cols), self._norm)
 
     def _spec(self) -> NormSpec:

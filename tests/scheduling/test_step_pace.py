@@ -17,7 +17,7 @@ from tinyvllm.errors import TinyvllmError
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.scheduler import Scheduler
-from tinyvllm.scheduling.step_pace import LEAST_CHUNK, MOST_AGE, MOST_SAMPLES, StepPace
+from tinyvllm.scheduling.step_pace import FIRST_SIZE, LEAST_CHUNK, MOST_AGE, MOST_SAMPLES, StepPace
 
 Device = Callable[[int], float]  # seconds of a step of so many rows
 
@@ -64,9 +64,8 @@ def test_prompts_of_4096_stretch_a_step_by_the_factor_at_most(device: str, num_d
         if not plan.is_decode and turn > 10:
             mixed.append((took_s, plan.num_tokens))
     plain_s = seconds(1 << (num_decoding - 1).bit_length())
-    over = [
-        took_s / plain_s for took_s, tokens in mixed if tokens > num_decoding + LEAST_CHUNK and took_s > 3.1 * plain_s
-    ]
+    smallest = max(16, 1 << (num_decoding + LEAST_CHUNK - 1).bit_length())
+    over = [took_s / plain_s for took_s, tokens in mixed if tokens > smallest and took_s > 3.1 * plain_s]
     assert len(over) <= 0.02 * 260, "sizes that turned out to take longer are tried once"
     fastest = max(tokens for _, tokens in mixed)
     fitting = [rows for rows in (16 << i for i in range(10)) if rows >= num_decoding + LEAST_CHUNK]
@@ -108,11 +107,14 @@ def test_a_prompt_advances_however_slow_its_steps_are() -> None:
     pace = StepPace(1.5)
     pace.note(4, True, 1.0)
     pace.note(32, False, 50.0)
-    assert pace.limit(4, 4096) == 4 + LEAST_CHUNK
+    assert pace.limit(4, 4096) == 4 + LEAST_CHUNK, "smaller steps may be faster"
+    pace.note(16, False, 25.0)
+    assert pace.limit(4, 4096) == 16, "no step is smaller than 16 rows"
 
 
 def test_nothing_known_is_a_chunk_of_moderate_size() -> None:
-    assert StepPace(3.0).limit(4, 8192) == 132
+    assert StepPace(3.0).limit(4, 8192) == FIRST_SIZE
+    assert StepPace(3.0).limit(60, 8192) == 60 + LEAST_CHUNK
     assert StepPace(3.0).limit(4, 16) == 16
 
 

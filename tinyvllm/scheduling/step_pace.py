@@ -13,8 +13,8 @@ from statistics import median
 
 MOST_SAMPLES = 5  # of a size, the latest: their median ignores a step that something else delayed
 MOST_AGE = 1000  # steps after which a size that was not run again is unknown: slow steps may have had another cause
-FIRST_CHUNK = 128  # tokens of prompts in a step, while nothing is known about longer ones
-LEAST_CHUNK = 16  # a prompt advances by this much however long it takes
+FIRST_SIZE = 64  # tokens of a step while nothing is known about any size
+LEAST_CHUNK = 8  # tokens by which a prompt advances however long they take
 
 
 @dataclass
@@ -48,9 +48,10 @@ class StepPace:
         if not num_decoding or least >= budget:
             return budget
         plain_s = self._plain_s(num_decoding)
-        if plain_s is None:
-            return min(budget, num_decoding + FIRST_CHUNK)
-        return min(budget, max(least, self._largest(num_decoding, plain_s)))
+        known = self._known(least)
+        if plain_s is None or not known:
+            return min(budget, max(least, FIRST_SIZE))
+        return min(budget, max(least, self._largest(known, num_decoding, plain_s)))
 
     def _plain_s(self, num_decoding: int) -> float | None:
         """The time of a plain step of so many sequences. None: no plain step was measured yet."""
@@ -58,15 +59,18 @@ class StepPace:
         rows = min(holding) if holding else max(self._plain, default=None)
         return None if rows is None else median(self._plain[rows].latest)
 
-    def _largest(self, num_decoding: int, plain_s: float) -> int:
-        """The largest size whose time is within the limit. Of the sizes that were not measured yet, only twice the
-        largest such one is considered, by assuming that a token more costs what it cost up to there."""
-        known = {num_decoding: plain_s, **self._known(num_decoding + LEAST_CHUNK)}
+    def _largest(self, known: dict[int, float], num_decoding: int, plain_s: float) -> int:
+        """The largest size whose time is within the limit, or 0. If none of the known ones is, but the smallest is
+        known, that one: it costs no more than a part of it.
+
+        Of the sizes that are not known, only twice the largest such one is considered, by assuming that a token more
+        costs what it cost up to there."""
+        known = {num_decoding: plain_s, **known}
         allowed_s = self.stretch * plain_s
         sizes = sorted(known)
         rows = max(size for size in sizes if known[size] <= allowed_s)
         if rows == num_decoding:
-            return num_decoding + (FIRST_CHUNK if len(sizes) == 1 else 0)
+            return sizes[1] if sizes[1] < 2 * (num_decoding + LEAST_CHUNK) else 0
         if 2 * rows in known:
             return rows
         before = sizes[sizes.index(rows) - 1]

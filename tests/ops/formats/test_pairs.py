@@ -17,7 +17,7 @@ from tests.ops.formats.drawn import FORMATS, NF4, affine, any_format, draw_matri
 from tinyvllm.arrays import Format, QuantizedMatrix, to_float32
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 from tinyvllm.ops.formats.matrix import PANEL, Matrix, Planes, pack
-from tinyvllm.ops.formats.pairs import CODE_ORDER, pair_form, read_halves, read_pairs
+from tinyvllm.ops.formats.pairs import CODE_ORDER, pair_form, pair_forms, read_halves, read_pairs, read_quarter
 from tinyvllm.ops.formats.runs import covers
 from tinyvllm.ops.kernel.body import Body, KernelFn, empty, finish, run_kernel
 from tinyvllm.ops.kernel.lanes import Mma
@@ -51,6 +51,31 @@ def pairs_kernel(fmt: Format, mma: Mma, name: str) -> KernelFn:
     return kernel
 
 
+def placed_kernel(fmt: Format, mma: Mma, name: str) -> KernelFn:
+    """fn(words, *planes): every run's `read_pairs` in place."""
+
+    def kernel(out: UOp, *planes: UOp) -> UOp:
+        body = Body()
+        run = body.loop(RUNS)
+        words = read_pairs(Planes(fmt, planes), UOp.const(0, run.dtype), run, 0, mma, in_place=True)
+        return finish(UOp.group(*[out[run * 16 + i].store(word) for i, word in enumerate(words)]).end(run), name)
+
+    return kernel
+
+
+def quarters_kernel(fmt: Format, mma: Mma, name: str) -> KernelFn:
+    """fn(words, *planes): the same, by quarters."""
+
+    def kernel(out: UOp, *planes: UOp) -> UOp:
+        body = Body()
+        quarter = body.loop(RUNS * 4)
+        words = read_quarter(Planes(fmt, planes), quarter // 4, quarter % 4, mma, in_place=True)
+        stores = [out[quarter * 4 + i].store(word) for i, word in enumerate(words)]
+        return finish(UOp.group(*stores).end(quarter), name)
+
+    return kernel
+
+
 def halves_kernel(fmt: Format, mma: Mma, name: str) -> KernelFn:
     """fn(words, or halves on METAL, *planes): every run's `read_halves`."""
 
@@ -65,11 +90,12 @@ def halves_kernel(fmt: Format, mma: Mma, name: str) -> KernelFn:
     return kernel
 
 
-def assert_pairs(words: np.ndarray, host: QuantizedMatrix, mma: Mma) -> None:
+def assert_pairs(words: np.ndarray, host: QuantizedMatrix, mma: Mma, *, in_place: bool = False) -> None:
     """Codes are exact; values of a codebook that float16 does not hold are rounded."""
-    form = pair_form(host.format, mma)
+    forms = pair_forms(host.format, mma) if in_place else [pair_form(host.format, mma)] * 2
+    units, excesses = ([getattr(forms[i // 4 % 2], name) for i in range(PANEL)] for name in ("unit", "excess"))
     codes = np.empty((RUNS, PANEL), np.float32)
-    codes[:, PAIR_ORDER] = words.view(np.float16).astype(np.float32).reshape(RUNS, PANEL) * form.unit - form.excess
+    codes[:, PAIR_ORDER] = words.view(np.float16).astype(np.float32).reshape(RUNS, PANEL) * units - excesses
     expected = host.code_values
     if host.format == NF4:
         expected = expected.astype(np.float16).astype(np.float32)
@@ -101,10 +127,11 @@ def test_pairs_hold_the_codes_of_every_format(fmt: Format) -> None:
 def cuda_words(is_fast: bool) -> dict[tuple[Format, str], np.ndarray]:
     """What CUDA's readers give for the formats of the default run, or for the others, compiled together."""
     formats = [fmt for fmt in KNOWN if (fmt.name in FAST) == is_fast]
-    cases = [(fmt, which) for fmt in formats for which in ("pairs", "halves")]
+    makers = {"pairs": pairs_kernel, "halves": halves_kernel, "placed": placed_kernel, "quarters": quarters_kernel}
+    streamed = ("placed", "quarters")
+    cases = [(fmt, which) for fmt in formats for which in makers if fmt.grid is None or which not in streamed]
     matrices = [pack(draw_matrix(fmt, ROWS, COLS), "row", None, "CPU") for fmt, _ in cases]
     names = [f"{which}_{i}" for i, (_, which) in enumerate(cases)]
-    makers = {"pairs": pairs_kernel, "halves": halves_kernel}
     sources = [
         cuda_source.render(makers[which](fmt, CUDA, name), WORDS, matrix)
         for (fmt, which), name, matrix in zip(cases, names, matrices, strict=True)
@@ -118,6 +145,8 @@ def test_cuda_reads_the_same_by_its_own_instructions(fmt: Format) -> None:
     words = cuda_words(fmt.name in FAST)
     assert_pairs(words[fmt, "pairs"], host, CUDA)
     assert_halves(words[fmt, "halves"].view(np.float16), host)
+    for which in ("placed", "quarters") if fmt.grid is None else ():
+        assert_pairs(words[fmt, which], host, CUDA, in_place=True)
 
 
 @pytest.mark.slow

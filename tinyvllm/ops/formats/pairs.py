@@ -19,10 +19,11 @@ import numpy as np
 from tinygrad import UOp
 
 from tinyvllm.arrays import Format
-from tinyvllm.ops.formats.matrix import PANEL, Planes
+from tinyvllm.ops.formats.matrix import PANEL, Planes, code_lanes
 from tinyvllm.ops.formats.runs import (
     E2M1_PLACE,
     E4M3_PLACE,
+    FLIPPED,
     SIGNED,
     CodeForm,
     code_words,
@@ -36,11 +37,12 @@ from tinyvllm.ops.formats.runs import (
     require_covered,
     small_float_unit,
 )
-from tinyvllm.ops.kernel.body import F16
+from tinyvllm.ops.kernel.body import F16, U32
 from tinyvllm.ops.kernel.lanes import HALF_PAIR, Mma
 
 IN_HALF = 1024  # a code in a float16's mantissa makes it 1024 + code
 CODE_ORDER = (0, 2, 1, 3)  # of four neighboring codes in `read_pairs`: a word's halves hold every other one
+PLACED_PAIR = 0x54005400  # two float16 of 64, whose mantissa's bit 4 is worth 1
 BOTH = 0x00010001  # the lowest bit of both halves of a word
 MAX_FOLDED = 256.0  # units that a scale is multiplied by: with larger ones it might exceed float16
 FLOAT_PLACES = {8: E4M3_PLACE, 4: E2M1_PLACE}  # by a small float's bits
@@ -58,8 +60,24 @@ def pair_form(fmt: Format, mma: Mma) -> CodeForm:
     return CodeForm(unit, unit * (IN_HALF + SIGNED)) if unit else CodeForm(1.0, 0.0)
 
 
-def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, mma: Mma) -> list[UOp]:
-    """A run's codes as words of two halves (`pair_form`), so that one instruction does two.
+def pair_forms(fmt: Format, mma: Mma) -> tuple[CodeForm, CodeForm]:
+    """What the halves of words in place stand for: in the first half of a run, and in the second. 4-bit codes of the
+    second lie four bits higher, and stay there: in the mantissa of 64, which makes it 64 + code."""
+    form = pair_form(fmt, mma)
+    known = line(fmt)
+    if known is None or not _stays_in_place(fmt):
+        return form, form
+    step, first = known
+    return form, CodeForm(step, (IN_HALF >> 4) * step - first)
+
+
+def _stays_in_place(fmt: Format) -> bool:
+    """Whether codes of the second half of a run are read where they lie."""
+    return packed_bits(fmt) == (4, 0) and line(fmt) is not None and not small_float_unit(fmt)
+
+
+def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, mma: Mma, *, in_place: bool = False) -> list[UOp]:
+    """A run's codes as words of two halves (`pair_form`; `in_place`: `pair_forms`), so that one instruction does two.
 
     The words are in groups of four neighboring columns, each in `CODE_ORDER`: the first four of the run, the first four
     of its second half, the second four, and so on.
@@ -69,6 +87,9 @@ def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, mma: Mma) -> l
     fours = [i // 2 + i % 2 * 4 for i in range(PANEL // 4)]  # which four neighbors, in order
     tables = _byte_tables(fmt)
     if not tables:
+        if in_place and _stays_in_place(fmt):
+            words = code_words(planes, index)
+            return [_in_place(mma, words[four % 4], four // 4, odd) for four in fours for odd in range(2)]
         return [_spread_pair(planes, mma, index, four, odd) for four in fours for odd in range(2)]
     looked_up = [_look_up(planes, index, table, mma) for table in tables]
     if len(tables) == 1:
@@ -77,9 +98,65 @@ def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, mma: Mma) -> l
     low, high = looked_up
     pairs = []
     for four in fours:
-        pairs.append((low[four] & 0x00FF00FF) | ((high[four] << 8) & 0xFF00FF00))
-        pairs.append(((low[four] >> 8) & 0x00FF00FF) | (high[four] & 0xFF00FF00))
+        pairs += _joined(low[four], high[four])
     return pairs
+
+
+def _in_place(mma: Mma, word: UOp, half: int, odd: int) -> UOp:
+    """Two codes of 4 bits, of the first or the second half of a run, where they lie in a word."""
+    word = _down(word, 8 * odd)
+    return mma.to_halves(word, 0xF0 * BOTH, PLACED_PAIR) if half else mma.to_halves(word, 0xF * BOTH)
+
+
+def read_quarter(planes: Planes, run: UOp, quarter: UOp, mma: Mma, *, in_place: bool = False) -> list[UOp]:
+    """The four words of `read_pairs` from number 4 * `quarter` on: four neighboring columns of the first half of a run,
+    and four of the second."""
+    fmt, (width, high_width) = planes.fmt, packed_bits(planes.fmt)
+    count = code_lanes(fmt) // 4
+    if count == 8:
+        words = [planes.codes[run * 8 + quarter + i].load() for i in (0, 4)]
+        words = words if fmt.is_float8 else [word ^ FLIPPED for word in words]
+        parts = [(word, 0) for word in words]
+    else:
+        word = planes.codes[run * count + quarter % count].load()
+        if count < 4:
+            word = word >> (quarter // count * width).cast(U32)
+        parts = [(word, 0), (word, 4 // count * width)]
+    if tables := _byte_tables(fmt):
+        found = [mma.look_up(parts[0][0], table) for table in tables]
+        if len(tables) == 1:
+            return [mma.to_halves(_down(four, 8 * odd), 0xFF * BOTH) for four in found[0] for odd in range(2)]
+        return [pair for low, high in zip(*found, strict=True) for pair in _joined(low, high)]
+    if unit := small_float_unit(fmt):
+        pairs = [_small_floats(word, shift + odd * 8, width) for word, shift in parts for odd in range(2)]
+        return pairs if mma.takes_subnormals else [mma.scaled(pair, unit) for pair in pairs]
+    mask = ((1 << width) - 1) * BOTH
+    if in_place and _stays_in_place(fmt):
+        return [_in_place(mma, parts[0][0], half, odd) for half in range(2) for odd in range(2)]
+    if not high_width or planes.high is None:
+        return [mma.to_halves(_down(word, shift + odd * 8), mask) for word, shift in parts for odd in range(2)]
+    pairs = []
+    for half, (word, shift) in enumerate(parts):
+        # the bits of the half's 16 codes lie in a word of their own, or in half of one
+        at = planes.high[run * high_width + half * high_width // 2].load()
+        moved_by = quarter * (4 * high_width) + (16 if half and high_width == 1 else 0)
+        if high_width == 4:
+            at, moved_by = planes.high[run * 4 + half * 2 + quarter // 2].load(), quarter % 2 * 16
+        high = at >> moved_by.cast(U32)
+        for odd in range(2):
+            bits = [(odd + side) * high_width for side in (0, 2)]
+            pairs.append(
+                mma.to_halves(*_with_high(_down(word, shift + odd * 8), mask, [high], bits, width, high_width))
+            )
+    return pairs
+
+
+def _joined(low: UOp, high: UOp) -> list[UOp]:
+    """Four float16 values, from their low and their high bytes, as two words."""
+    return [
+        (low & 0x00FF00FF) | ((high << 8) & 0xFF00FF00),
+        ((low >> 8) & 0x00FF00FF) | (high & 0xFF00FF00),
+    ]
 
 
 def read_halves(planes: Planes, row: UOp, run: UOp, num_cols: int, mma: Mma) -> list[UOp]:

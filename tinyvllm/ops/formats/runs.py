@@ -205,6 +205,37 @@ def run_factors(planes: Planes, form: CodeForm, row: UOp, run: UOp, num_cols: in
 # -- codes -------------------------------------------------------------------------------------------------------------
 
 
+class PlaneReader:
+    """A plane that is not a buffer of its own; elsewhere than in a buffer."""
+
+    def at(self, index: UOp | int) -> UOp:
+        """One element."""
+        raise NotImplementedError
+
+    def words(self, index: UOp | int, count: int) -> list[UOp]:
+        """Neighboring words."""
+        raise NotImplementedError
+
+    def __getitem__(self, index: UOp | int) -> PlaneElement:
+        return PlaneElement(self, index)
+
+
+@dataclass(frozen=True)
+class PlaneElement:
+    plane: PlaneReader
+    index: UOp | int
+
+    def load(self) -> UOp:
+        return self.plane.at(self.index)
+
+
+def load_words(plane: UOp | PlaneReader, start: UOp, count: int) -> list[UOp]:
+    """Neighboring words of a plane."""
+    if isinstance(plane, PlaneReader):
+        return plane.words(start, count)
+    return [plane[start + i].load() for i in range(count)]
+
+
 def packed_bits(fmt: Format) -> tuple[int, int]:
     """The bits of a code in `code_words` and in `high_words`. What a grid's codes stand for are bytes."""
     return (low_bits(fmt), high_bits(fmt)) if fmt.grid is None else (8, 0)
@@ -216,14 +247,14 @@ def code_words(planes: Planes, run: UOp) -> list[UOp]:
     if fmt.grid is not None:
         return _grid_words(planes, fmt.grid, run)
     count = code_lanes(fmt) // 4
-    words = [planes.codes[run * count + i].load() for i in range(count)]
+    words = load_words(planes.codes, run * count, count)
     return [word ^ FLIPPED for word in words] if fmt.bits == 8 and not fmt.is_float8 else words
 
 
 def high_words(planes: Planes, run: UOp) -> list[UOp]:
     """The words of the high plane that a run's codes share."""
     _, width = packed_bits(planes.fmt)
-    return [] if planes.high is None or not width else [planes.high[run * width + i].load() for i in range(width)]
+    return [] if planes.high is None or not width else load_words(planes.high, run * width, width)
 
 
 def line(fmt: Format) -> tuple[float, float] | None:

@@ -35,6 +35,10 @@ from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows, round_row
 from tinyvllm.ops.gpu.latent_attention import store_latents_kernel
 from tinyvllm.ops.gpu.latent_fused import FusedLatentSpec, combine_latents_kernel, fused_latent_kernel
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
+from tinyvllm.ops.gpu.plane_ring import is_worth_streaming
+from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, streamed_vector_kernel
+from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS as STREAMED_TOKENS
+from tinyvllm.ops.gpu.quantized_stream_rows import StreamedMatrixSpec, streamed_matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector, quantized_vector_kernel
 from tinyvllm.ops.gpu.recurrent import recur_by_rows
 from tinyvllm.ops.gpu.recurrent_chunks import MIN_ROWS, recur_by_chunks
@@ -141,7 +145,13 @@ class Split(Pending):
 
 
 DENSE_NAMES = {dtypes.half: "float16", dtypes.bfloat16: "bfloat16"}  # formats, by the matrix unit's dtype
-ProductSpec = MatrixSpec | GemmSpec | StreamSpec
+ProductSpec = MatrixSpec | GemmSpec | StreamSpec | StreamedMatrixSpec
+
+
+def plane_sizes(matrix: Matrix) -> tuple[tuple[DType, float], ...]:
+    """The dtype of each plane, and its bytes for each value of the matrix."""
+    size = matrix.num_rows * matrix.num_cols
+    return tuple((plane.dtype, plane.nbytes() / size) for plane in matrix.planes)
 
 
 class FusedGpuBackend(GpuBackend):
@@ -510,7 +520,10 @@ class FusedGpuBackend(GpuBackend):
         rest = (None if norm is None else norm.weight, epilogue.bias, epilogue.residual)
         read = [*matrix.planes, *source, *[self.whole(tensor) for tensor in rest if tensor is not None]]
         spec = self._row_spec(matrix, fields, is_normed=is_normed)
-        fn = vector_kernel(spec) if isinstance(spec, VectorSpec) else quantized_vector_kernel(spec)
+        if isinstance(spec, StreamedVectorSpec):
+            fn = streamed_vector_kernel(spec)
+        else:
+            fn = vector_kernel(spec) if isinstance(spec, VectorSpec) else quantized_vector_kernel(spec)
         outs = [empty(spec.out_rows, dtype, self.device.name)]
         if normed_sum is None or not isinstance(x, Summed):
             return run_kernel(fn, outs, read)[0]
@@ -523,7 +536,11 @@ class FusedGpuBackend(GpuBackend):
         for float32 models; in bfloat16 models, x may exceed float16's range unless it is normed."""
         half = self._mma(dtypes.half)
         if matrix.format.is_quantized and half is not None and self.dtype != "float32":
-            packed = QuantizedVectorSpec(mma=half, rescales_input=self.dtype == "bfloat16" and not is_normed, **fields)
+            packing: dict[str, Any] = dict(mma=half, rescales_input=self.dtype == "bfloat16" and not is_normed)
+            streamed = StreamedVectorSpec(planes=plane_sizes(matrix), **packing, **fields)
+            if self._streams(matrix) and streamed.is_possible():
+                return choose(streamed)
+            packed = QuantizedVectorSpec(**packing, **fields)
             if fits_quantized_vector(packed):
                 return choose(packed)
         return choose(VectorSpec(**fields))
@@ -559,7 +576,7 @@ class FusedGpuBackend(GpuBackend):
         size = num_tokens * spec.num_rows
         if epilogue.residual is not None:
             epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
-            if not isinstance(spec, MatrixSpec) and spec.splits == 1 and not epilogue.uncovered():
+            if isinstance(spec, GemmSpec | StreamSpec) and spec.splits == 1 and not epilogue.uncovered():
                 return self._multiply(spec, self._empty(size), matrix, x, epilogue.residual)
         partials = self._multiply(spec, self._floats(spec.splits * size), matrix, x)
         if spec.splits == 1 and epilogue.is_plain:
@@ -574,6 +591,8 @@ class FusedGpuBackend(GpuBackend):
             return multiply_rows(spec, out, matrix.planes, x, residual)
         if isinstance(spec, MatrixSpec):
             return run_kernel(matrix_kernel(spec), [out], [*matrix.planes, x])[0]
+        if isinstance(spec, StreamedMatrixSpec):
+            return run_kernel(streamed_matrix_kernel(spec), [out], [*matrix.planes, x])[0]
         self.maps.reverse()
         rest = [] if residual is None else [residual]
         fn = stream_kernel(replace(spec, adds_residual=residual is not None))
@@ -617,7 +636,25 @@ class FusedGpuBackend(GpuBackend):
         if num_tokens >= MIN_TOKENS:
             shape = (num_tokens, matrix.num_rows, matrix.num_cols, activation, self.has_wgmma)
             return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
+        if num_tokens <= STREAMED_TOKENS and x_dtype == dtypes.half and self._streams(matrix):
+            streamed = StreamedMatrixSpec(
+                name=name,
+                lanes=self._lanes(num_tokens),
+                mma=mma,
+                format=matrix.format,
+                num_tokens=num_tokens,
+                num_rows=matrix.num_rows,
+                num_cols=matrix.num_cols,
+                activation=activation,
+                planes=plane_sizes(matrix),
+            )
+            if streamed.is_possible():
+                return choose(streamed)
         return choose(MatrixSpec(name, self._lanes(num_tokens), mma, matrix.format, *size, activation))
+
+    def _streams(self, matrix: Matrix) -> bool:
+        """Whether products of few rows stream the matrix through threadgroup memory, if they can."""
+        return self.has_wgmma and is_worth_streaming(matrix.format, matrix.num_rows, matrix.num_cols)
 
     def _as_partials(self, products: Sequence[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
         """(the number of partial products of each, the partial products), for kernels that add them up, and compute no

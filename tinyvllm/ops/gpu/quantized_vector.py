@@ -68,6 +68,11 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
         return groups_in_run(self.format)
 
     @property
+    def sums_of_run(self) -> int:
+        """How many sums of x over parts of a run are staged."""
+        return self.groups
+
+    @property
     def form(self) -> CodeForm:
         """What the matrix unit is given for a code."""
         return pair_form(self.format, self.mma)
@@ -130,6 +135,11 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     def tiles_at_once(self) -> int:
         """How many of a threadgroup's tiles load their codes together."""
         return min(self.tiles, 4 * 16 // self.mma.rows)
+
+    @property
+    def num_groups(self) -> int:
+        """Threadgroups, of each expert."""
+        return self.out_rows // (self.tiles_per_section * self.mma.rows)
 
     @property
     def tiles_per_section(self) -> int:
@@ -242,29 +252,21 @@ def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
         rounds = _rounds(spec, place.group)
         loads = _Loads(spec, planes, place.warp, place.lane)
         early = loads.chunks(0, rounds[0]) if spec.is_resident else []
-        source = _Source(spec, operands, place, [value for chunk in early for value in chunk.values])
-        loads = replace(loads, chosen=source.operands.chosen)
-        loaded = source.read(place.body, place.axes)
-        stores = []
-        if x_out is not None:
-            loaded = _finish_sum(spec, place, source, loaded)
-            stores = _store_sum(spec, place, source, loaded, x_out)
-        rms = None
-        if spec.rescales_input:
-            loaded, rms = _rescale(spec, place, source, loaded)
-        staged = _stage(spec, place, source, loaded)
+        row = stage_row(spec, place, operands, x_out, [value for chunk in early for value in chunk.values])
+        loads = replace(loads, chosen=row.operands.chosen)
         totals = [
             spec.lanes.sum(total, spec.mma.slot_masks)
             for i, bases in enumerate(rounds)
-            for total in _multiply_tiles(place, loads, staged, bases, [] if i else early)
+            for total in _multiply_tiles(place, loads, (row.x, row.sums), bases, [] if i else early)
         ]
-        return spec.finish(stores + _finish_rows(spec, place, totals, out, source.operands, rms), place.axes)
+        results = _finish_rows(spec, place, totals, out, row.operands, row.rms)
+        return spec.finish(row.stores + results, place.axes)
 
     return kernel
 
 
 @dataclass(frozen=True)
-class _Place:
+class RowPlace:
     """A thread's place. A threadgroup has its own rows, and its warps split the columns between them."""
 
     body: Body
@@ -282,11 +284,11 @@ class _Place:
         return self.warp * LANES + self.lane
 
 
-def _make_place(spec: QuantizedVectorSpec) -> _Place:
+def _make_place(spec: QuantizedVectorSpec) -> RowPlace:
     body = Body()
     slot = grid(body, spec.slots)
-    group, lane = body.grid(spec.out_rows // (spec.tiles_per_section * spec.mma.rows)), body.threads(LANES)
-    return _Place(body, slot, group, lane, warps(body, spec.warps))
+    group, lane = body.grid(spec.num_groups), body.threads(LANES)
+    return RowPlace(body, slot, group, lane, warps(body, spec.warps))
 
 
 def _rounds(spec: QuantizedVectorSpec, group: UOp) -> list[list[UOp]]:
@@ -298,7 +300,7 @@ def _rounds(spec: QuantizedVectorSpec, group: UOp) -> list[list[UOp]]:
 
 
 def _multiply_tiles(
-    place: _Place, loads: _Loads, staged: tuple[UOp, UOp], bases: list[UOp], early: list[_Chunk]
+    place: RowPlace, loads: _Loads, staged: tuple[UOp, UOp], bases: list[UOp], early: list[_Chunk]
 ) -> list[UOp]:
     """The lane's sums of the tiles that begin at rows `bases`: by tile and row of the lane. `staged`: as from `_stage`;
     `early`: the chunks of the first iteration, if they are loaded already."""
@@ -358,7 +360,7 @@ def _add_chunks(
         inputs = _inputs(spec, x, chunk.number, lane)
         start, totals = _starts(spec, sums, chunk.number, lane)
         for tile, (runs, factors) in enumerate(zip(chunk.codes, chunk.factors, strict=True)):
-            products = _multiply(body, spec, runs, inputs, start)
+            products = multiply_run(body, spec, runs, inputs, start)
             for element, pairs in enumerate(factors):
                 at = tile * LANE_ROWS + element // share
                 for g, (scale, minimum) in enumerate(pairs):
@@ -368,10 +370,37 @@ def _add_chunks(
     return new
 
 
+@dataclass(frozen=True)
+class StagedRow:
+    """A row in threadgroup memory: x and its sums, as from `_stage`. `operands`: once they are awaited; `stores`: of a
+    sum that the kernel computes; `rms`: what x was divided by, if it was."""
+
+    operands: RowOperands
+    x: UOp
+    sums: UOp
+    stores: list[UOp]
+    rms: UOp | None
+
+
+def stage_row(
+    spec: QuantizedVectorSpec, place: RowPlace, operands: RowOperands, x_out: UOp | None, ahead: Sequence[UOp]
+) -> StagedRow:
+    """Wait for the previous kernels, and bring x into threadgroup memory. `ahead`: what is loaded, and the statements
+    that are executed, meanwhile."""
+    source = _Source(spec, operands, place, ahead)
+    loaded, stores, rms = source.read(place.body, place.axes), [], None
+    if x_out is not None:
+        loaded = _finish_sum(spec, place, source, loaded)
+        stores = _store_sum(spec, place, source, loaded, x_out)
+    if spec.rescales_input:
+        loaded, rms = _rescale(spec, place, source, loaded)
+    return StagedRow(source.operands, *_stage(spec, place, source, loaded), stores, rms)
+
+
 class _Source:
     """The pieces of x that a thread stages; x is in a buffer, or in the splits of an attention."""
 
-    def __init__(self, spec: QuantizedVectorSpec, operands: RowOperands, place: _Place, ahead: Sequence[UOp]) -> None:
+    def __init__(self, spec: QuantizedVectorSpec, operands: RowOperands, place: RowPlace, ahead: Sequence[UOp]) -> None:
         """Waits for the previous kernels, and loads `ahead` meanwhile."""
         thread = place.thread
         threads, pieces = spec.warps * LANES, spec.num_cols // PIECE
@@ -398,7 +427,9 @@ class _Source:
         return [self._split.read(body, start, PIECE, axes) for start in starts]
 
 
-def _finish_sum(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]]) -> list[list[UOp]]:
+def _finish_sum(
+    spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]]
+) -> list[list[UOp]]:
     """The thread's pieces of the sum, from those of y."""
     assert spec.sum is not None and source.operands.sum_residual is not None
     factor = _rms_factor(spec, place, source, loaded, spec.sum.eps) * spec.sum.scale
@@ -412,11 +443,11 @@ def _finish_sum(spec: QuantizedVectorSpec, place: _Place, source: _Source, loade
 
 
 def _store_sum(
-    spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]], out: UOp
+    spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]], out: UOp
 ) -> list[UOp]:
     """Stores of the threadgroup's share of x."""
     stores = []
-    groups = spec.out_rows // (spec.tiles_per_section * spec.mma.rows)
+    groups = spec.num_groups
     for piece, ok, values in zip(source.pieces, source.inside, loaded, strict=True):
         is_own = (piece % groups).eq(place.group) if ok is None else (piece % groups).eq(place.group) & ok
         stores += [
@@ -426,7 +457,7 @@ def _store_sum(
 
 
 def _rescale(
-    spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]]
+    spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]]
 ) -> tuple[list[list[UOp]], UOp]:
     """(the thread's pieces of x divided by its RMS; the RMS)."""
     rms = _rms(spec, place, source, loaded, RESCALING_EPS)
@@ -434,12 +465,14 @@ def _rescale(
     return [[value * factor for value in values] for values in loaded], rms
 
 
-def _rms_factor(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]], eps: float) -> UOp:
+def _rms_factor(
+    spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]], eps: float
+) -> UOp:
     """What an RMSNorm multiplies a row by."""
     return _rms(spec, place, source, loaded, eps).reciprocal()
 
 
-def _rms(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]], eps: float) -> UOp:
+def _rms(spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]], eps: float) -> UOp:
     """sqrt(mean square + eps) of a row, from the thread's pieces of it, in every thread."""
     squares = [
         dot(v, v) if ok is None else ok.where(dot(v, v), 0.0) for v, ok in zip(loaded, source.inside, strict=True)
@@ -448,13 +481,13 @@ def _rms(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list
     return (mean + eps).sqrt()
 
 
-def _stage(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: list[list[UOp]]) -> tuple[UOp, UOp]:
+def _stage(spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]]) -> tuple[UOp, UOp]:
     """(x, normed if there is a norm, as float16 in threadgroup memory: run by run in the order of the codes, and then a
     run of zeros; the float32 sum of each group of the stored values)."""
     body, thread = place.body, place.thread
     staged_run = spec.staged_run
     staged = body.shared((spec.num_runs + 1) * staged_run, U32)
-    sums = body.shared(spec.num_runs * spec.groups)
+    sums = body.shared(spec.num_runs * spec.sums_of_run)
     at, inside = source.pieces, source.inside
     if spec.norm_eps is not None:
         scale = _rms_factor(spec, place, source, loaded, spec.norm_eps)
@@ -473,8 +506,8 @@ def _stage(spec: QuantizedVectorSpec, place: _Place, source: _Source, loaded: li
                 word = _word(*[halves[i + CODE_ORDER[2 * j + side]] for side in range(2)])
                 target = start + i + j
                 stores.append(staged[target if ok is None else target.valid(ok)].store(word))
-        total = spec.lanes.sum(balanced(half.cast(F32) for half in halves), (1, 2) if spec.groups == 1 else (1,))
-        per_sum = PANEL // spec.groups // PIECE
+        total = spec.lanes.sum(balanced(half.cast(F32) for half in halves), (1, 2) if spec.sums_of_run == 1 else (1,))
+        per_sum = PANEL // spec.sums_of_run // PIECE
         is_first = (piece % per_sum).eq(0) if ok is None else (piece % per_sum).eq(0) & ok
         stores.append(sums[(piece // per_sum).valid(is_first)].store(total))
     done = UOp.group(*stores)
@@ -518,7 +551,7 @@ def _starts(spec: QuantizedVectorSpec, sums: UOp, chunk: UOp, lane: UOp) -> tupl
     return [[total[g] * -spec.form.start for total in totals] for g in range(spec.groups)], totals
 
 
-def _multiply(
+def multiply_run(
     body: Body, spec: QuantizedVectorSpec, runs: list[list[UOp]], inputs: list[list[UOp]], starts: list[list[UOp]]
 ) -> list[list[UOp]]:
     """A tile's sums by group. Pairs of words belong to the first and the second half of the run in turn."""
@@ -559,7 +592,7 @@ def _factors(
 
 
 def _finish_rows(
-    spec: QuantizedVectorSpec, place: _Place, totals: list[UOp], out: UOp, operands: RowOperands, rms: UOp | None
+    spec: QuantizedVectorSpec, place: RowPlace, totals: list[UOp], out: UOp, operands: RowOperands, rms: UOp | None
 ) -> list[UOp]:
     """Add the warps' sums through threadgroup memory; then one thread for each row computes the epilogue. `rms`: what x
     was divided by, if it was."""

@@ -166,11 +166,11 @@ class Mma:
         these adds them."""
         return (1,) if self.kind == "CUDA" else (2, 4, 16)
 
-    def to_halves(self, word: UOp, mask: int) -> UOp:
-        """A word of two float16: 1024 + each of the two small integers of `word & mask`."""
+    def to_halves(self, word: UOp, mask: int, pair: int = HALF_PAIR) -> UOp:
+        """A word of two float16: 1024 (or those of another pair) + each of the two small integers of `word & mask`."""
         if self.kind == "CUDA":
-            return UOp(Ops.CUSTOM, dtypes.uint, src=(word,), arg=AND_OR.format(mask, HALF_PAIR))
-        return (word & mask) | HALF_PAIR
+            return UOp(Ops.CUSTOM, dtypes.uint, src=(word,), arg=AND_OR.format(mask, pair))
+        return (word & mask) | pair
 
     @property
     def takes_subnormals(self) -> bool:
@@ -315,13 +315,15 @@ def await_previous(lanes: Lanes, *buffers: UOp, ahead: Iterable[UOp] = ()) -> tu
     each of our kernels passes its inputs through here, once, except those that no kernel of a step writes: weights and
     the step's inputs.
 
-    `ahead`: values of such inputs, to be loaded while the kernel waits. Otherwise the compiler, which does not know of
-    the wait, would load them where they are used."""
+    `ahead`: values of such inputs, to be loaded while the kernel waits, and statements to be executed before. Otherwise
+    the compiler, which does not know of the wait, would load them where they are used."""
     if not lanes.is_chained:
         return buffers
-    loads = dict.fromkeys(uop for value in ahead for uop in value.toposort() if uop.op is Ops.LOAD)
+    ahead = list(ahead)
+    done = dict.fromkeys(uop for value in ahead for uop in value.toposort() if uop.op is Ops.LOAD)
+    done |= dict.fromkeys(value for value in ahead if value.op is Ops.CUSTOM and value.dtype == dtypes.void)
     # after a barrier, because tinygrad does not order loads after a CUSTOM statement
-    ready = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=tuple(loads), arg=CHAIN),))
+    ready = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=tuple(done), arg=CHAIN),))
     return tuple(buffer.after(ready) for buffer in buffers)
 
 

@@ -1,0 +1,148 @@
+"""The kernels that stream codes through threadgroup memory: the ring's places, the memory that they say, and which
+products take them. What they compute is compared with the reference's on a Hopper GPU:
+DEV=CUDA python -m pytest -m gpu tests/ops/gpu/test_quantized_stream.py tests/ops/gpu/test_fused.py"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from tinygrad import UOp
+from tinygrad.codegen import to_program
+
+from tests.ops.builders import make_host, normal
+from tests.ops.rendering import check_limits, make_renderer, rendered
+from tinyvllm.arrays import to_float32
+from tinyvllm.device.handle import open_device
+from tinyvllm.ops.formats.matrix import Matrix, pack
+from tinyvllm.ops.gpu import plane_ring
+from tinyvllm.ops.gpu.fused import plane_sizes
+from tinyvllm.ops.gpu.plane_ring import CHUNK_COLS, TILE_ROWS
+from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, streamed_vector_kernel
+from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS, StreamedMatrixSpec, streamed_matrix_kernel
+from tinyvllm.ops.kernel.body import F16, F32, empty, run_kernel
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, allows_wgmma, declared_bytes
+from tinyvllm.ops.kernel.lanes import Lanes, Mma
+from tinyvllm.ops.kernel.tuning import candidates
+
+Streamed = StreamedVectorSpec | StreamedMatrixSpec
+FORMATS = ("Q4_K", "Q6_K", "Q4_0", "FP8-float32", "MXFP4-e8m0", "NVFP4-e4m3", "affine4_g64-float16", "Q3_K-float16")
+SHAPES = ((6144, 4096), (4096, 14336), (5120, 17408), (2560, 9728), (3072, 2048), (2048, 8192), (96, 512))
+
+
+@cache
+def small_matrix(fmt: str) -> Matrix:
+    return pack(make_host(fmt, 32, 512), "row", None, "CPU")
+
+
+def streamed(fmt: str, tokens: int, rows: int, cols: int, **more: Any) -> Streamed:
+    matrix = small_matrix(fmt)
+    shape: dict[str, Any] = dict(name="test", format=matrix.format, num_rows=rows, num_cols=cols)
+    shape |= dict(lanes=Lanes("CUDA", (F16,), is_chained=True), mma=Mma("CUDA", F16), planes=plane_sizes(matrix))
+    if tokens == 1:
+        return StreamedVectorSpec(**shape, **more)
+    return StreamedMatrixSpec(num_tokens=tokens, **shape, **more)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_a_ring_holds_each_stage_until_it_is_read(fmt: str, tokens: int) -> None:
+    for rows, cols in SHAPES:
+        activation = "silu" if rows % 32 == 0 and cols < 4096 else None
+        for spec in candidates(streamed(fmt, tokens, rows, cols, activation=activation)):
+            ring = spec.ring
+            for copy in ring.copies:
+                assert copy.row_bytes == copy.part_bytes * ring.parts * ring.splits
+                assert not copy.stride or copy.stride >= copy.part_bytes
+            places = [(ring.place_of(i, 0, 0), copy.bytes, copy.stride) for i, copy in enumerate(ring.copies)]
+            whole = ring.stages * ring.stage_bytes + ring.tile_bytes
+            for first, size, stride in places:
+                assert first % 16 == 0 and stride % 16 == 0
+                assert first + size <= (ring.stage_bytes if stride else whole)
+            # unit u is fetched once unit u - stages is read: until then, tiles in memory have slots of their own
+            for unit in range(4 * ring.parts):
+                tiles = {u // ring.parts for u in range(unit, unit + ring.stages)}
+                assert len({tile % ring.slots for tile in tiles}) == len(tiles)
+            assert ring.most_tiles * ring.groups >= ring.out_tiles
+            assert ring.groups * ring.splits <= 132
+
+
+def render(spec: Streamed) -> UOp:
+    tokens = 1 if isinstance(spec, StreamedVectorSpec) else spec.num_tokens
+    splits = 1 if isinstance(spec, StreamedVectorSpec) else spec.splits
+    sizes = [(splits * tokens * spec.out_rows, F16 if spec.activation else F32)]
+    sizes += [(int(spec.num_rows * spec.num_cols * size) // dtype.itemsize, dtype) for dtype, size in spec.planes]
+    sizes.append((tokens * spec.num_cols, F16))
+    buffers = [UOp.placeholder((size,), dtype, slot) for slot, (size, dtype) in enumerate(sizes)]
+    if isinstance(spec, StreamedVectorSpec):
+        return streamed_vector_kernel(spec)(*buffers)
+    return streamed_matrix_kernel(spec)(*buffers)
+
+
+@pytest.mark.parametrize(("fmt", "tokens", "rows", "cols"), [("Q4_K", 1, 4096, 14336), ("Q6_K", 8, 6144, 4096)])
+def test_kernels_have_the_memory_that_they_say(fmt: str, tokens: int, rows: int, cols: int) -> None:
+    spec = streamed(fmt, tokens, rows, cols)
+    kernel = render(spec)
+    check_limits(kernel, "CUDA sm_90")
+    source = to_program(kernel, make_renderer("CUDA sm_90")).src[2].arg
+    assert declared_bytes(source.encode()) == spec.dynamic_bytes <= HOPPER_SHARED_BYTES
+    assert source.count("{") == source.count("}")
+    assert "cp.async.bulk.shared" in source
+
+
+def test_products_that_streams_cover_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = rendered("CUDA", is_chained=True)
+    backend.has_wgmma = True
+    fields: dict[str, Any] = dict(name="x", lanes=backend.lanes, norm_eps=None)
+
+    def kinds(fmt: str, rows: int, cols: int) -> list[str]:
+        matrix = pack(make_host(fmt, rows, cols), "row", None, "CPU")
+        shape = dict(format=matrix.format, num_rows=rows, num_cols=cols)
+        row = backend._row_spec(matrix, {**fields, **shape}, is_normed=False)
+        several = [backend._matrix_spec("x", Mma("CUDA", F16), matrix, tokens, None, F16) for tokens in (MAX_TOKENS, 9)]
+        return [type(spec).__name__ for spec in (row, *several)]
+
+    usual = ["QuantizedVectorSpec", "MatrixSpec", "MatrixSpec"]
+    assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == usual  # too small
+    monkeypatch.setattr(plane_ring, "FEWEST_CODES", 0)
+    assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == ["StreamedVectorSpec", "StreamedMatrixSpec", "MatrixSpec"]
+    assert kinds("Q4_0", 64, 3 * CHUNK_COLS + 32) == usual  # no whole chunks
+    assert kinds("Q8_0", 64, 2 * CHUNK_COLS) == usual
+    backend.has_wgmma = False
+    assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == usual
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_streams_compute_what_the_values_give(fmt: str, tokens: int) -> None:
+    """By every choice of the knobs; a row's result does not depend on the others."""
+    device = open_device()
+    if not allows_wgmma(device.name):
+        pytest.skip("needs Hopper's instructions")
+    for rows, cols, activation in ((150 * TILE_ROWS, 4096, None), (2400, 2048, "silu"), (96, 10240, None)):
+        host = make_host(fmt, rows, cols)
+        matrix, x = pack(host, "row", None, device.name), normal(tokens, cols, seed=1).astype(np.float16)
+        expected = x.astype(np.float64) @ to_float32(host).T.astype(np.float64)
+        if activation:
+            gate, up = expected[:, : rows // 2], expected[:, rows // 2 :]
+            expected = gate / (1 + np.exp(-gate)) * up
+        for spec in candidates(streamed(fmt, tokens, rows, cols, activation=activation)):
+            result = product(spec, matrix, x)
+            np.testing.assert_allclose(result.sum(0), expected, atol=2e-3 * np.abs(expected).max())
+            if tokens > 1:
+                changed = x.copy()
+                changed[1:] = 3 * x[:0:-1] - 1
+                np.testing.assert_array_equal(product(spec, matrix, changed)[:, 0], result[:, 0])
+
+
+def product(spec: Streamed, matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    """(S, T, N)."""
+    splits = spec.splits if isinstance(spec, StreamedMatrixSpec) else 1
+    fn = streamed_vector_kernel(spec) if isinstance(spec, StreamedVectorSpec) else streamed_matrix_kernel(spec)
+    device = open_device()
+    out = empty(splits * len(x) * spec.out_rows, F16 if spec.activation else F32, device.name)
+    (result,) = run_kernel(fn, [out], [*matrix.planes, device.upload(x.reshape(-1))])
+    return result.float().numpy().reshape(splits, len(x), -1)

@@ -1,0 +1,110 @@
+"""Scales of a chunk of columns in threadgroup memory, read by words: kernels that stream a matrix take them there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tinygrad import UOp, dtypes
+from tinygrad.dtype import DType
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.arrays import Format
+from tinyvllm.ops.formats.matrix import PANEL, ScalePlanes, float_of_scale
+from tinyvllm.ops.formats.runs import groups_in_run
+from tinyvllm.ops.gpu.plane_ring import CHUNK_COLS, SharedPlane
+from tinyvllm.ops.kernel.body import F32, U32
+
+BYTE_FLOAT = "(__uint_as_float(__byte_perm({0}, 0x4B000000, %#x)) - %.1ff)"  # 2^23 + byte, less 2^23 (and an offset)
+
+
+class ChunkScales:
+    """The scales (or minimums) of a row's groups in a chunk. `common`: what all of them are multiplied by."""
+
+    def __init__(self, scales: ScalePlanes | None, fmt: Format, chunk: UOp, unit: float = 1.0) -> None:
+        assert scales is not None
+        self.scales, self.format, self.chunk, self.common = scales, fmt, chunk, None
+        self.unit = unit
+        if scales.steps is not None and scales.format.span == CHUNK_COLS:
+            self.common = self._base(entries(scales.base, chunk, 1)[0])
+
+    def of_run(self, run: int, group: int) -> UOp:
+        """The scale of a group of a run of the chunk."""
+        col = run * PANEL + group * (PANEL // groups_in_run(self.format))
+
+        def entry(plane: SharedPlane, span: int, *, is_number: bool = False) -> UOp:
+            count = CHUNK_COLS // span
+            return entries(plane, self.chunk * count, count, is_number=is_number)[col // span]
+
+        return self._factor(entry)
+
+    def of_pair(self, pair: UOp) -> list[list[UOp]]:
+        """The scales of the groups of the runs 2 * pair and 2 * pair + 1 of the chunk."""
+
+        def scale(side: int, group: int) -> UOp:
+            def entry(plane: SharedPlane, span: int, *, is_number: bool = False) -> UOp:
+                per_chunk, count = CHUNK_COLS // span, max(1, 2 * PANEL // span)
+                first = self.chunk * per_chunk + (pair * 2 * PANEL // span if span < CHUNK_COLS else 0)
+                col = side * PANEL + group * (PANEL // groups_in_run(self.format))
+                return entries(plane, first, count, is_number=is_number)[col // span if count > 1 else 0]
+
+            return self._factor(entry)
+
+        return [[scale(side, group) for group in range(groups_in_run(self.format))] for side in range(2)]
+
+    def _factor(self, entry: Callable[..., UOp]) -> UOp:
+        if self.common is not None:
+            return entry(self.scales.steps, self.format.group, is_number=True)
+        value = self._base(entry(self.scales.base, self.scales.format.span))
+        if self.scales.steps is None:
+            return value
+        return value * entry(self.scales.steps, self.format.group, is_number=True)
+
+    def _base(self, stored: UOp) -> UOp:
+        value = float_of_scale(stored, self.scales.format)
+        value = value if self.unit == 1.0 else value * self.unit
+        return value if self.scales.multiplier is None else value * self.scales.multiplier[0].load()
+
+
+class Scaled:
+    """A lane's sums of a chunk, of which all parts are multiplied by the chunk's common factor at the end."""
+
+    def __init__(self, scales: ChunkScales) -> None:
+        self.common, self.total = scales.common, None
+
+    def add(self, value: UOp, factor: UOp) -> None:
+        product = value * factor
+        self.total = product if self.total is None else self.total + product
+
+    def added_to(self, total: UOp) -> UOp:
+        if self.total is None:
+            return total
+        return total + (self.total if self.common is None else self.total * self.common)
+
+
+def entries(plane: SharedPlane, first: UOp, count: int, *, is_number: bool = False) -> list[UOp]:
+    """Neighboring entries of a plane (`first` is a multiple of `count`, a power of two), by one load or a few; bytes as
+    floats, if they are numbers."""
+    size = plane.dtype.itemsize
+    if count == 1 and not is_number:
+        return [plane.at(first)]
+    if count * size < 4:
+        short = SharedPlane(dtypes.ushort if count * size == 2 else dtypes.uchar, plane.place, plane.after)
+        words = [short.at(first * size // short.dtype.itemsize).cast(U32)]
+    else:
+        words = plane.words(first * size // 4, count * size // 4)
+    return [_entry(words[i * size // 4], plane.dtype, i, is_number=is_number) for i in range(count)]
+
+
+def _entry(word: UOp, dtype: DType, index: int, *, is_number: bool) -> UOp:
+    """Entry `index` of those of which a word holds some."""
+    if dtype.itemsize == 4:
+        return word if dtype == U32 else word.bitcast(dtype)
+    if dtype.itemsize == 2:
+        half = word >> 16 if index % 2 else word & 0xFFFF
+        return half.cast(dtypes.ushort) if dtype == dtypes.ushort else half.cast(dtypes.ushort).bitcast(dtype)
+    if is_number:
+        is_signed = dtype == dtypes.char
+        word = word ^ 0x80808080 if is_signed else word
+        offset = 8388608.0 + (128 if is_signed else 0)
+        return UOp(Ops.CUSTOM, F32, src=(word,), arg=BYTE_FLOAT % (0x7540 | index % 4, offset))
+    return (word >> index % 4 * 8 & 0xFF).cast(dtype)

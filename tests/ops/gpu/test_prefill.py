@@ -56,14 +56,18 @@ from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.gemm import DENSE, MIN_TOKENS, GemmSpec, multiply_rows
 from tinyvllm.ops.gpu.gemm_hopper import (
+    FETCHER,
     MIN_STEPS,
     MULTIPROCESSORS,
     TOKEN_TILE,
+    UNPACKERS,
     WgmmaSpec,
+    best_cut,
     row_of,
     tile_of,
     wgmma_kernel,
 )
+from tinyvllm.ops.gpu.gemm_hopper_unpack import unpacking_wgmma_kernel
 from tinyvllm.ops.gpu.tile_map import tile_map_kernel
 from tinyvllm.ops.kernel.body import empty, run_kernel
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WGMMA_COLS, Box, declared_bytes
@@ -166,6 +170,31 @@ def render_wgmma(spec: WgmmaSpec) -> UOp:
     return to_program(wgmma_kernel(spec)(*arguments), make_renderer("CUDA sm_90"))
 
 
+def render_unpacking(fmt: str, tokens: int, rows: int, cols: int) -> UOp:
+    """The kernel that unpacks weights in its stages."""
+    matrix = rendered("CUDA").matrix(make_host(fmt, rows, cols))
+    mma = Mma("CUDA", dtypes.half)
+    cut = best_cut(tokens, rows, cols, False, matrix.format)
+    spec = WgmmaSpec("test", mma, tokens, rows, cols, *cut, format=matrix.format)
+    planes = [(plane.numel(), plane.dtype) for plane in matrix.planes]
+    sizes = [(spec.splits * tokens * rows, dtypes.float), (spec.map_size, dtypes.uint), *planes]
+    sizes.append((tokens * cols, dtypes.half))
+    arguments = [UOp.placeholder((size,), kind, slot) for slot, (size, kind) in enumerate(sizes)]
+    return to_program(unpacking_wgmma_kernel(spec)(*arguments), make_renderer("CUDA sm_90"))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "tokens"),
+    swept(itertools.product(("Q4_0", "Q4_K", "Q5_1", "Q6_K", "Q8_0"), (100, 200)), {("Q4_0", 100), ("Q6_K", 200)}),
+)
+def test_hopper_unpacks_in_its_stages_within_the_limits(fmt: str, tokens: int) -> None:
+    program = render_unpacking(fmt, tokens, 512, 1024)
+    source = program.src[2].arg
+    assert "wgmma.mma_async" in source and "st.shared.v4" in source
+    assert ("cp.async.bulk.shared::cluster.shared::cta" in source) == (tokens > TOKEN_TILE)
+    assert math.prod(program.arg.local_size) == 32 * (FETCHER + UNPACKERS)
+
+
 WGMMA = [(100, 192, 64, True), (2048, 16384, 256, True), (2048, 3072, 192, False), (512, 2048, 128, False)]
 
 
@@ -180,10 +209,19 @@ def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int, row
     assert program.arg.global_size[0] == spec.num_clusters * spec.cluster
 
 
-@pytest.mark.parametrize("tokens", [65, 96, 112, 128, 200, 960])
-def test_hoppers_tiles_that_are_not_full_have_the_loops_of_full_ones(tokens: int) -> None:
+RAGGED = (65, 96, 112, 128, 200, 960)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fmt"),
+    swept(itertools.product(RAGGED, ("float16", "Q4_K")), {*itertools.product(RAGGED, ("float16",)), (200, "Q4_K")}),
+)
+def test_hoppers_tiles_that_are_not_full_have_the_loops_of_full_ones(tokens: int, fmt: str) -> None:
     """Conditional stores must not split the loop that they are in."""
-    source = render_wgmma(hopper(tokens, 512, 128).wgmma).src[2].arg
+    if fmt == "float16":
+        source = render_wgmma(hopper(tokens, 512, 128).wgmma).src[2].arg
+    else:
+        source = render_unpacking(fmt, tokens, 512, 256).src[2].arg
     loops = re.findall(r"for \(int (Ridx\d+)", source)
     assert len(loops) == len(set(loops)) == 4  # tiles and stages, of the warps that fetch and of those that multiply
     assert source.count("{") == source.count("}")
@@ -238,7 +276,7 @@ def test_a_cut_of_hoppers_is_whole(tokens: int, rows: int, cols: int) -> None:
     assert spec.wgmma.cycles == min(turned.wgmma.cycles for turned in candidates(spec))
 
 
-@pytest.mark.parametrize(("tokens", "rows", "cols"), [(512, 2048, 8192), (1024, 2048, 8192), (256, 3072, 2048)])
+@pytest.mark.parametrize(("tokens", "rows", "cols"), [(512, 2048, 8192), (1024, 2048, 8192), (260, 3072, 2048)])
 def test_a_product_of_unpacked_weights_fills_what_its_spec_asks_for(tokens: int, rows: int, cols: int) -> None:
     fmt = rendered("CUDA").matrix(make_host("Q4_0", 32, 256)).format
     spec = GemmSpec("test", Mma("CUDA", dtypes.half), fmt, dtypes.half, tokens, rows, cols, has_wgmma=True)
@@ -251,7 +289,7 @@ LARGEST = [(28672, 4096), (34816, 5120), (55296, 5120), (57344, 8192), (8192, 28
 
 
 @pytest.mark.parametrize(("rows", "cols"), LARGEST)
-@pytest.mark.parametrize("tokens", [256, 2048])
+@pytest.mark.parametrize("tokens", [128, 2048])
 def test_a_prompt_uses_hoppers_matrix_unit_whatever_the_size_of_the_quantized_matrix(
     tokens: int, rows: int, cols: int
 ) -> None:
@@ -264,7 +302,9 @@ def test_a_prompt_uses_hoppers_matrix_unit_whatever_the_size_of_the_quantized_ma
     epilogue = Epilogue(activation="silu") if rows > cols else PLAIN
     out = run_product(backend, x, matrix, tokens, epilogue=epilogue)
     names = [kernel.arg.name for kernel in kernels_of([backend.whole(out)])]
-    assert names[:2] == [f"unpack_Q4_K_{rows}x{cols}", f"test_float16_{tokens}x{rows}x{cols}"]
+    in_stages, first = [f"test_Q4_K_{tokens}x{rows}x{cols}"], [f"unpack_Q4_K_{rows}x{cols}"]
+    expected = in_stages if tokens == 128 else [*first, f"test_float16_{tokens}x{rows}x{cols}"]
+    assert names[: len(expected)] == expected
 
 
 # -- products ----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from tinyvllm.ops.gpu.gemm_hopper import (
     best_cut,
     wgmma_kernel,
 )
+from tinyvllm.ops.gpu.gemm_hopper_unpack import unpacking_wgmma_kernel
 from tinyvllm.ops.gpu.gemm_metal import metal_sums
 from tinyvllm.ops.gpu.token_tiles import ExpertTile, ExpertTiles, TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
@@ -38,7 +39,7 @@ from tinyvllm.ops.kernel.tuning import Tunable
 
 DENSE = Format("float16", 16)
 MIN_TOKENS = 65  # the fewest rows that are worth a tile of tokens
-UNPACK_TOKENS = 256  # the fewest rows for which weights are unpacked first
+UNPACK_TOKENS = 257  # the fewest rows for which weights are unpacked first: from a third tile of tokens on
 UNPACK_ELEMENTS = 640 << 20  # of the largest matrix, or stack of experts, that is unpacked first: 1.25 GiB of float16
 STAGES = 3  # tiles of an operand that CUDA holds: one is multiplied, two are being copied
 GROUPS_WANTED = 128  # threadgroups that keep a large GPU busy
@@ -91,17 +92,23 @@ class GemmSpec(Tunable):
     def uses_wgmma(self) -> bool:
         """Whether Hopper's kernel is used, possibly after unpacking. Its `splits` then count, because the output is
         allocated for them."""
-        is_dense = self.weights_as_stored or self.unpacks_first or self.rounds_input
+        is_read = self.weights_as_stored or self.is_bfloat or self.unpacks_first or self.unpacks_in_stages
+        return self.fits_wgmma and is_read
+
+    @property
+    def fits_wgmma(self) -> bool:
+        """Whether Hopper's kernel takes matrices of these sizes."""
         is_long = self.num_cols % WGMMA_COLS == 0 and self.num_cols >= MIN_STEPS * WGMMA_COLS
-        return self.has_wgmma and is_dense and is_long and self.out_rows % RUN_ROWS == 0
+        return self.has_wgmma and is_long and self.out_rows % RUN_ROWS == 0
 
     @property
     def wgmma(self) -> WgmmaSpec:
         """The spec of Hopper's kernel, with the size of its tiles."""
         shape = (self.num_tokens, self.num_rows, self.num_cols)
-        row_tile, splits = best_cut(*shape, self.is_gated)
+        fmt = self.format if self.unpacks_in_stages else None
+        row_tile, splits = best_cut(*shape, self.is_gated, fmt)
         cut = (self.knob("wgmma_rows", row_tile), self.knob("splits", splits))
-        return WgmmaSpec(self.name, self.mma, *shape, *cut, self.activation, self.adds_residual)
+        return WgmmaSpec(self.name, self.mma, *shape, *cut, self.activation, self.adds_residual, fmt)
 
     @property
     def wgmma_rows(self) -> int:
@@ -109,21 +116,31 @@ class GemmSpec(Tunable):
         return self.wgmma.row_tile
 
     @property
+    def is_unpacked(self) -> bool:
+        """Whether Hopper's kernel multiplies quantized weights, unpacked to float16."""
+        return self.fits_wgmma and self.format.is_quantized and self.is_async
+
+    @property
     def unpacks_first(self) -> bool:
-        """Whether a separate kernel unpacks quantized weights first: with many tokens, faster instructions make up for
-        its cost."""
-        return (
-            self.has_wgmma
-            and self.is_async
-            and self.format.is_quantized
-            and self.num_tokens >= UNPACK_TOKENS
-            and self.num_rows * self.num_cols <= UNPACK_ELEMENTS
-        )
+        """Whether a separate kernel unpacks them first: with many tokens, each of whose tiles would unpack them again,
+        and if they fit into scratch memory."""
+        fits = self.num_rows * self.num_cols <= UNPACK_ELEMENTS
+        return self.is_unpacked and fits and self.num_tokens >= UNPACK_TOKENS
+
+    @property
+    def unpacks_in_stages(self) -> bool:
+        """Whether they are unpacked on their way into the stages; a codebook of a grid is too large for that."""
+        return self.is_unpacked and not self.unpacks_first and self.format.grid is None
+
+    @property
+    def is_bfloat(self) -> bool:
+        """Whether the matrix is stored in bfloat16, and multiplied as such."""
+        return self.format.name == "bfloat16" and self.mma.dtype == dtypes.bfloat16
 
     @property
     def rounds_input(self) -> bool:
-        """Whether a separate kernel rounds x to bfloat16 first, for a matrix in bfloat16."""
-        return self.has_wgmma and self.format.name == "bfloat16" and self.mma.dtype == dtypes.bfloat16
+        """Whether a separate kernel rounds x to bfloat16 first, for Hopper's kernel."""
+        return self.uses_wgmma and self.is_bfloat
 
     @property
     def weights_as_stored(self) -> bool:
@@ -177,6 +194,8 @@ class GemmSpec(Tunable):
 
     def is_possible(self) -> bool:
         step = MIN_STEPS * WGMMA_COLS if self.uses_wgmma else TILE_COLS
+        if self.unpacks_in_stages and not self.wgmma.fits_unpacking:
+            return False
         return self.splits == 1 or self.num_cols % (self.splits * step) == 0
 
     @property
@@ -230,16 +249,16 @@ def multiply_rows(
     spec = replace(spec, adds_residual=residual is not None)
     if spec.mma.kind == "METAL":
         spec = replace(spec, x_dtype=x.dtype)
+    if spec.rounds_input and x.dtype != F16:
+        x = round_rows(x, spec.num_tokens, spec.num_cols)
     if spec.unpacks_first:
         whole = empty(spec.num_rows * spec.num_cols, F16, str(out.device))
         planes = run_kernel(unpack_kernel(spec.format, spec.num_rows, spec.num_cols), [whole], planes)
-        spec = replace(spec, format=DENSE)
     rest = [] if residual is None else [residual]
-    if spec.uses_wgmma and spec.rounds_input and x.dtype != F16:
-        x = round_rows(x, spec.num_tokens, spec.num_cols)
     if spec.uses_wgmma:
         maps = empty(spec.wgmma.map_size, U32, str(out.device))
-        return run_kernel(wgmma_kernel(spec.wgmma), [out, maps], [*planes, x, *rest])[0]
+        make = unpacking_wgmma_kernel if spec.unpacks_in_stages else wgmma_kernel
+        return run_kernel(make(spec.wgmma), [out, maps], [*planes, x, *rest])[0]
     return run_kernel(gemm_kernel(spec), [out], [*planes, x, *rest])[0]
 
 

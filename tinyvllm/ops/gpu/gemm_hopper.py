@@ -17,7 +17,9 @@ from typing import TypeVar
 from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import Arithmetic, gated
+from tinyvllm.ops.formats.matrix import PANEL
 from tinyvllm.ops.gpu.token_tiles import TILE_WORDS, ExpertTile, ExpertTiles, TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, I32, LOG2E, U32, Body, KernelFn, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import (
@@ -49,6 +51,7 @@ TOKEN_TILE = 128
 GROUP_WARPS = 4  # warps that issue one wgmma together
 NUM_GROUPS = TOKEN_TILE // WGMMA_TOKENS
 FETCHER = NUM_GROUPS * GROUP_WARPS  # the warp that fetches
+UNPACKERS = 4  # warps that unpack quantized weights
 MAX_STAGES = 8
 EXTRA_BYTES = 1024  # after the stages: two tensor maps, and the barriers
 BARRIERS_AT = 512
@@ -60,6 +63,7 @@ CACHED_TOKENS = 2048  # rows of x that a large GPU's cache holds in addition to 
 CYCLES_PER_SECOND = 1.755e9  # an H200's under a load of products
 ROW_CYCLES = 4.25  # a stage's, for each of the tile's rows
 TILE_CYCLES = 5000  # a tile's in addition to its stages: waiting for the first one, and storing the results
+RUN_CYCLES, FILL_CYCLES = 420, 1000  # of a thread that unpacks: a run of 32 columns, and a stage in addition
 CACHE_BYTES_PER_CYCLE = 40  # from the L2 cache to each multiprocessor when all of them read
 MEMORY_BYTES_PER_CYCLE = 2400
 
@@ -89,6 +93,7 @@ class WgmmaSpec:
     splits: int  # S
     activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
     adds_residual: bool = False  # if S is 1
+    format: Format | None = None  # of quantized weights, which are unpacked on their way into the stages
 
     @property
     def experts(self) -> ExpertTiles | None:
@@ -168,6 +173,21 @@ class WgmmaSpec:
         return self.num_cols // WGMMA_COLS // self.splits
 
     @property
+    def unpacked_rows(self) -> int:
+        """Rows of a stage that a threadgroup unpacks itself."""
+        return self.row_tile // self.cluster
+
+    @property
+    def runs(self) -> int:
+        """Runs of 32 columns that a thread unpacks for each stage."""
+        return self.unpacked_rows * WGMMA_COLS // PANEL // (UNPACKERS * LANES)
+
+    @property
+    def fits_unpacking(self) -> bool:
+        """Whether the threads that unpack have whole runs, which the other threadgroup's complete to the tile."""
+        return self.unpacked_rows * WGMMA_COLS % (UNPACKERS * LANES * PANEL) == 0
+
+    @property
     def stage_bytes(self) -> int:
         return (TOKEN_TILE + self.row_tile) * WGMMA_COLS * 2
 
@@ -189,9 +209,15 @@ class WgmmaSpec:
     def cycles(self) -> float:
         """A rough cost of the product, to choose between tiles."""
         fetched = (TOKEN_TILE + self.row_tile / self.cluster) * WGMMA_COLS * 2 / CACHE_BYTES_PER_CYCLE
-        turns = -(-self.num_tiles // self.num_clusters)
+        tiles = -(-self.num_tiles // self.num_clusters)
         added = (self.splits - 1) * self.num_tokens * self.num_rows * 8 / MEMORY_BYTES_PER_CYCLE
-        return turns * (self.steps * max(self.row_tile * ROW_CYCLES, fetched) + TILE_CYCLES) + added
+        stage = max(self.row_tile * ROW_CYCLES, fetched, 0.0 if self.format is None else self.unpacking_cycles)
+        return tiles * (self.steps * stage + TILE_CYCLES) + added
+
+    @property
+    def unpacking_cycles(self) -> float:
+        """The cost of unpacking a stage: one warp cannot hide the latency of its instructions and of its barrier."""
+        return FILL_CYCLES + self.runs * RUN_CYCLES
 
 
 @dataclass(frozen=True)
@@ -216,16 +242,18 @@ class ExpertWgmmaSpec(WgmmaSpec):
 
 
 @cache
-def best_cut(num_tokens: int, num_rows: int, num_cols: int, is_gated: bool) -> tuple[int, int]:
+def best_cut(
+    num_tokens: int, num_rows: int, num_cols: int, is_gated: bool, fmt: Format | None = None
+) -> tuple[int, int]:
     """The fastest (rows of the matrix in a tile, splits of K) for a product, by `WgmmaSpec.cycles`."""
     splits = [s for s in ((1,) if is_gated else (1, 2, 4, 8)) if num_cols % (s * MIN_STEPS * WGMMA_COLS) == 0 or s == 1]
     mma = Mma("CUDA", F16)
     specs = [
-        WgmmaSpec("", mma, num_tokens, num_rows, num_cols, row_tile, s, "silu" if is_gated else None)
+        WgmmaSpec("", mma, num_tokens, num_rows, num_cols, row_tile, s, "silu" if is_gated else None, format=fmt)
         for row_tile in ROW_TILES
         for s in splits
     ]
-    best = min(specs, key=lambda spec: spec.cycles)
+    best = min((spec for spec in specs if fmt is None or spec.fits_unpacking), key=lambda spec: spec.cycles)
     return best.row_tile, best.splits
 
 
@@ -243,18 +271,25 @@ def wgmma_kernel(spec: WgmmaSpec) -> KernelFn:
 
     def kernel(out: UOp, maps: UOp, w: UOp, x: UOp, *rest: UOp) -> UOp:
         assert spec.steps >= MIN_STEPS, f"{spec} has {spec.steps} stages in a tile"
-        work = _WgmmaKernel(spec, out, maps, w, x, rest)
-        ready = work.prepare()
-        done = UOp(Ops.BARRIER, src=(work.fetch_tiles(ready), work.multiply_tiles(ready)))
-        if spec.cluster > 1:  # neither may end while the other still writes to its memory
-            done = meet(done)
-        kind = "float16" if spec.mma.dtype == F16 else "bfloat16"
-        name = f"{spec.name}_{kind}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
-        size = spec.num_rows * spec.num_cols
-        nbytes = 2 * size * (1 if spec.experts is None else spec.experts.work[1])
-        return finish(done.end(*reversed(work.axes)), name, ops=2 * spec.num_tokens * size, nbytes=nbytes)
+        return finish_wgmma_kernel(spec, WgmmaWork(spec, out, maps, w, x, rest))
 
     return kernel
+
+
+def finish_wgmma_kernel(spec: WgmmaSpec, work: WgmmaWork) -> UOp:
+    """The kernel that does a threadgroup's work."""
+    ready = work.prepare()
+    done = UOp(Ops.BARRIER, src=(work.fetch_tiles(ready), work.multiply_tiles(ready)))
+    if spec.cluster > 1:  # neither may end while the other still writes to its memory
+        done = meet(done)
+    kind = "float16" if spec.mma.dtype == F16 else "bfloat16"
+    bits = 16.0
+    if spec.format is not None:
+        kind, bits = spec.format.name, spec.format.code_bits
+    name = f"{spec.name}_{kind}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
+    size = spec.num_rows * spec.num_cols
+    nbytes = int(size * bits / 8) * (1 if spec.experts is None else spec.experts.work[1])
+    return finish(done.end(*reversed(work.axes)), name, ops=2 * spec.num_tokens * size, nbytes=nbytes)
 
 
 Number = TypeVar("Number", int, UOp)
@@ -275,8 +310,10 @@ def row_of(spec: WgmmaSpec, block: int, element: int, lane: Number) -> Number:
     return lane % 4 * spec.run + (block // blocks * 4 * spec.run + block % blocks * 2 + element % 2)
 
 
-class _WgmmaKernel:
+class WgmmaWork:
     """One threadgroup's work: its cluster's tiles of the list, one after another."""
+
+    fetchers = 1  # warps that fetch
 
     def __init__(self, spec: WgmmaSpec, out: UOp, maps: UOp, w: UOp, x: UOp, rest: Sequence[UOp]) -> None:
         self.spec, self.out, self.maps, self.w, self.x = spec, out, maps, w, x
@@ -285,11 +322,16 @@ class _WgmmaKernel:
         body = self.body = Body()
         count = spec.num_clusters * spec.cluster
         self.number: UOp | int = body.grid(count) if count > 1 else 0
-        self.lane, self.warp = body.threads(LANES), body.threads(FETCHER + 1)
+        self.lane, self.warp = body.threads(LANES), body.threads(FETCHER + self.fetchers)
         self.role = uniform(self.warp)  # the warp's number, without limits that tinygrad knows
         self.axes = axes_of(self.number, self.lane, self.warp)
         self.rank = self.number % spec.cluster  # in the cluster
         self.unit = self.number // spec.cluster
+
+    @property
+    def arrivals(self) -> int:
+        """How many make a stage full."""
+        return 1
 
     def prepare(self) -> UOp:
         """The UOp after which tensor maps, barriers and memory are ready."""
@@ -299,17 +341,17 @@ class _WgmmaKernel:
         # cleared, so that tinygrad sees a write: it does not see those of our own statements
         own = (word + self.warp * MAP_WORDS + self.lane).valid(self.warp < 2)
         maps = self.maps.after(self.maps[own].store(UOp.const(0, U32)))
-        described = [
-            describe(0, end, maps[word], self.x[0], spec.token_box, memory),
-            describe(1, end + MAP_WORDS * 4, maps[word + MAP_WORDS], self.w[0], spec.row_box, memory),
-        ]
-        barriers = make_barriers(end + BARRIERS_AT, spec.stages, 1, NUM_GROUPS * spec.cluster, memory)
+        described = [describe(0, end, maps[word], self.x[0], spec.token_box, memory)]
+        if spec.format is None:
+            place = end + MAP_WORDS * 4
+            described.append(describe(1, place, maps[word + MAP_WORDS], self.w[0], spec.row_box, memory))
+        barriers = make_barriers(end + BARRIERS_AT, spec.stages, self.arrivals, NUM_GROUPS * spec.cluster, memory)
         met = [meet(*described, barriers)] if spec.cluster > 1 else [*described, barriers]
         return UOp(Ops.BARRIER, src=tuple(met))
 
     # -- places --------------------------------------------------------------------------------------------------------
 
-    def _stage(self, count: UOp) -> tuple[UOp, UOp, UOp, UOp]:
+    def stage(self, count: UOp) -> tuple[UOp, UOp, UOp, UOp]:
         """(tile, full barrier, empty barrier, parity of the phase) of the count-th stage since the beginning; the first
         three as bytes of threadgroup memory."""
         spec = self.spec
@@ -317,7 +359,7 @@ class _WgmmaKernel:
         full = slot * 8 + (spec.stages * spec.stage_bytes + BARRIERS_AT)
         return slot * spec.stage_bytes, full, full + spec.stages * 8, turn % 2
 
-    def _loop_tiles(self, has_role: UOp, *, one_lane: bool) -> tuple[UOp, UOp, UOp]:
+    def loop_tiles(self, has_role: UOp, *, one_lane: bool) -> tuple[UOp, UOp, UOp]:
         """(a loop over the threadgroup's tiles, the tile's number in the loop, its number in the list). The loop has no
         iterations for warps without the role: tinygrad has no branches.
 
@@ -337,7 +379,7 @@ class _WgmmaKernel:
         turn = clamp(loop, 0, most - 1)
         return loop, turn, (turn * spec.num_clusters + self.unit).minimum(spec.num_tiles - 1)
 
-    def _tile(self, number: UOp) -> tuple[UOp | int, UOp, TokenTile]:
+    def tile(self, number: UOp) -> tuple[UOp | int, UOp, TokenTile]:
         """(split of K, first row of the output, token rows) of a tile of the list."""
         spec = self.spec
         if spec.experts is None:
@@ -351,12 +393,12 @@ class _WgmmaKernel:
     def fetch_tiles(self, ready: UOp) -> UOp:
         """Fetch all stages of all tiles in order, each as soon as it is empty."""
         spec = self.spec
-        loop, turn, number = self._loop_tiles(self.role.eq(FETCHER), one_lane=True)
-        split, first_row, tile = self._tile(number)
+        loop, turn, number = self.loop_tiles(self.role.eq(FETCHER), one_lane=True)
+        split, first_row, tile = self.tile(number)
         maps = [self.maps[self.number * (2 * MAP_WORDS) + i * MAP_WORDS] for i in range(2)]
         acquired = [acquire_map(each, loop, ready) for each in maps]
         step = self.body.fold(spec.steps)
-        place, full, empty, parity = self._stage(turn * spec.steps + step)
+        place, full, empty, parity = self.stage(turn * spec.steps + step)
         col = (split * spec.steps + step) * WGMMA_COLS
         waited = wait(empty, 1 - parity, step, *acquired)
         last = expect(full, spec.stage_bytes, waited)
@@ -378,24 +420,24 @@ class _WgmmaKernel:
         """Multiply all stages in order, each as soon as it is full, and store the results of each tile."""
         spec = self.spec
         count = spec.row_tile // 8 * 4
-        loop, turn, number = self._loop_tiles(self.role < FETCHER, one_lane=False)
-        tile = self._tile(number)
+        loop, turn, number = self.loop_tiles(self.role < FETCHER, one_lane=False)
+        tile = self.tile(number)
         places = self._places(*tile)
         registers = self.body.registers(count)
         begun = self._begun(places, *tile[1:])
         empty = registers.after(loop, ready)
         registers = registers.after(UOp.group(*[empty[i].store(value) for i, value in enumerate(begun)]))
         step = self.body.fold(spec.steps)
-        place, full, _, parity = self._stage(turn * spec.steps + step)
+        place, full, _, parity = self.stage(turn * spec.steps + step)
         group = self.warp // GROUP_WARPS
         left, right = place + group * (WGMMA_TOKENS * WGMMA_COLS * 2), place + TOKEN_TILE * WGMMA_COLS * 2
         waited = wait(full, parity, step, ready)
         added = multiply_wgmma(PTX_NAMES[spec.mma.dtype], left, right, registers.after(step), 1, waited)
         before = (turn * spec.steps + step - 1).maximum(0)
-        released = self._release(self._stage(before)[2], step > 0, added)
+        released = self._release(self.stage(before)[2], step > 0, added)
         registers = registers.after(together(added, released).end(step))
         finished = finish_wgmma(registers)
-        released = self._release(self._stage(turn * spec.steps + (spec.steps - 1))[2], None, finished)
+        released = self._release(self.stage(turn * spec.steps + (spec.steps - 1))[2], None, finished)
         values = read_sums(registers, released)
         if spec.activation is not None:
             half = count // 2

@@ -85,6 +85,13 @@ STORE = (
     'asm volatile("st.shared.v4.b32 [%0], {{%1, %2, %3, %4}};" :: '
     '"r"(shared + {0}), "r"({1}), "r"({2}), "r"({3}), "r"({4}) : "memory");'
 )
+PUBLISH = 'asm volatile("fence.proxy.async.shared::cta;" ::: "memory");\n__syncwarp();'
+COPY_THERE = (
+    'asm volatile("{{ .reg .b32 there, barrier;\\nmapa.shared::cluster.u32 there, %%0, %%2;\\n'
+    "mapa.shared::cluster.u32 barrier, %%1, %%2;\\n"
+    "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%%0], %d, [barrier]; "
+    '}}" :: "r"(shared + {0}), "r"(shared + {1}), "r"({2}) : "memory");'
+)
 ARRIVE_COPIES = 'asm volatile("cp.async.wait_group 0;\\nfence.proxy.async.shared::cta;" ::: "memory");'
 # with a predicate: at a branch the compiler would wait for the products that are in flight
 ARRIVE = (
@@ -215,12 +222,27 @@ def wait(barrier: UOp, parity: UOp, *after: UOp) -> UOp:
     return statement(WAIT, barrier, parity, *after)
 
 
-def expect(barrier: UOp, num_bytes: int, *after: UOp) -> UOp:
-    """Arrive, and let the phase end only after `num_bytes` more bytes have come."""
-    return statement(EXPECT % num_bytes, barrier, *after)
+def expect(barrier: UOp, num_bytes: int, *after: UOp, condition: UOp | None = None) -> UOp:
+    """Arrive, and let the phase end only after `num_bytes` more bytes have come. With a condition, only the threads for
+    which it holds do so; likewise below."""
+    return _conditional(EXPECT % num_bytes, (barrier,), condition, after)
 
 
-def fetch(place: UOp, target: UOp, barrier: UOp, at: Sequence[UOp], *after: UOp, is_shared: bool = False) -> UOp:
+def _conditional(text: str, operands: Sequence[UOp], condition: UOp | None, after: Sequence[UOp]) -> UOp:
+    if condition is None:
+        return statement(text, *operands, *after)
+    return statement(f"if ({{{len(operands)}}}) {{{{ {text} }}}}", *operands, condition, *after)
+
+
+def fetch(
+    place: UOp,
+    target: UOp,
+    barrier: UOp,
+    at: Sequence[UOp],
+    *after: UOp,
+    is_shared: bool = False,
+    condition: UOp | None = None,
+) -> UOp:
     """Start to fetch a map's box that begins `at`, innermost dimension first; its bytes count on the barrier. If
     shared, both threadgroups of the cluster get it, each at the same place and on the same barrier of its own
     memory."""
@@ -232,7 +254,8 @@ def fetch(place: UOp, target: UOp, barrier: UOp, at: Sequence[UOp], *after: UOp,
         shared, mask = ".multicast::cluster", f", %{last}"
         operands += f', "h"((unsigned short){(1 << CLUSTER) - 1})'
     text = FETCH % (rank, shared, coordinates, mask, operands)
-    return statement(text, place, target, barrier, *[UOp.const(0, I32) + place for place in at], *after)
+    places = [UOp.const(0, I32) + place for place in at]
+    return _conditional(text, (place, target, barrier, *places), condition, after)
 
 
 def copy_async(place: UOp, source: UOp, is_wanted: UOp, *after: UOp) -> UOp:
@@ -243,6 +266,19 @@ def copy_async(place: UOp, source: UOp, is_wanted: UOp, *after: UOp) -> UOp:
 def store_words(place: UOp, words: Sequence[UOp], *after: UOp) -> UOp:
     """Store four words."""
     return statement(STORE, place.cast(I32), *words, *after)
+
+
+def publish_stores(*after: UOp) -> UOp:
+    """Let wgmma and the copy engine see what a warp's lanes have stored: copies that one of its lanes starts after
+    this, and products that start after one of its lanes has arrived at a barrier."""
+    return statement(PUBLISH, *after)
+
+
+def copy_there(place: UOp, num_bytes: int, barrier: UOp, threadgroup: UOp, condition: UOp, *after: UOp) -> UOp:
+    """Start to copy bytes to the same place in the memory of another threadgroup of the cluster. They count on its
+    barrier."""
+    operands = (place.cast(I32), barrier, threadgroup.cast(I32))
+    return _conditional(COPY_THERE % num_bytes, operands, condition, after)
 
 
 def arrive_copies(*after: UOp) -> UOp:

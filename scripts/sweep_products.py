@@ -28,22 +28,19 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, os.getcwd())  # the checkout that this is run in
 
-import numpy as np
-
 import tinyvllm.ops  # noqa: F401  (before tinygrad)
+from tests.ops.kernel.products import MIN_LAUNCHES, ROLES, Bench, Product, products_of, values_text
 from tinyvllm.bench.shapes import find_shape
-from tinyvllm.config import ModelConfig
 from tinyvllm.errors import UnsupportedModelError
 
 SHAPES = (
@@ -57,154 +54,22 @@ SHAPES = (
     "qwen2.5-32b",
     "llama-3.1-70b",
 )
-ROLES = ("qkv", "attention_out", "gate_up", "down", "lm_head")
 ROWS, FORMATS = (1, 8, 64, 256), ("float16", "Q4_K")
-ROTATED_BYTES = 220_000_000  # of weights in a graph, several times an L2 cache
-MIN_LAUNCHES, MAX_COPIES = 8, 12
-BLOCK_ROWS = 32  # of a matrix whose bytes are repeated
 TIMED_S, NUM_TIMED = 2e-3, 4  # of a candidate's graph, replayed at least so long each time
-TEXT = re.compile(r"(\S+) (\S+) (\d+)x(\d+) T(\d+)")
 
 
-@dataclass(frozen=True)
-class Product:
-    """A matrix (N, K) and what is done with it."""
+def pick(spec: Any, task: Task) -> list[Any]:
+    """The spec and at most `task.most` other combinations of its knobs."""
+    from tinyvllm.ops.kernel.tuning import combinations
 
-    kind: str  # the format
-    role: str
-    num_rows: int
-    num_cols: int
-    num_tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.role} {self.num_rows}x{self.num_cols} T{self.num_tokens}"
-
-    @classmethod
-    def parse(cls, text: str) -> Product:
-        """The product of that name. Raises ValueError for any other text."""
-        match = TEXT.fullmatch(text)
-        if match is None:
-            raise ValueError(f"{text!r} does not name a product, as 'float16 gate_up 28672x4096 T1' does")
-        kind, role, *sizes = match.groups()
-        return cls(kind, role, *map(int, sizes))
+    first, *others = [one for one in combinations(spec) if one.values == spec.values or _is_wanted(one, task.values)]
+    count = 0 if task.is_random or first.predicted_s is None else task.most * 3 // 4
+    best, rest = others[:count], others[count:]
+    return [first, *best, *random.Random(task.product).sample(rest, min(task.most - len(best), len(rest)))]
 
 
-def products_of(config: ModelConfig, kind: str, num_tokens: int) -> Iterator[Product]:
-    """The products of a step of a model."""
-    hidden, ffn, heads = config.hidden_size, config.ffn_size, config.num_heads * config.head_dim
-    qkv = heads + 2 * config.num_kv_heads * config.head_dim
-    sizes = ((qkv, hidden), (hidden, heads), (2 * ffn, hidden), (hidden, ffn), (config.vocab_size, hidden))
-    for role, (rows, cols) in zip(ROLES, sizes, strict=True):
-        yield Product(kind, role, -(-rows // BLOCK_ROWS) * BLOCK_ROWS, cols, num_tokens)
-
-
-class Bench:
-    """A product's operands on a device, and its launches."""
-
-    def __init__(self, backend: Any, product: Product, *, is_dry: bool = False) -> None:
-        """Raises UnsupportedModelError if the matrix does not fit the format. `is_dry`: nothing is allocated."""
-        from tinygrad import Tensor, dtypes
-
-        from tinyvllm.model.weights.random import RandomWeights
-
-        self.backend, self.product, tokens = backend, product, product.num_tokens
-        rows, cols = product.num_rows, product.num_cols
-        block = backend.matrix(RandomWeights(product.kind, seed=0).take("w", (BLOCK_ROWS, cols)))
-        self.nbytes = block.nbytes * rows // BLOCK_ROWS
-        copies = 1 if is_dry else max(2, min(MAX_COPIES, ROTATED_BYTES // self.nbytes + 1))
-
-        def empty(size: int, dtype: Any) -> Any:
-            device = backend.device
-            return Tensor.empty(size, dtype=dtype, device=device.name) if is_dry else device.zeros(size, dtype)
-
-        own = [_plane_maker(plane, rows // BLOCK_ROWS, is_dry=is_dry) for plane in block.own_planes]
-        shared = block.planes[len(own) :]
-        self.matrices = [
-            replace(block, num_rows=rows, used_rows=rows, planes=(*[make() for make in own], *shared))
-            for _ in range(copies)
-        ]
-        self.x = empty(tokens * cols, dtypes.half)
-        self.norm_weight, self.out_norm = empty(cols, dtypes.float), empty(rows, dtypes.float)
-        self.residual = empty(tokens * rows, dtypes.half)
-
-    def launch(self, matrix: Any) -> Any:
-        """The product, and with several rows the sum of its partial products."""
-        from tinyvllm.ops.backend import Epilogue, Norm
-
-        product, backend = self.product, self.backend
-        is_one, adds = product.num_tokens == 1, product.role in ("attention_out", "down")
-        norm = Norm(self.norm_weight, 1e-5) if is_one and not adds else None
-        epilogue = Epilogue(
-            activation="silu" if product.role == "gate_up" else None, residual=self.residual if adds else None
-        )
-        (out,) = backend.linear(product.role, self.x, [matrix], product.num_tokens, norm, epilogue)
-        if is_one or product.role in ("qkv", "gate_up"):
-            return out
-        if product.role == "lm_head":
-            return backend.whole(out)
-        return backend._normed_rows(out, Norm(self.out_norm, 1e-5), product.num_tokens)
-
-    def launches(self) -> Callable[[], Any]:
-        """Launches with each copy of the matrix."""
-        count = max(MIN_LAUNCHES, len(self.matrices))
-        return lambda: [self.launch(self.matrices[i % len(self.matrices)]) for i in range(count)][-1].realize()
-
-    def spec(self) -> Any:
-        """The spec of the product's kernel, with the values that the rules choose."""
-        from tinyvllm.ops.kernel import tuning
-
-        tuning.current.asked = _First()
-        try:
-            self.launch(self.matrices[0])
-        except _Found as found:
-            return found.args[0]
-        finally:
-            tuning.current.asked = None
-        raise AssertionError(f"{self.product} has no tunable kernel")
-
-
-class _Found(Exception):
-    """Carries a spec."""
-
-
-class _First(dict[str, Any]):
-    """Stops at the first spec for which choices are asked."""
-
-    def __setitem__(self, key: str, spec: Any) -> None:
-        raise _Found(spec)
-
-
-def _plane_maker(plane: Any, times: int, *, is_dry: bool) -> Callable[[], Any]:
-    """Makes a plane of a matrix with so many times the rows."""
-    from tinygrad import Tensor
-
-    from tinyvllm.device.handle import upload
-
-    if is_dry:
-        return lambda: Tensor.empty(plane.numel() * times, dtype=plane.dtype, device=plane.device)
-    values = np.tile(plane.numpy().reshape(-1), times)
-    return lambda: upload(values, plane.device)
-
-
-def values_text(spec: Any) -> str:
-    """The values of a spec's knobs, as in the table."""
-    return " ".join(str(value) for _, value in spec.values)
-
-
-def pick(spec: Any, most: int, seed: str, *, is_random: bool) -> list[Any]:
-    """The spec and at most so many other combinations of its knobs."""
-    from tinyvllm.ops.kernel.tuning import candidates, combinations
-
-    first, *others = combinations(spec)
-    if not is_random and first.predicted_s is not None:
-        best, rest = others[: most * 3 // 4], others[most * 3 // 4 :]
-        return [first, *best, *random.Random(seed).sample(rest, min(most - len(best), len(rest)))]
-    near = {candidate.values for candidate in candidates(spec)}
-    rng = random.Random(seed)
-    rng.shuffle(others)
-    close = [other for other in others if other.values in near][: most // 2]
-    far = [other for other in others if other.values not in near][: most - len(close)]
-    return [first, *close, *far]
+def _is_wanted(spec: Any, values: Mapping[str, Sequence[int]]) -> bool:
+    return all(value in values.get(name, (value,)) for name, value in spec.values)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -215,8 +80,9 @@ class Task:
     """A product to measure in another process."""
 
     product: str
-    most: int
+    most: int  # candidates besides the rules' choice
     is_random: bool
+    values: Mapping[str, Sequence[int]]  # of knobs, to which candidates are limited
     end_s: float  # of the clock, when the time is up
     lock: str
 
@@ -252,7 +118,7 @@ def _measure(task: Task, backend: Any) -> dict[str, Any]:
         bench = Bench(backend, Product.parse(task.product))
         backend.device.wait()
     spec, replays = bench.spec(), {}
-    for candidate in pick(spec, task.most, task.product, is_random=task.is_random):
+    for candidate in pick(spec, task):
         if time.time() > task.end_s:
             break
         with contextlib.suppress(Exception):  # one that cannot be compiled
@@ -328,6 +194,7 @@ def main() -> int:
     parser.add_argument("--roles", default=",".join(ROLES))
     parser.add_argument("--most", type=int, default=12, help="candidates of a product besides the rules' choice")
     parser.add_argument("--random", action="store_true", help="draw the candidates, to fit a model to their times")
+    parser.add_argument("--values", default="", help="limit knobs to these values, as in 'ahead=1,2 warps=4,8'")
     parser.add_argument("--seconds", type=float, default=200.0, help="stop after this long; the table has what is done")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that compile")
     flags = parser.parse_args()
@@ -348,9 +215,12 @@ def sweep(flags: argparse.Namespace, products: Sequence[Product]) -> int:
     table: dict[str, Any] = {"products": {}}
     if flags.table.exists():
         table = json.loads(flags.table.read_text(encoding="utf-8"))
-    end_s = time.time() + flags.seconds
+    end_s, values = time.time() + flags.seconds, {}
+    for limit in flags.values.split():
+        name, _, numbers = limit.partition("=")
+        values[name] = tuple(map(int, numbers.split(",")))
     with tempfile.NamedTemporaryFile() as lock, multiprocessing.get_context("spawn").Pool(flags.jobs) as pool:
-        tasks = [Task(str(product), flags.most, flags.random, end_s, lock.name) for product in products]
+        tasks = [Task(str(product), flags.most, flags.random, values, end_s, lock.name) for product in products]
         for name, entry in pool.imap_unordered(measure, tasks):
             if entry is None or not entry["us"]:
                 continue

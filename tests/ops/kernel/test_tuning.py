@@ -11,13 +11,16 @@ import pytest
 from tinygrad import Tensor
 
 from tests.ops.builders import make_host, normal
+from tinyvllm.arrays import Format
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.backend import Epilogue
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.cpu.linear import LinearSpec
 from tinyvllm.ops.formats.matrix import pack
+from tinyvllm.ops.gpu.vector import VectorSpec
 from tinyvllm.ops.kernel import tuning
-from tinyvllm.ops.kernel.tuning import Choices, candidates, choices_path, load_choices, spec_key
+from tinyvllm.ops.kernel.lanes import Lanes
+from tinyvllm.ops.kernel.tuning import Choices, candidates, choices_path, combinations, load_choices, spec_key
 
 
 def make_spec(num_tokens: int = 8) -> LinearSpec:
@@ -87,3 +90,15 @@ def test_a_damaged_file_is_said_and_not_used(tmp_path: Path, text: str, caplog: 
 def test_digests_name_choices() -> None:
     assert Choices(chosen={"a": ()}).digest != Choices().digest
     assert Choices(chosen={"a": (), "b": ()}).digest == Choices(chosen={"b": (), "a": ()}).digest
+
+
+def test_combinations_are_each_value_once_and_the_fastest_by_prediction_first() -> None:
+    fields = dict(name="down", lanes=Lanes("CUDA"), format=Format("float16", 16), num_rows=4096, num_cols=14336)
+    first, *others = combinations(VectorSpec(**fields))  # type: ignore[arg-type]
+    times = [other.predicted_s or 0.0 for other in others]
+    assert times == sorted(times)
+    every = [one.values for one in (first, *others)]
+    assert len(set(every)) == len(every) > 100
+    assert all(one.is_possible() for one in others)
+    small = make_spec(6)  # a kernel of a CPU, without predictions
+    assert [one.values for one in combinations(small)] == [(("rows_per_pass", 2),), (("rows_per_pass", 1),)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from tinygrad import UOp
 
@@ -19,6 +20,7 @@ from tinyvllm.ops.gpu.attention_split import SplitHeads, SplitOperands
 from tinyvllm.ops.gpu.chosen import ChosenExperts, ChosenRows
 from tinyvllm.ops.gpu.row_sum import add_warps
 from tinyvllm.ops.kernel.body import F32, Body, KernelFn, balanced, cached_kernel, finish
+from tinyvllm.ops.kernel.cost import H200, Streaming
 from tinyvllm.ops.kernel.lanes import (
     LANES,
     SHARED_BYTES,
@@ -38,6 +40,13 @@ FEW_ROWS = 4096  # rows that need more warps each to fill a large GPU
 VECTOR_COLS = 8  # dense columns of a lane's run: 16 bytes of float16
 MAX_WARPS = 16
 MAX_LOADS = 16  # runs of weights that a lane loads at once: of float16, 64 of its registers
+ROWS, DOWN, ACROSS, AHEAD = (1, 2, 4, 8), (1, 2, 4), (1, 2, 4, 5, 6, 7, 8, 12, 16), (1, 2, 3, 4)
+MARGIN = 0.08
+# fitted to times on an H200 (ops/kernel/cost.py): registers of a lane besides those of its loads; cycles of a scheduler
+# for a load of 8 values and their products, for the norm of x and its weights, for a sum, and at the end
+OWN_REGISTERS, MAX_REGISTERS = 54, 255
+LOAD_INSTRUCTIONS, NORM_INSTRUCTIONS, SUM_INSTRUCTIONS, END_INSTRUCTIONS = 35.3, 44.8, 8.1, 85.1
+Shape = tuple[int, int, int, int]  # see VectorSpec.shape
 STAGED_RUN = PANEL + 4  # floats from one run to the next in threadgroup memory: eight lanes' vectors in eight banks
 
 
@@ -216,29 +225,32 @@ class VectorSpec(RowProductSpec, Tunable):
         )
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> Shape:
         """(rows, or pairs of gate and up, of a warp; warps along the rows; warps along the columns; runs that a lane
         loads at once): the knobs, or else `rule`."""
         return self.rows, self.down, self.across, self.ahead
 
     @property
     def rows(self) -> int:
-        return self.knob("rows", self.rule[0])
+        return self._value("rows", 0)
 
     @property
     def down(self) -> int:
-        return self.knob("down", self.rule[1])
+        return self._value("down", 1)
 
     @property
     def across(self) -> int:
-        return self.knob("across", self.rule[2])
+        return self._value("across", 2)
 
     @property
     def ahead(self) -> int:
-        return self.knob("ahead", self.rule[3])
+        return self._value("ahead", 3)
+
+    def _value(self, name: str, place: int) -> int:
+        return self.knob(name, self.rule[place])
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
-        return {"rows": (1, 2, 4, 8), "down": (1, 2, 4), "across": (1, 2, 4, 8, 16), "ahead": (1, 2, 4)}
+        return {"rows": ROWS, "down": DOWN, "across": ACROSS, "ahead": AHEAD}
 
     def is_possible(self) -> bool:
         rows, down, across, ahead = self.shape
@@ -253,13 +265,20 @@ class VectorSpec(RowProductSpec, Tunable):
         )
 
     @property
-    def rule(self) -> tuple[int, int, int, int]:
-        """The `shape` without knobs.
+    def rule(self) -> Shape:
+        """The `shape` without knobs. For 16 bits on CUDA, the usual one unless the model of ops/kernel/cost.py rejects
+        it, as it does where four warps with four loads divide the columns unevenly."""
+        if self.lanes.kind == "CUDA" and self.format.bits == 16 and not self.block_rows:
+            return improve(self._dense, self._usual)
+        return self._usual
 
-        Measured on an H200 for float16, over 20 matrices of models from 1B to 8B (2,048 to 262,144 rows of 2,048 to
-        18,944 columns): four warps with 4 loads of 16 bytes in flight for each row are within 6 % of the best of about
-        90 shapes, unless there are too few rows to fill the device. Sixteen warps that share 4,096 columns, one run
-        each, take twice as long: such a threadgroup reads more of x and the norm's weights than of the matrix.
+    @property
+    def _usual(self) -> Shape:
+        """Enough bytes in flight by Little's law: two rows with four loads of 16 bytes for each lane, in four warps
+        that share the columns, so that few columns are one step, whose loads precede the wait for the previous kernel.
+        For few rows, more warps of such a step, which else would be too few to fill the device. For many rows, as in a
+        head, four rows share the loads of x and of the norm's weights.
+
         Quantized runs are longer than a vector load of x, so more rows must share the cost of loading x."""
         passes = -(-self.num_cols // (self.cols * LANES))  # runs of a lane, if one warp had all columns
         if self.block_rows:  # few columns: without warps beside each other there would be thousands of threadgroups
@@ -278,6 +297,23 @@ class VectorSpec(RowProductSpec, Tunable):
         across = _power_below(min(4, passes))
         return (4 if rows > 32768 else 2), 1, across, min(4, -(-passes // across))
 
+    @property
+    def _dense(self) -> DenseRow:
+        return DenseRow(
+            out_rows=self.out_rows,
+            num_cols=self.num_cols,
+            slots=self.slots,
+            is_gated=self.activation is not None,
+            is_normed=self.norm_eps is not None,
+            may_begin_early=self.experts is None,
+        )
+
+    @property
+    def predicted_s(self) -> float | None:
+        if self.format.is_quantized or self.format.bits != 16 or self.block_rows:
+            return None
+        return self._dense.work(self.shape).seconds(H200)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertVectorSpec(VectorSpec):
@@ -290,7 +326,7 @@ class ExpertVectorSpec(VectorSpec):
         return self.chosen_experts
 
     @property
-    def rule(self) -> tuple[int, int, int, int]:
+    def rule(self) -> Shape:
         """Experts that are added up have long rows: with more rows of a warp, threadgroups read less of x. Six warps of
         four runs take 13 % less than sixteen of two (NVIDIA H200, 2,048 rows of 6,144 columns)."""
         passes = -(-self.num_cols // (self.cols * LANES))
@@ -298,6 +334,62 @@ class ExpertVectorSpec(VectorSpec):
             return super().rule
         across = next(count for count in (6, 5, 4, 7, 8) if passes % (count * 4) == 0 or count == 8)
         return 4, 1, across, 4
+
+
+@dataclass(frozen=True)
+class DenseRow:
+    """One row's product with a matrix of 16-bit values, as far as its time depends on it."""
+
+    out_rows: int
+    num_cols: int
+    slots: int  # matrices with threadgroups of their own
+    is_gated: bool
+    is_normed: bool
+    may_begin_early: bool  # which matrix it is does not depend on the previous kernel
+
+    def work(self, shape: Shape) -> Streaming:
+        """The kernel's work in a shape."""
+        rows, down, across, ahead = shape
+        sums = rows * (2 if self.is_gated else 1)
+        loads, steps = sums * ahead, -(-self.num_cols // (VECTOR_COLS * LANES * across * ahead))
+        step = loads * LOAD_INSTRUCTIONS + (ahead * NORM_INSTRUCTIONS if self.is_normed else 0)
+        return Streaming(
+            nbytes=self.slots * self.out_rows * (2 if self.is_gated else 1) * self.num_cols * 2,
+            groups=self.slots * self.out_rows // (rows * down),
+            warps=down * across,
+            registers=min(MAX_REGISTERS, OWN_REGISTERS + 4 * loads),
+            steps=steps,
+            loads=loads,
+            instructions=steps * step + sums * SUM_INSTRUCTIONS + END_INSTRUCTIONS,
+            begins_early=steps == 1 and self.may_begin_early,
+        )
+
+    def allows(self, shape: Shape) -> bool:
+        """Whether a kernel in this shape has whole warps, registers for its loads, and loads for its warps."""
+        rows, down, across, ahead = shape
+        passes = -(-self.num_cols // (VECTOR_COLS * LANES))
+        loads = rows * ahead * (2 if self.is_gated else 1)
+        fits = down * across <= MAX_WARPS and loads <= MAX_LOADS and self.out_rows % (rows * down) == 0
+        return fits and across * (ahead - 1) < passes and across <= passes
+
+
+@cache
+def improve(product: DenseRow, usual: Shape) -> Shape:
+    """The usual shape; or the shape with one value changed that is predicted to take the least time on an H200, if that
+    is MARGIN less: predictions of two shapes of a product differ from measured times by 5 %."""
+
+    def seconds(shape: Shape) -> float:
+        return product.work(shape).seconds(H200)
+
+    rows, down, across, ahead = usual
+    turned: list[Shape] = [
+        *((count, down, across, ahead) for count in ROWS),
+        *((rows, count, across, ahead) for count in DOWN),
+        *((rows, down, 1 << power, ahead) for power in range(5)),
+        *((rows, down, across, count) for count in AHEAD),
+    ]
+    best = min(filter(product.allows, turned), key=seconds, default=usual)
+    return best if seconds(best) < (1 - MARGIN) * seconds(usual) else usual
 
 
 def _power_below(value: int) -> int:

@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue
 from tinyvllm.ops.gpu import attention_prefill as gpu_prefill
 from tinyvllm.ops.gpu.attention_prefill_hopper import swizzled_place
-from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
+from tinyvllm.ops.gpu.attention_prefill_inputs import FETCHER_REGISTERS, PrefillSpec
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.gemm import DENSE, MIN_TOKENS, GemmSpec, multiply_rows
 from tinyvllm.ops.gpu.gemm_hopper import (
@@ -70,7 +71,7 @@ from tinyvllm.ops.gpu.gemm_hopper import (
 from tinyvllm.ops.gpu.gemm_hopper_unpack import unpacking_wgmma_kernel
 from tinyvllm.ops.gpu.tile_map import tile_map_kernel
 from tinyvllm.ops.kernel.body import empty, run_kernel
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WGMMA_COLS, Box, declared_bytes
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WGMMA_COLS, WGMMA_TOKENS, Box, declared_bytes
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend
@@ -121,15 +122,36 @@ def test_tiled_attention_of_large_models_renders_within_the_limits(kind: str, he
         check_limits(kernel, KINDS[kind])
 
 
-def test_hopper_attends_in_the_memory_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("heads", "dim", "features"),
+    [(32, 128, ()), (4, 256, (("window", 100), ("softcap", 2.0))), (8, 64, (("has_sinks", True), ("has_bias", True)))],
+)
+def test_hopper_attends_in_the_memory_that_it_says(
+    monkeypatch: pytest.MonkeyPatch, heads: int, dim: int, features: tuple[tuple[str, Any], ...]
+) -> None:
     monkeypatch.setattr(gpu_prefill, "has_wgmma", lambda name: True)
-    kernels = kernels_of(plan_attention(rendered("CUDA"), LayerKind(32, 8, 64, Rope(10000.0)), "float16"))
-    (kernel,) = [kernel for kernel in kernels if kernel.arg.name.startswith("prefill_attention")]
-    check_limits(kernel, "CUDA sm_90")
-    program = to_program(kernel, make_renderer("CUDA sm_90"))
-    assert program.src[2].arg.count("wgmma.mma_async") == 2 * (64 // 16 + 64 // 16)  # scores and sums, in two loops
-    nbytes = (128 + 4 * 64) * 128  # queries, and two tiles of keys and values
-    assert declared_bytes(program.src[2].arg.encode()) == nbytes
+    specs: list[PrefillSpec] = []
+
+    def remember(spec: PrefillSpec) -> PrefillSpec:
+        specs.append(spec)
+        return spec
+
+    monkeypatch.setattr(gpu_prefill, "choose", remember)
+    kind = replace(LayerKind(heads, heads // 4, dim, Rope(10000.0)), **dict(features))
+    kernels = kernels_of(plan_attention(rendered("CUDA"), kind, "float16"))
+    assert [kernel.arg.name.split("_")[0] for kernel in kernels] == ["tile", "rotate", "prefill"]
+    for kernel in kernels:
+        check_limits(kernel, "CUDA sm_90")
+    (spec,) = specs
+    source = to_program(kernels[-1], make_renderer("CUDA sm_90")).src[2].arg
+    walks = 1 if kind.window else 2  # besides the first tile's scores and the last one's sums
+    assert source.count("wgmma.mma_async") == (walks + 1) * (dim // 16 + spec.keys // 16)
+    assert declared_bytes(source.encode()) == spec.shared_bytes <= HOPPER_SHARED_BYTES
+    for turned in candidates(spec):
+        assert turned.rows == turned.groups * WGMMA_TOKENS
+        given = (turned.groups + 1) * turned.launch_registers
+        assert turned.groups * turned.registers + FETCHER_REGISTERS <= given
+        assert turned.for_map.tokens == turned.tokens
 
 
 def test_a_row_of_hoppers_tiles_lies_in_its_own_bytes() -> None:
@@ -353,6 +375,12 @@ CASES += [
     Case(4, 4, 64, StepLayout(260, 2, 40, 8), False, "float16", features=(("rope", None), ("softcap", 1.5))),
 ]
 CASES += [fused_case(name, StepLayout(100, 4, 14, 16), is_decode=False) for name in FUSED]
+CASES += [  # several tiles of keys before a tile's own, of all sizes of heads
+    Case(32, 8, 128, StepLayout(700, 3, 64, 16), False, "float16"),
+    Case(8, 4, 128, StepLayout(500, 3, 16, 64), False, "float16", features=(("window", 200),)),
+    Case(8, 4, 256, StepLayout(400, 3, 40, 32), False, "float16"),
+    Case(12, 4, 64, StepLayout(700, 3, 64, 16), False, "float16"),
+]
 
 
 def ragged(case: Case, rng: np.random.Generator) -> list[Piece]:

@@ -21,11 +21,13 @@ from tinyvllm.ops.gpu.attention_prefill_hopper import HopperTile
 from tinyvllm.ops.gpu.attention_prefill_inputs import Inputs, PrefillSpec
 from tinyvllm.ops.gpu.attention_prefill_metal import MetalTile
 from tinyvllm.ops.gpu.attention_prefill_tile import AttentionTile
+from tinyvllm.ops.gpu.attention_rotate import rotate
 from tinyvllm.ops.gpu.tile_map import tile_map_kernel
 from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.hopper import has_wgmma
 from tinyvllm.ops.kernel.lanes import axes_of, grid
 from tinyvllm.ops.kernel.tiles import PIECE
+from tinyvllm.ops.kernel.tuning import choose
 
 
 def attend_tiles(
@@ -38,7 +40,12 @@ def attend_tiles(
 ) -> Tensor:
     """Write the rotated keys and the values to the pool, unless an earlier layer has, and attend. Writes and returns
     `out` (T, H * D)."""
-    spec = replace(spec, has_wgmma=has_wgmma(str(out.device)))
+    spec = choose(replace(spec, has_wgmma=has_wgmma(str(out.device))))
+    if spec.uses_wgmma:
+        sinks = [] if layer.sinks is None else [layer.sinks]
+        queries, maps, pool = rotate(spec, pool, layer, step, qkv)
+        read = [maps, _tile_map(spec, step), step.inputs, *sinks, queries, *pool]
+        return run_kernel(hopper_kernel(spec), [out], read)[0]
     if spec.writes_kv:
         pool = _write(spec, pool, layer, step, qkv)
     read = [*pool, _tile_map(spec, step), step.inputs, *layer.tables, *[qkv[i] for i in spec.parts(QUERIES)]]
@@ -98,20 +105,40 @@ def store_kernel(spec: PrefillSpec) -> KernelFn:
 
 
 @cached_kernel
+def hopper_kernel(spec: PrefillSpec) -> KernelFn:
+    """fn(out (T, H * D), maps, tiles, inputs, *sinks, queries, keys, values), the last three as `maps` describe them.
+    Does not write rows of padding."""
+
+    def kernel(out: UOp, maps: UOp, tiles: UOp, inputs: UOp, *operands: UOp) -> UOp:
+        tile = HopperTile(spec, maps, tiles, inputs, operands)
+        done = tile.attend_and_store(out)
+        return finish(done.end(*reversed(tile.axes)), _name(spec), **_work(spec))
+
+    return kernel
+
+
+def _name(spec: PrefillSpec) -> str:
+    return f"prefill_attention_{spec.layout.num_tokens}x{spec.num_heads}x{spec.head_dim}"
+
+
+def _work(spec: PrefillSpec) -> dict[str, int]:
+    """The kernel's operations and bytes, at most."""
+    tokens, context = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
+    return {
+        "ops": 4 * tokens * spec.num_heads * spec.head_dim * context,
+        "nbytes": 4 * tokens * spec.slot_elements * context // spec.tokens,
+    }
+
+
+@cached_kernel
 def prefill_kernel(spec: PrefillSpec) -> KernelFn:
     """fn(out (T, H * D), keys, values, tiles, inputs, *tables, *qkv[parts(0)]). Does not write rows of padding."""
 
     def kernel(out: UOp, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, *operands: UOp) -> UOp:
-        kind = HopperTile if spec.uses_wgmma else AttentionTile if spec.tiles.is_cuda else MetalTile
+        kind = AttentionTile if spec.tiles.is_cuda else MetalTile
         tile = kind(spec, keys, values, tiles, inputs, operands)
         totals, sums = tile.attend()
         stores = tile.stores(out, totals, sums)
-        tokens, context = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
-        return finish(
-            UOp.group(*stores).end(*reversed(tile.axes)),
-            f"prefill_attention_{tokens}x{spec.num_heads}x{spec.head_dim}",
-            ops=4 * tokens * spec.num_heads * spec.head_dim * context,
-            nbytes=4 * tokens * spec.slot_elements * context // spec.tokens,
-        )
+        return finish(UOp.group(*stores).end(*reversed(tile.axes)), _name(spec), **_work(spec))
 
     return kernel

@@ -1,122 +1,333 @@
-"""One threadgroup's attention on Hopper: wgmma multiplies tiles in threadgroup memory."""
+"""One threadgroup's attention on Hopper: one warp fetches keys and values, groups of four warps multiply them.
+
+The queries have been rotated and scaled by an earlier kernel (`rotate_kernel`), so that the copy engine fetches them as
+it does blocks of the pool. The fetching warp runs ahead through two stages of keys and two of values. A group of warps
+has 64 rows of the tile, whose scores and sums are in the registers of wgmma. It multiplies the next keys while it
+computes the weights of the tile before (FlashAttention-3, Shah et al. 2024, sec. 3.2). Letting the groups take turns
+(sec. 3.1) gained nothing.
+"""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import ClassVar, TypeVar
 
-from tinygrad import UOp, dtypes
+from tinygrad import UOp
+from tinygrad.uop.ops import Ops
 
-from tinyvllm.ops.gpu.attention_prefill_inputs import ROW_BYTES
-from tinyvllm.ops.gpu.attention_prefill_tile import AttentionTile, Walk
-from tinyvllm.ops.kernel.body import balanced
-from tinyvllm.ops.kernel.hopper import (
-    WGMMA_TOKENS,
-    arrive_copies,
-    copy_async,
-    declare,
-    multiply_wgmma,
-    read_sums,
-    store_words,
-    weigh_wgmma,
+from tinyvllm.ops.attention_spec import Tables
+from tinyvllm.ops.gpu.attention_prefill_inputs import (
+    FETCHER_REGISTERS,
+    GROUP_WARPS,
+    ROW_BYTES,
+    STAGES,
+    Inputs,
+    PrefillSpec,
 )
-from tinyvllm.ops.kernel.lanes import zeros
-from tinyvllm.ops.kernel.tiles import PIECE, PTX_NAMES, commit, pack_words, quick_exp2, quick_maximum, together
+from tinyvllm.ops.gpu.attention_prefill_tile import AttentionTile
+from tinyvllm.ops.gpu.attention_rotate import KEY_MAP, QUERY_MAP, VALUE_MAP
+from tinyvllm.ops.kernel.body import F32, I32, U32, balanced, clamp
+from tinyvllm.ops.kernel.hopper import (
+    MAP_WORDS,
+    WGMMA_COLS,
+    WGMMA_TOKENS,
+    acquire_map,
+    arrive,
+    await_products,
+    clear_piece,
+    declare,
+    exit_if,
+    expect,
+    fence_proxy,
+    fetch,
+    give_registers,
+    make_barriers,
+    meet_threads,
+    read_sums,
+    start_scores,
+    start_weighing,
+    take_registers,
+    uniform,
+    wait,
+)
+from tinyvllm.ops.kernel.lanes import LANES, zeros
+from tinyvllm.ops.kernel.tiles import PIECE, PTX_NAMES, pack_words, quick_exp2, quick_maximum, together
 
 Number = TypeVar("Number", int, UOp)
+FIRST_GROUP = 1  # the named barrier of the first group's threads
 
 
 class HopperTile(AttentionTile):
-    """The same with wgmma: two groups of four warps, each with 64 rows, whose scores and sums are in the registers of
-    the instructions.
+    """Rows of queries, keys and values are in tiles of 64 columns, 128 bytes, swizzled as wgmma expects them."""
 
-    Rows of queries, keys and values are 128 bytes, swizzled as the instructions expect them."""
+    extra_warps: ClassVar[int] = GROUP_WARPS  # only the first of them fetches; registers belong to whole groups
 
-    def attend(self) -> tuple[list[UOp], list[UOp]]:
+    def __init__(self, spec: PrefillSpec, maps: UOp, tiles: UOp, inputs: UOp, operands: Sequence[UOp]) -> None:
+        """`operands`: perhaps the sinks, and then the buffers that the maps describe."""
+        super().__init__(spec, maps, maps, tiles, inputs, operands)
+        self.maps, self.described = maps, operands[-3:]
+        self.type_name = PTX_NAMES[self.mma.mma.dtype]
+        self.role = uniform(self.warp)  # the warp's number, without limits that tinygrad knows
+        self.group = self.thread // (GROUP_WARPS * LANES)
+        self.steps = (self.context + (spec.keys - 1)) // spec.keys - self.begin  # tiles of keys
+
+    def make_inputs(self, inputs: UOp, operands: Sequence[UOp]) -> Inputs:
+        step = Inputs(self.spec, inputs)
+        step.tables = Tables(None, None, None, operands[0] if self.spec.has_sinks else None)
+        return step
+
+    def attend_and_store(self, out: UOp) -> UOp:
+        ready = self._prepare()
+        return UOp(Ops.BARRIER, src=(self._fetch(ready), self._multiply(out, ready)))
+
+    def _prepare(self) -> UOp:
+        """The UOp after which the barriers are ready. Ends threadgroups without rows."""
+        memory = declare(self.spec.shared_bytes)
+        ended = exit_if(self.count < 1)
+        at, fetchers = self._barriers, self.spec.fetchers
+        made = make_barriers(at + 16, 2 * STAGES, fetchers, self.spec.groups, memory, ended, *self.described_places())
+        return UOp(Ops.BARRIER, src=(make_barriers(at, 1, 1, 1, made),))
+
+    def described_places(self) -> list[UOp]:
+        """What the maps describe, so that tinygrad sees that it is read."""
+        return [buffer[0] for buffer in self.described]
+
+    # -- places in threadgroup memory, in bytes ------------------------------------------------------------------------
+
+    @property
+    def _barriers(self) -> int:
+        """The queries' barrier and one that is not used; those of full stages of keys, of values; of empty ones."""
+        return self.spec.query_bytes + 2 * STAGES * self.spec.tile_bytes
+
+    def _stage(self, number: UOp, is_value: int) -> tuple[UOp, UOp, UOp, UOp]:
+        """(tile, full barrier, empty barrier, parity of the phase) of the number-th tile of keys or of values."""
+        spec = self.spec
+        slot, parity = number % STAGES + is_value * STAGES, number // STAGES % 2
+        full = slot * 8 + (self._barriers + 16)
+        return slot * spec.tile_bytes + spec.query_bytes, full, full + 2 * STAGES * 8, parity
+
+    # -- the warp that fetches -----------------------------------------------------------------------------------------
+
+    def _bounded(self, loop: UOp) -> UOp:
+        """The number of an iteration, 32 bits wide."""
+        return clamp(loop, 0, self.step.positions // self.spec.keys)
+
+    def _fetch(self, ready: UOp) -> UOp:
+        """The work of the group of the fetching warp."""
+        is_here = uniform((self.role < self.spec.num_warps).where(UOp.const(0, I32), 1))
+        loop = self.body.fold_while(is_here)
+        given = give_registers(FETCHER_REGISTERS, loop, ready)
+        return self._fetch_tiles(self._fetch_queries(given)).end(loop)
+
+    def _is_fetcher(self, lanes: int) -> UOp:
+        """1 in the first lanes of the fetching warp, else 0: the length of a loop, since tinygrad has no branches."""
+        return (self.lane < lanes).where(uniform(self.role.eq(self.spec.num_warps).where(UOp.const(1, I32), 0)), 0)
+
+    def _map(self, index: int) -> UOp:
+        return self.maps[index * MAP_WORDS]
+
+    def _fetch_queries(self, ready: UOp) -> UOp:
+        spec, barrier = self.spec, UOp.const(self._barriers, I32)
+        loop = self.body.fold_while(self._is_fetcher(1))
+        last = acquire_map(self._map(QUERY_MAP), loop, ready)
+        last = expect(barrier, spec.tokens * spec.group * spec.head_dim * 2, last)
+        for tile in range(spec.head_dim // WGMMA_COLS):
+            place = UOp.const(tile * spec.rows * ROW_BYTES, I32)
+            at = [UOp.const(tile * WGMMA_COLS, I32), self.kv_head * spec.group + UOp.const(0, I32), self.first]
+            last = fetch(place, self._map(QUERY_MAP), barrier, at, last)
+        return last.end(loop)
+
+    def _fetch_tiles(self, ready: UOp) -> UOp:
+        """Fetch all tiles of keys and values in order, each as soon as its stage is empty."""
+        spec = self.spec
+        loop = self.body.fold_while(self._is_fetcher(spec.fetchers) * self.steps.cast(I32))
+        step = self._bounded(loop)
+        rows = self._block_rows(self.begin + step)
+        last = acquire_map(self._map(VALUE_MAP), acquire_map(self._map(KEY_MAP), loop, ready))
+        for is_value, index in enumerate((KEY_MAP, VALUE_MAP)):
+            place, full, empty, parity = self._stage(step, is_value)
+            last = wait(empty, 1 - parity, last, *[row for row, _, _ in rows])
+            last = expect(full, spec.tile_bytes // spec.fetchers, last)
+            for row, block, tile in rows:
+                target = place + tile * (spec.keys * ROW_BYTES) + block * (spec.layout.block_size * ROW_BYTES)
+                column = self.kv_head * spec.head_dim + tile * WGMMA_COLS
+                last = fetch(target, self._map(index), full, [column + UOp.const(0, I32), row], last)
+        return last.end(loop)
+
+    def _block_rows(self, tile: UOp) -> list[tuple[UOp, UOp | int, UOp | int]]:
+        """(row of the pool, block of the tile of keys, tile of columns) of each copy of the lane. A block outside of
+        the context or the window is one outside of the pool, which gives zeros."""
+        spec, size, layout = self.spec, self.spec.layout.block_size, self.spec.layout
+        per_block, rows = spec.head_dim // WGMMA_COLS, []
+        for start in range(0, spec.keys // size * per_block, spec.fetchers):
+            item = start if spec.fetchers == 1 else self.lane % spec.fetchers + start
+            block = item // per_block
+            number = tile * (spec.keys // size) + block
+            wanted = number * size < self.context
+            if spec.window is not None:
+                wanted = wanted & (number * size + size > spec.first_key(self.position))
+            at = spec.tables_start + self.sequence * layout.max_blocks + number.minimum(layout.max_blocks - 1)
+            here = clamp(self.step.inputs[at].load(), 0, spec.num_blocks - 1)
+            rows.append((wanted.where(here, spec.num_blocks) * size, block, item % per_block))
+        return rows
+
+    # -- the warps that multiply ---------------------------------------------------------------------------------------
+
+    def _multiply(self, out: UOp, ready: UOp) -> UOp:
+        """The tile's attention, and its stores."""
         spec, body = self.spec, self.body
-        memory = declare(spec.shared_bytes)
-        begin = self.begin
-        primed = (self._put_queries(memory), self._copy(begin % 2, self.key_slots(begin * spec.keys), memory))
+        is_here = uniform((self.role < spec.num_warps).where(UOp.const(1, I32), 0))
+        loop = body.fold_while(is_here)
         stats, sums = body.registers(4), body.registers(spec.head_dim // 8 * 4)  # two rows' maxima and totals
-        init = self.initial_stats()
-        stats = stats.after(UOp.group(*[stats.after(*self.axes)[i].store(value) for i, value in enumerate(init)]))
-        zeroed = [sums.after(*self.axes)[i].store(value) for i, value in enumerate(zeros(sums.max_numel()))]
-        sums = sums.after(UOp.group(*zeroed))
-        for walk in self.walks():
-            stats, sums = self._walk_wgmma(walk, stats, sums, primed)
-        totals = [spec.lanes.sum(stats[2 + row].load(), spec.mma.row_masks) for row in range(2)]
-        return totals, [sums[i].load() for i in range(sums.max_numel())]
+        words = body.registers(spec.keys // 4, U32)  # the weights of a tile
+        begun = [stats.after(loop, ready)[i].store(value) for i, value in enumerate(self.initial_stats())]
+        begun += [sums.after(loop, ready)[i].store(value) for i, value in enumerate(zeros(sums.max_numel()))]
+        stats, sums = stats.after(UOp.group(*begun)), sums.after(UOp.group(*begun))
+        taken = take_registers(spec.registers, stats[0], sums[0])
+        here = wait(UOp.const(self._barriers, I32), UOp.const(0, I32), taken)
+        stats, words = self._first_tile(stats, words, here)
+        for first, count, is_whole in self._walks_after_first():
+            stats, sums, words = self._walk_keys(first, count, is_whole, stats, sums, words)
+        finished = self._last_tile(words, sums)
+        totals = [spec.lanes.sum(stats.after(finished)[2 + row].load(), spec.mma.row_masks) for row in range(2)]
+        return UOp.group(*self.stores(out, totals, read_sums(sums, finished))).end(loop)
 
-    def _put_queries(self, memory: UOp) -> UOp:
-        """The tile's queries, rotated and scaled, in threadgroup memory."""
-        spec, half = self.spec, self.spec.head_dim // 2
-        per_row, last = half // PIECE, memory
-        for start in range(0, spec.rows * per_row, self.threads):
-            item = start + self.thread
-            row, dim = item // per_row, item % per_row * PIECE
-            for run, at in zip(self.scaled_queries(row, dim), (dim, dim + half), strict=True):
-                words = [pack_words(*run[i : i + 2]) for i in range(0, PIECE, 2)]
-                last = store_words(swizzled_place(row, at // PIECE), words, last)
-        return last
+    def _walks_after_first(self) -> list[tuple[UOp | int, UOp, bool]]:
+        """(number of the first tile of keys, count, whether all tokens attend to all of their keys) of each walk after
+        the first tile: as `walks`."""
+        if self.spec.window is not None:
+            return [(1, self.steps - 1, False)]
+        whole = ((self.position + 1) // self.spec.keys).maximum(1).minimum(self.steps)
+        return [(1, whole - 1, True), (whole, self.steps - whole, False)]
 
-    def _copy(self, stage: UOp | int, slots: list[tuple[UOp, UOp]], *after: UOp) -> UOp:
-        """Begin to copy a tile of keys and values to a stage, zeros outside the context."""
-        spec, per_key, last = self.spec, self.spec.head_dim // PIECE, list(after)
-        base = self._stage(stage)
-        for start, (slot, wanted) in zip(range(0, spec.keys * per_key, self.threads), slots, strict=True):
-            item = start + self.thread
-            place, source = swizzled_place(item // per_key, item % per_key), self.source(slot, item % per_key * PIECE)
-            last = [copy_async(base + place, self.keys[source], wanted, *last)]
-            last = [copy_async(base + spec.keys * ROW_BYTES + place, self.values[source], wanted, *last)]
-        return commit(*last)
+    def _left(self) -> UOp:
+        """Where the group's queries are."""
+        return self.group * (WGMMA_TOKENS * ROW_BYTES)
 
-    def _stage(self, stage: UOp | int) -> UOp | int:
-        """The byte where a stage begins, after the queries."""
-        return stage * (2 * self.spec.keys * ROW_BYTES) + self.spec.rows * ROW_BYTES
+    def _score(self, keys: UOp, scores: UOp, *after: UOp) -> UOp:
+        spec = self.spec
+        strides = (spec.rows * ROW_BYTES, spec.keys * ROW_BYTES)
+        return start_scores(self.type_name, self._left(), keys, scores, spec.head_dim, strides, *after)
 
-    def _walk_wgmma(self, walk: Walk, stats: UOp, sums: UOp, primed: tuple[UOp, ...]) -> tuple[UOp, UOp]:
-        """(maxima and sums of weights, sums of values) after a walk."""
-        spec, type_name = self.spec, PTX_NAMES[self.mma.mma.dtype]
-        loop = self.body.fold_while(walk.count)
-        step = (loop.cast(dtypes.weakint) + walk.first).minimum(self.step.positions // spec.keys)  # 32 bits wide
-        first_key = step * spec.keys
-        slots = self.key_slots(first_key + spec.keys)
-        arrived = arrive_copies(loop, *primed, *[slot for slot, _ in slots])
-        begun = self._copy((step + 1) % 2, slots, arrived)
-        keys = self._stage(step % 2)
-        scores = self.body.registers(spec.keys // 8 * 4)
-        rows = self.warp // 4 * (WGMMA_TOKENS * ROW_BYTES)
-        scored = multiply_wgmma(type_name, rows, keys, scores.after(loop), 0, arrived, begun, is_fresh=True)
-        values = read_sums(scores, scored)
-        values = [spec.score(value, lambda x: quick_exp2(x, self.mma)) for value in values]
-        blocks = [values[i : i + 4] for i in range(0, len(values), 4)]
-        if not walk.is_whole:
-            blocks = [self._masked(block, 0, first_key + i * 8) for i, block in enumerate(blocks)]
+    def _weigh_values(self, words: UOp, values: UOp, sums: UOp, *after: UOp) -> UOp:
+        four = [words[i].load() for i in range(words.max_numel())]
+        return start_weighing(self.type_name, four, values, sums, self.spec.keys * ROW_BYTES, *after)
+
+    def _first_tile(self, stats: UOp, words: UOp, here: UOp) -> tuple[UOp, UOp]:
+        """(stats, words of weights) after the first tile of keys."""
+        spec, zero = self.spec, UOp.const(0, I32)
+        keys, full, empty, parity = self._stage(zero, 0)
+        scores = self.body.registers(spec.keys // 2)
+        waited = wait(full, parity, here)
+        scored = await_products(0, scores, self._score(keys, scores, waited))
+        released = self._release(empty, scored)
+        old = [stats[i].load() for i in range(4)]
+        new, _, weights = self._weigh_rows(scores, self.begin * spec.keys, old, released)
+        kept = UOp.group(*[stats.after(released)[i].store(value) for i, value in enumerate(new)])
+        return stats.after(kept), words.after(UOp.group(*word_stores(words.after(released), weights)))
+
+    def _walk_keys(
+        self, first: UOp | int, count: UOp, is_whole: bool, stats: UOp, sums: UOp, words: UOp
+    ) -> tuple[UOp, UOp, UOp]:
+        """The same after `count` more tiles of keys, from number `first` on, and the sums of the values before them."""
+        spec = self.spec
+        loop = self.body.fold_while(uniform(count))
+        number = self._bounded(loop) + first
+        keys, full, empty, parity = self._stage(number, 0)
+        values, values_full, values_empty, values_parity = self._stage(number - 1, 1)
+        waited = wait(values_full, values_parity, wait(full, parity, loop))
+        scores = self.body.registers(spec.keys // 2)
+        started = self._score(keys, scores.after(loop), waited)
+        started = self._weigh_values(words.after(loop), values, sums.after(loop), started)
+        scored = await_products(1, scores, started)
+        released = self._release(empty, scored)
         old = [stats.after(loop)[i].load() for i in range(4)]
-        new, decays, weights = self._weigh_rows(blocks, old)
+        first_key = None if is_whole else (number + self.begin) * spec.keys
+        new, decays, weights = self._weigh_rows(scores, first_key, old, released)
+        flat = [*new, *decays, *[value for block in weights for value in block]]
+        finished = await_products(0, sums, released, *flat)
+        released = self._release(values_empty, finished)
         scaled = [
-            sums.after(loop)[i].store(sums.after(loop)[i].load() * decays[i % 4 // 2]) for i in range(sums.max_numel())
+            sums.after(finished)[i].store(value * decays[i % 4 // 2])
+            for i, value in enumerate(read_sums(sums, finished))
         ]
-        pairs = [[pack_words(*block[e : e + 2]) for e in (0, 2)] for block in weights]
-        words = [[*pairs[i], *pairs[i + 1]] for i in range(0, len(pairs), 2)]
-        weighed = weigh_wgmma(type_name, words, keys + spec.keys * ROW_BYTES, sums.after(UOp.group(*scaled)), begun)
-        kept = UOp.group(*[stats.after(loop)[i].store(value) for i, value in enumerate(new)])
-        done = together(weighed, begun, kept).end(loop)
-        return stats.after(done), sums.after(done)
+        packed = word_stores(words.after(finished), weights)
+        kept = [stats.after(finished)[i].store(value) for i, value in enumerate(new)]
+        done = together(UOp.group(*scaled, *packed, *kept), released).end(loop)
+        return stats.after(done), sums.after(done), words.after(done)
 
-    def _weigh_rows(self, scores: list[list[UOp]], old: list[UOp]) -> tuple[list[UOp], list[UOp], list[list[UOp]]]:
-        """(the two rows' new maxima and sums of weights, factors by which earlier sums decay, the scores' weights)."""
-        spec, mma = self.spec, self.mma
-        best, decays, totals = [], [], []
-        for row in range(2):
-            values = [value for block in scores for value in block[2 * row : 2 * row + 2]]
-            top = balanced(values, lambda a, b: quick_maximum(a, b, mma))
-            best.append(old[row].maximum(spec.lanes.maximum(top, spec.mma.row_masks)))
-            decays.append(quick_exp2(old[row] - best[row], mma))
-        weights = [[quick_exp2(value - best[e // 2], mma) for e, value in enumerate(block)] for block in scores]
-        for row in range(2):
-            added = balanced([value for block in weights for value in block[2 * row : 2 * row + 2]])
-            totals.append(old[2 + row] * decays[row] + added)
-        return [*best, *totals], decays, weights
+    def _last_tile(self, words: UOp, sums: UOp) -> UOp:
+        """The end of the last products. Values after the context are zeros first: the pool may hold anything there, and
+        a weight of 0 does not erase NaN."""
+        spec, size = self.spec, self.spec.layout.block_size
+        last = self.steps - 1
+        values, full, _, parity = self._stage(last, 1)
+        here = wait(full, parity, words[0], sums[0])
+        first, per_row = self.context - (last + self.begin) * spec.keys, spec.head_dim // PIECE
+        thread, threads = self.thread % (GROUP_WARPS * LANES), GROUP_WARPS * LANES
+        end = (first + (size - 1)) // size * size
+        for start in range(0, size * per_row, threads):
+            item = start + thread
+            row, piece = first + item // per_row, item % per_row
+            place = values + piece // 8 * (spec.keys * ROW_BYTES) + swizzled_place(row, piece % 8)
+            here = clear_piece(place, row < end, here)
+        here = meet_threads(self.group + FIRST_GROUP, threads, fence_proxy(here))
+        return await_products(0, sums, self._weigh_values(words, values, sums, here))
+
+    def _release(self, empty: UOp, *after: UOp) -> UOp:
+        """Tell the fetching warp that this group of warps has read a stage."""
+        return arrive(empty, (self.thread % (GROUP_WARPS * LANES)).eq(0), *after)
+
+    def _weigh_rows(
+        self, scores: UOp, first_key: UOp | int | None, old: list[UOp], *after: UOp
+    ) -> tuple[list[UOp], list[UOp], list[list[UOp]]]:
+        """As `weigh_rows`. `first_key`: the tile's first key, if some tokens do not attend to all of it."""
+        blocks = score_blocks(self.spec, read_sums(scores, *after))
+        if first_key is not None:
+            blocks = [self._masked(block, 0, first_key + i * 8) for i, block in enumerate(blocks)]
+        return weigh_rows(self.spec, blocks, old)
+
+
+def score_blocks(spec: PrefillSpec, products: list[UOp]) -> list[list[UOp]]:
+    """The scores of a lane's products of queries and keys, by block of eight keys."""
+    scores = [spec.score(product, lambda x: quick_exp2(x, spec.tiles)) for product in products]
+    return [scores[i : i + 4] for i in range(0, len(scores), 4)]
+
+
+def weigh_rows(
+    spec: PrefillSpec, blocks: list[list[UOp]], old: list[UOp]
+) -> tuple[list[UOp], list[UOp], list[list[UOp]]]:
+    """(a lane's two rows' new maxima and sums of weights, factors by which earlier sums decay, the scores' weights)."""
+    mma, best, decays, totals = spec.tiles, [], [], []
+    for row in range(2):
+        own = [value for block in blocks for value in block[2 * row : 2 * row + 2]]
+        top = balanced(own, lambda a, b: quick_maximum(a, b, mma))
+        for mask in spec.mma.row_masks:
+            top = _held(top)
+            top = quick_maximum(top, spec.lanes.shuffle(top, mask), mma)
+        best.append(_held(quick_maximum(old[row], top, mma)))
+        decays.append(quick_exp2(old[row] - best[row], mma))
+    weights = [[quick_exp2(value - best[e // 2], mma) for e, value in enumerate(block)] for block in blocks]
+    for row in range(2):
+        added = balanced([value for block in weights for value in block[2 * row : 2 * row + 2]], _plus)
+        totals.append(old[2 + row] * decays[row] + added)
+    return [*best, *totals], decays, weights
+
+
+def word_stores(words: UOp, weights: list[list[UOp]]) -> list[UOp]:
+    """Stores of the weights of a tile as an operand of wgmma."""
+    packed = [pack_words(*block[e : e + 2]) for block in weights for e in (0, 2)]
+    return [words[i].store(word) for i, word in enumerate(packed)]
+
+
+def _held(value: UOp) -> UOp:
+    """The value in a variable."""
+    return UOp(Ops.CUSTOM, F32, src=(value,), arg="{0}")
+
+
+def _plus(a: UOp, b: UOp) -> UOp:
+    """The sum in this order: tinygrad would write a tree of sums as a chain, each of which waits for the one before."""
+    return UOp(Ops.CUSTOMI, F32, src=(a, b), arg="({0} + {1})")
 
 
 def swizzled_place(row: Number, piece: Number) -> Number:

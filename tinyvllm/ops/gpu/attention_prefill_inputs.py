@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tinygrad import UOp
 
-from tinyvllm.ops.attention_spec import QUERIES, VALUES
+from tinyvllm.ops.attention_spec import VALUES
 from tinyvllm.ops.gpu.attention_fused import FusedAttentionSpec
 from tinyvllm.ops.kernel.body import F16, balanced, clamp
-from tinyvllm.ops.kernel.hopper import WGMMA_COLS
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MAP_WORDS, WGMMA_COLS, Box
 from tinyvllm.ops.kernel.lanes import LANES, dot, load_floats
 from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma
+from tinyvllm.ops.kernel.tuning import Tunable
 
 ROW_BYTES = WGMMA_COLS * 2  # of a row of Hopper's tiles
+GROUP_WARPS = 4  # warps that issue one wgmma together
+HOPPER_KEYS = {64: 96, 128: 128, 256: 64}  # of a tile, by dimensions of a head: what registers hold beside the sums
+STAGES = 2  # tiles of keys, and of values, in Hopper's threadgroup memory
+BARRIER_BYTES = 1024
+REGISTERS = 1 << 16  # of a multiprocessor
+FETCHER_REGISTERS = 24  # that a thread of the fetching warp's group keeps
+SPARE_REGISTERS = 40  # of a thread, besides scores, weights and sums
 MAP_THREADS = 256
 MIN_LOOP = 2  # iterations that a loop must be able to run: Body.fold_while
 
@@ -22,10 +30,24 @@ Halves = tuple[list[UOp], list[UOp]]  # eight dimensions of a head, and those ha
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillSpec(FusedAttentionSpec):
+class PrefillSpec(FusedAttentionSpec, Tunable):
     """Attention of any rows, over paged KV in float16."""
 
     has_wgmma: bool = False  # the device has wgmma, Hopper's matrix instruction of four warps
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        if not self.uses_wgmma:
+            return {}
+        return {"keys": (64, 96, 128, 160), "groups": (2, 3), "fetchers": (1, 2, 3, 4, 8)}
+
+    def is_possible(self) -> bool:
+        used = self.keys // 2 + self.keys // 4 + self.head_dim // 2 + SPARE_REGISTERS
+        return (
+            self.keys % self.layout.block_size == 0
+            and self.copies % self.fetchers == 0
+            and self.shared_bytes <= HOPPER_SHARED_BYTES
+            and used <= self.registers
+        )
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -50,22 +72,81 @@ class PrefillSpec(FusedAttentionSpec):
         return self.head_dim > 128
 
     @property
-    def uses_wgmma(self) -> bool:
-        """Whether Hopper's kernel is used: if a head is as wide as a tile."""
-        return self.has_wgmma and self.mma.dtype == F16 and self.head_dim == WGMMA_COLS
+    def tiles(self) -> TileMma:
+        return TileMma(self.mma)
+
+    # -- Hopper's kernel -----------------------------------------------------------------------------------------------
 
     @property
-    def num_warps(self) -> int:
-        return 8 if self.uses_wgmma else 4
+    def uses_wgmma(self) -> bool:
+        """Whether Hopper's kernel is used: if a head is whole tiles of 64 columns."""
+        return self.has_wgmma and self.mma.dtype == F16 and self.head_dim % WGMMA_COLS == 0
+
+    @property
+    def groups(self) -> int:
+        """Groups of four warps, each with 64 rows of the tile: as many as there are registers for."""
+        return self.knob("groups", 3 if self.head_dim <= 64 else 2)
+
+    @property
+    def fetchers(self) -> int:
+        """Lanes of the fetching warp that fetch: several look up their blocks at the same time."""
+        return self.knob("fetchers", next(count for count in (4, 3, 2, 1) if self.copies % count == 0))
+
+    @property
+    def copies(self) -> int:
+        """Copies that fetch a tile of keys, or of values."""
+        return self.keys // self.layout.block_size * (self.head_dim // WGMMA_COLS)
+
+    @property
+    def launch_registers(self) -> int:
+        """Registers of a thread when the kernel begins: an equal part of a multiprocessor's."""
+        return REGISTERS // ((self.groups + 1) * GROUP_WARPS * LANES) // 8 * 8
+
+    @property
+    def registers(self) -> int:
+        """Registers of a thread that multiplies, with those that the fetching warp's group gives. More than there are
+        would never be given."""
+        return (self.launch_registers * (self.groups + 1) - FETCHER_REGISTERS) // self.groups // 8 * 8
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a tile of keys, or of values."""
+        return self.keys * self.head_dim * 2
+
+    @property
+    def query_bytes(self) -> int:
+        return self.rows * self.head_dim * 2
 
     @property
     def shared_bytes(self) -> int:
-        """Threadgroup memory of Hopper's kernel: queries, and two tiles of keys and of values."""
-        return (self.rows + 4 * self.keys) * ROW_BYTES
+        """Threadgroup memory of Hopper's kernel: queries, the stages of keys and of values, and barriers."""
+        return self.query_bytes + 2 * STAGES * self.tile_bytes + BARRIER_BYTES
 
     @property
-    def tiles(self) -> TileMma:
-        return TileMma(self.mma)
+    def query_box(self) -> Box:
+        """The part of the queries (T, H, D) that a copy fetches: 64 columns of the heads of a tile's tokens."""
+        row = self.head_dim * 2
+        sizes = (self.head_dim, self.num_heads, self.layout.num_tokens)
+        return Box(sizes, (row, self.num_heads * row), (WGMMA_COLS, self.group, self.tokens))
+
+    @property
+    def pool_box(self) -> Box:
+        """The part of the keys or values (slots, K * D) that a copy fetches: 64 columns of a block of tokens."""
+        size = self.layout.block_size
+        row = self.slot_elements
+        return Box((row, self.num_blocks * size), (row * 2,), (WGMMA_COLS, size))
+
+    @property
+    def map_words(self) -> int:
+        """Words of the tensor maps of queries, keys and values."""
+        return 3 * MAP_WORDS
+
+    # -- tiles ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def num_warps(self) -> int:
+        """Warps that multiply."""
+        return self.groups * GROUP_WARPS if self.uses_wgmma else 4
 
     @property
     def row_blocks(self) -> int:
@@ -87,6 +168,8 @@ class PrefillSpec(FusedAttentionSpec):
         """Keys of a tile. Threadgroup memory holds queries, and two tiles of keys and values on CUDA, one on METAL."""
         if self.takes_turns and not self.tiles.is_cuda:
             return 16
+        if self.uses_wgmma:
+            return self.knob("keys", HOPPER_KEYS[self.head_dim] // self.layout.block_size * self.layout.block_size)
         return 64 if self.tiles.is_cuda and self.head_dim <= 64 else 32
 
     @property
@@ -113,7 +196,8 @@ class PrefillSpec(FusedAttentionSpec):
     def for_map(self) -> PrefillSpec:
         """The same without what does not affect the tile map, which all layers share: the window, the softcap, and the
         group of the pool."""
-        return replace(self, window=None, softcap=None, table_group=0, num_blocks=1, has_sinks=False)
+        chosen = tuple(choice for choice in self.chosen if choice[0] == "groups")
+        return replace(self, window=None, softcap=None, table_group=0, num_blocks=1, has_sinks=False, chosen=chosen)
 
     def parts(self, *sections: int) -> list[int]:
         """The parts of qkv that hold these sections. A kernel must read every buffer that it is given."""
@@ -123,11 +207,13 @@ class PrefillSpec(FusedAttentionSpec):
 class Inputs:
     """A step's inputs, and the qkv of its rows, inside a kernel."""
 
-    def __init__(self, spec: PrefillSpec, inputs: UOp, operands: Sequence[UOp] = (), *sections: int) -> None:
+    def __init__(
+        self, spec: PrefillSpec, inputs: UOp, operands: Sequence[UOp] = (), *sections: int, with_sinks: bool = False
+    ) -> None:
         """`operands`: the tables, and the parts of qkv that hold `sections`, of a kernel that reads these."""
         self.spec, self.inputs = spec, inputs
         layout, rest = spec.layout, list(operands)
-        self.tables = spec.take_tables(rest, with_sinks=QUERIES in sections) if sections else None
+        self.tables = spec.take_tables(rest, with_sinks=with_sinks) if sections else None
         self.qkv = dict(zip(spec.parts(*sections), rest, strict=True))
         self.positions = max(layout.max_blocks * layout.block_size, MIN_LOOP * spec.keys)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
@@ -53,14 +54,16 @@ class _Memory:
 class AttentionTile:
     """One threadgroup's work: a tile of tokens and a KV head."""
 
+    extra_warps: ClassVar[int] = 0  # besides those that multiply
+
     def __init__(
         self, spec: PrefillSpec, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, operands: Sequence[UOp]
     ) -> None:
         self.spec, self.mma, self.keys, self.values = spec, spec.tiles, keys, values
-        self.step = Inputs(spec, inputs, operands, QUERIES)
+        self.step = self.make_inputs(inputs, operands)
         body, layout = Body(), spec.layout
         tile, self.kv_head = grid(body, spec.max_tiles), grid(body, spec.num_kv_heads)
-        self.lane, self.warp = body.threads(LANES), warps(body, spec.num_warps)
+        self.lane, self.warp = body.threads(LANES), warps(body, spec.num_warps + self.extra_warps)
         self.axes = axes_of(tile, self.kv_head, self.lane, self.warp)
         self.body, self.thread = body, self.warp * LANES + self.lane
         self.threads = spec.num_warps * LANES
@@ -73,6 +76,9 @@ class AttentionTile:
         self.sequence = self.step.sequence(self.first)
         self.context = (self.count > 0).where(self.position + self.count, 0).minimum(self.step.positions)
         self.first_row = self.warp * (spec.row_blocks * self.mma.left_rows)
+
+    def make_inputs(self, inputs: UOp, operands: Sequence[UOp]) -> Inputs:
+        return Inputs(self.spec, inputs, operands, QUERIES, with_sinks=True)
 
     # -- operands ------------------------------------------------------------------------------------------------------
 

@@ -41,11 +41,16 @@ DECLARE = (
     "unsigned shared = (unsigned)__cvta_generic_to_shared(shared_memory);\n"
     'asm volatile("// dynamic shared memory: %d bytes");'
 )
+# So many registers that several threadgroups fit on a multiprocessor at once: like the memory, for the renderer
+RESIDENT = 'asm volatile("// threadgroups of a multiprocessor: %d");'
+IS_RESIDENT = re.compile(r"// threadgroups of a multiprocessor: (\d+)")
+LAUNCH_BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)")
+SHARE_REGISTERS = 'asm volatile("setmaxnreg.%s.sync.aligned.u32 %d;");'
 DECLARED = re.compile(rb"// dynamic shared memory: (\d+) bytes")
 # Written in threadgroup memory, the only place where fields of a map can be set, and then copied to where the copy
 # engine reads it. The fields that are not set here stay 0. What is set: float16 (6), swizzle by 128 bytes (3), zeros
 # outside the matrix.
-DESCRIBE = """if (threadIdx.y == {warp}) {{{{
+DESCRIBE = """if (threadIdx.y == {warp}{condition}) {{{{
   unsigned map = shared + {place};
   asm volatile("st.shared.u32 [%0], 0;" :: "r"(map + threadIdx.x * 4) : "memory");
   __syncwarp();
@@ -60,6 +65,7 @@ DESCRIBE = """if (threadIdx.y == {warp}) {{{{
 FIELD = '    asm volatile("tensormap.replace.tile.{}.shared::cta.b1024.b{} [%0], {}%1;" :: "r"(map), "{}"({}));'
 CONSTANT = '    asm volatile("tensormap.replace.tile.{}.shared::cta.b1024.b32 [%0], {};" :: "r"(map));'
 ACQUIRE_MAP = 'asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" :: "l"({0}) : "memory");'
+IS_FIRST = " && blockIdx.x + blockIdx.y + blockIdx.z == 0"
 # the first `count` barriers expect `first` arrivals, the next `count` expect `second`
 BARRIERS = """if (threadIdx.x == 0 && threadIdx.y == 0) {{{{
   for (int i = 0; i < {count}; i++) {{{{
@@ -106,6 +112,8 @@ ARRIVE_THERE = (
 # A tile with swizzled rows of 128 bytes, 8 rows every 1024 bytes (PTX ISA, "wgmma", matrix descriptor). Its address is
 # added, in units of 16 bytes.
 DESCRIPTOR = "0x4000004000010000ull + ((shared + {%d}) >> 4)"
+# the same for tiles whose rows are summed over: the bytes between tiles of 64 columns are a field of its own
+TRANSPOSED = "0x4000004000000000ull + %dull + ((shared + {%d}) >> 4)"
 FENCE = 'asm volatile("wgmma.fence.sync.aligned;" ::: "memory");'
 COMMIT = 'asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");'
 
@@ -120,6 +128,8 @@ class HopperRenderer(CUDARenderer):
 
     def render_kernel(self, function_name: str, kernel: list[str], *args: Any, **more: Any) -> str:
         source: str = super().render_kernel(function_name, kernel, *args, **more)
+        if resident := IS_RESIDENT.search(source):
+            source = LAUNCH_BOUNDS.sub(rf"__launch_bounds__(\1, {resident[1]})", source, count=1)
         if not any(CLUSTERED in line for line in kernel):
             return source
         return source.replace("__launch_bounds__", f"__cluster_dims__({CLUSTER}) __launch_bounds__", 1)
@@ -161,6 +171,17 @@ def has_wgmma(device_name: str) -> bool:
     return type(Device[device_name].renderer) is HopperRenderer
 
 
+EXIT = "if ({0}) return;"
+BREAK = "if ({0}) break;"
+MEET_THREADS = 'asm volatile("bar.sync %%0, %d;" :: "r"((int)({0})) : "memory");'
+# generic stores are seen by wgmma after the fence
+CLEAR = (
+    'asm volatile("{{ .reg .pred is_one;\\nsetp.ne.s32 is_one, %1, 0;\\n'
+    '@is_one st.shared.v4.b32 [%0], {{%2, %2, %2, %2}}; }}" :: "r"(shared + {0}), "r"((int)({1})), "r"(0) : "memory");'
+)
+FENCE_PROXY = 'asm volatile("fence.proxy.async.shared::cta;" ::: "memory");'
+
+
 # -- statements. A place is a byte offset in the kernel's threadgroup memory; a barrier is given by its place ----------
 
 
@@ -173,6 +194,11 @@ def declare(num_bytes: int) -> UOp:
     return statement(DECLARE % num_bytes, UOp.const(0.0, F16))
 
 
+def share_multiprocessor(count: int) -> UOp:
+    """Let `count` threadgroups run on a multiprocessor at once, which share its registers."""
+    return statement(RESIDENT % count, UOp.const(0.0, F16))
+
+
 @dataclass(frozen=True)
 class Box:
     """The box that one copy fetches from a float16 matrix with dimensions of `sizes`, innermost first. `strides`: in
@@ -183,8 +209,9 @@ class Box:
     box: tuple[int, ...]
 
 
-def describe(warp: int, place: int, target: UOp, matrix: UOp, box: Box, *after: UOp) -> UOp:
-    """Let one warp write the map of a matrix to `target`. It uses 128 bytes at `place`."""
+def describe(warp: int, place: int, target: UOp, matrix: UOp, box: Box, *after: UOp, by_first: bool = False) -> UOp:
+    """Let one warp write the map of a matrix to `target`, of each threadgroup or of the first one. It uses 128 bytes at
+    `place`."""
     fields = [CONSTANT.format("rank", len(box.sizes) - 1)]
     for i, (size, taken) in enumerate(zip(box.sizes, box.box, strict=True)):
         fields += [
@@ -196,7 +223,8 @@ def describe(warp: int, place: int, target: UOp, matrix: UOp, box: Box, *after: 
         fields.append(FIELD.format("global_stride", 64, f"{i}, ", "l", f"{stride}ull"))
     for name, value in (("elemtype", 6), ("interleave_layout", 0), ("swizzle_mode", 3), ("fill_mode", 0)):
         fields.append(CONSTANT.format(name, value))
-    text = DESCRIBE.format(warp=warp, place=place, fields="\n".join(fields))
+    condition = IS_FIRST if by_first else ""
+    text = DESCRIBE.format(warp=warp, condition=condition, place=place, fields="\n".join(fields))
     return statement(text, matrix, target, *after)
 
 
@@ -294,6 +322,41 @@ def arrive(barrier: UOp, is_one: UOp, *after: UOp, threadgroup: UOp | None = Non
     return statement(ARRIVE_THERE, barrier, is_one, threadgroup, *after)
 
 
+def take_registers(count: int, *after: UOp) -> UOp:
+    """Let the threads of a group of four warps use more registers, which others have given."""
+    return statement(SHARE_REGISTERS % ("inc", count), *after)
+
+
+def give_registers(count: int, *after: UOp) -> UOp:
+    """Let the threads of a group of four warps keep only so many registers."""
+    return statement(SHARE_REGISTERS % ("dec", count), *after)
+
+
+def exit_if(condition: UOp) -> UOp:
+    """End the threads with the condition, which must be all of the threadgroup's."""
+    return statement(EXIT, condition)
+
+
+def leave_if(condition: UOp, *after: UOp) -> UOp:
+    """End the innermost loop. tinygrad does not render a loop whose length depends on another loop around it."""
+    return statement(BREAK, condition, *after)
+
+
+def meet_threads(barrier: UOp, count: int, *after: UOp) -> UOp:
+    """A barrier for `count` threads of the threadgroup; 0 is that of all threads."""
+    return statement(MEET_THREADS % count, barrier, *after)
+
+
+def clear_piece(place: UOp, is_wanted: UOp, *after: UOp) -> UOp:
+    """Store 16 bytes of zeros, if wanted."""
+    return statement(CLEAR, place.cast(I32), is_wanted, *after)
+
+
+def fence_proxy(*after: UOp) -> UOp:
+    """Make this thread's stores visible to wgmma."""
+    return statement(FENCE_PROXY, *after)
+
+
 def multiply_wgmma(
     type_name: str, left: UOp, right: UOp, sums: UOp, pending: int, *after: UOp, is_fresh: bool = False
 ) -> UOp:
@@ -323,6 +386,44 @@ def weigh_wgmma(type_name: str, weights: Sequence[Sequence[UOp]], right: UOp, su
         lines.append(_product(type_name, count, operands, f'{inputs}, "l"(b + {k * 16 * WGMMA_COLS * 2 // 16})'))
     lines += ["}}", COMMIT, _wait_for(0, count)]
     return statement("\n".join(lines), *[sums[i] for i in range(count)], *words, right, *after)
+
+
+def start_scores(
+    type_name: str, left: UOp, right: UOp, sums: UOp, cols: int, stride: tuple[int, int], *after: UOp
+) -> UOp:
+    """Start to compute left (64 x cols) @ right (8 n x cols).T into the registers `sums`, and do not wait for it. The
+    tiles of 64 columns of left and of right are `stride` bytes apart."""
+    count = sums.max_numel()
+    lines = [FENCE, f"{{{{ unsigned long long a = {DESCRIPTOR % count}, b = {DESCRIPTOR % (count + 1)};"]
+    for k in range(cols // 16):
+        tile, inner = k * 16 // WGMMA_COLS, k * 16 % WGMMA_COLS
+        a, b = ((tile * size + inner * 2) // 16 for size in stride)
+        operands = f"%{count}, %{count + 1}, {int(k > 0)}, 1, 1, 0, 0"
+        lines.append(_product(type_name, count, operands, f'"l"(a + {a}), "l"(b + {b})'))
+    lines += ["}}", COMMIT]
+    return statement("\n".join(lines), *[sums[i] for i in range(count)], left, right, *after)
+
+
+def start_weighing(type_name: str, words: Sequence[UOp], right: UOp, sums: UOp, stride: int, *after: UOp) -> UOp:
+    """Start to add weights @ right to the registers `sums`, and do not wait for it. right: tiles of 64 columns,
+    `stride` bytes apart, with 16 rows for each four words of weights, which are those of `TileMma.weights`."""
+    count = sums.max_numel()
+    first = count + len(words)
+    lines = [FENCE, f"{{{{ unsigned long long b = {TRANSPOSED % (stride // 16 << 16, first)};"]
+    for k in range(len(words) // 4):
+        four = ", ".join(f"%{count + i}" for i in range(4))
+        inputs = ", ".join(f'"r"({{{count + 4 * k + i}}})' for i in range(4))
+        operands = f"{{{{{four}}}}}, %{count + 4}, 1, 1, 1, 1"
+        lines.append(_product(type_name, count, operands, f'{inputs}, "l"(b + {k * 16 * WGMMA_COLS * 2 // 16})'))
+    lines += ["}}", COMMIT]
+    return statement("\n".join(lines), *[sums[i] for i in range(count)], *words, right, *after)
+
+
+def await_products(pending: int, sums: UOp, *after: UOp) -> UOp:
+    """Wait for all but the `pending` latest products. `sums`: the registers that may be read after it."""
+    count = sums.max_numel()
+    text = f'asm volatile("wgmma.wait_group.sync.aligned {pending};" : {_registers(count)} :: "memory");'
+    return statement(text, *[sums[i] for i in range(count)], *after)
 
 
 def _product(type_name: str, count: int, operands: str, inputs: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
@@ -21,10 +21,12 @@ from tinyvllm.ops.kernel.lanes import (
     load_floats,
     warps,
 )
+from tinyvllm.ops.kernel.tuning import Tunable
 
 MAX_SPLITS = 16
 GROUPS_WANTED = 256  # threadgroups that fill a large GPU
 FEW_GROUPS = 64  # threadgroups that leave half of a large GPU's cores idle: each takes more warps
+RESIDENT_WARPS = 132 * 10  # that the registers of a large GPU hold
 LONG_CONTEXT = 2048  # tokens
 TILE_HEADS = 8  # query heads that are rows of a matrix tile
 WIDE_HEAD = 256  # dimensions of heads of which a lane's registers do not hold keys and values of a tile at once
@@ -34,8 +36,22 @@ Runs = list[list[list[UOp]]]  # a lane's values of one head: by chunk of the mat
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeSpec(FusedAttentionSpec):
+class DecodeSpec(FusedAttentionSpec, Tunable):
     """Attention of rows that are each the last token of a sequence of its own."""
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        knobs: dict[str, tuple[int, ...]] = {"num_warps": (1, 2, 4, 8, 16), "tiles_ahead": (1, 2)}
+        if self.lanes.kind == "CUDA" and (self.is_long or self.layout.num_tokens == 1):
+            knobs["num_splits"] = (1, 2, 4, 8, 16, 32)
+        return knobs
+
+    def is_possible(self) -> bool:
+        is_shared = self.combines_splits  # whose counters are as many as the groups that the rules split
+        return (
+            self.num_warps * self.tile_heads * (self.head_dim + 2) * 4 <= self.lanes.shared_bytes
+            and not (is_shared and self.layout.num_tokens * self.head_groups > GROUPS_WANTED)
+            and not (self.is_wide and self.tiles_ahead > 1)
+        )
 
     @property
     def head_dims(self) -> tuple[int, ...]:
@@ -73,44 +89,56 @@ class DecodeSpec(FusedAttentionSpec):
         return f"blocks of {self.layout.block_size} tokens" if self.layout.block_size % TILE_TOKENS else ""
 
     @property
-    def split(self) -> SplitHeads:
-        """How the context is split: where the rows alone would leave most of the device idle. Several rows are split
+    def num_splits(self) -> int:
+        """Parts of a context: several where the rows alone would leave most of the device idle. Several rows are split
         on CUDA only, and only if contexts may be long."""
-        splits = MAX_SPLITS
-        if self.layout.num_tokens > 1:
-            groups = self.layout.num_tokens * self.head_groups
-            while splits > 1 and splits * groups > GROUPS_WANTED:
-                splits //= 2
-            if self.lanes.kind != "CUDA" or not self.is_long:
-                splits = 1
+        splits, is_cuda = MAX_SPLITS, self.lanes.kind == "CUDA"
+        if self.layout.num_tokens == 1:
+            return self.knob("num_splits", splits // 2 if is_cuda and not self.is_long else splits)
+        groups = self.layout.num_tokens * self.head_groups
+        while splits > 1 and splits * groups > GROUPS_WANTED:
+            splits //= 2
+        return self.knob("num_splits", splits if is_cuda and self.is_long else 1)
+
+    @property
+    def split(self) -> SplitHeads:
         heads = (self.num_heads, self.head_dim)
-        return SplitHeads(self.layout, *heads, splits, self.window, has_own_token=not self.writes_kv)
+        return SplitHeads(self.layout, *heads, self.num_splits, self.window, has_own_token=not self.writes_kv)
 
     @property
     def is_split(self) -> bool:
-        return self.split.num_splits > 1
+        return self.num_splits > 1
 
     @property
     def combines_splits(self) -> bool:
-        """Whether the last of the threadgroups that share a context combines their results, inside the kernel."""
-        return self.layout.num_tokens > 1 and self.is_split
+        """Whether the last of the threadgroups that share a context combines their results, inside the kernel. If the
+        next operation did, each of its many threadgroups would read all of them, which takes a product of 4,096 rows
+        from 9 to 50 us on an H200."""
+        return self.is_split and self.lanes.kind == "CUDA"
 
     @property
     def num_warps(self) -> int:
-        groups = self.layout.num_tokens * self.head_groups
-        if self.combines_splits:
-            wanted = 4
-        elif self.is_split:
-            wanted = SHORTEST_SPAN // TILE_TOKENS  # the shortest split takes one pass
-        else:
-            wanted = 4 if groups > 256 else 16 if groups <= FEW_GROUPS and self.is_long else 8
+        wanted = self._warps_wanted
         shared = SHARED_BYTES
         if self.is_wide:
             wanted = min(wanted, 8)
             shared = CUDA_SHARED_BYTES if self.lanes.kind == "CUDA" else SHARED_BYTES
         while wanted > 1 and wanted * self.tile_heads * (self.head_dim + 2) * 4 > shared:
             wanted //= 2
-        return wanted
+        return self.knob("num_warps", wanted)
+
+    @property
+    def _warps_wanted(self) -> int:
+        groups = self.layout.num_tokens * self.head_groups
+        if self.is_split:
+            # the shortest split takes one pass; several rows share a multiprocessor
+            return 4 if self.layout.num_tokens > 1 else SHORTEST_SPAN // TILE_TOKENS
+        if self.lanes.kind != "CUDA":
+            return 4 if groups > 256 else 16 if groups <= FEW_GROUPS and self.is_long else 8
+        # as many as there are registers for, if all threadgroups run at once: those that wait for others to end lose
+        # more than a threadgroup gains by more warps. But a long context among short ones should not take too long
+        fitting = RESIDENT_WARPS // groups
+        return max(4 if self.is_long else 1, min(8, 1 << max(0, fitting.bit_length() - 1)))
 
     @property
     def is_wide(self) -> bool:
@@ -126,7 +154,9 @@ class DecodeSpec(FusedAttentionSpec):
     @property
     def tiles_ahead(self) -> int:
         """Tiles that a warp loads at once."""
-        return 2 if self.head_dim <= 64 and (self.is_long or self.layout.num_tokens >= 32) else 1
+        return self.knob(
+            "tiles_ahead", 2 if self.head_dim <= 64 and (self.is_long or self.layout.num_tokens >= 32) else 1
+        )
 
     @property
     def is_long(self) -> bool:

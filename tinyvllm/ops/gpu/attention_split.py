@@ -15,11 +15,12 @@ from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, cached_kernel, clamp, finish
-from tinyvllm.ops.kernel.lanes import LANES, axes_of, carry, load_floats, zeros
+from tinyvllm.ops.kernel.lanes import LANES, Lanes, await_previous, axes_of, carry, grid, load_floats, zeros
 from tinyvllm.ops.step_inputs import StepLayout
 
 TILE_TOKENS = 16  # context tokens of a tile; a split's first token is a multiple
 SHORTEST_SPAN = 128  # the fewest tokens that are worth a threadgroup
+COMBINED_COLS = 4  # of a thread that combines splits
 NOTHING = -1.0e30  # log-sum-exp of no tokens: finite, because the difference of two must not be NaN
 
 
@@ -35,6 +36,7 @@ class SplitHeads:
     window: int | None = None  # tokens that a row attends to, its own included
     has_own_token: bool = False  # the row's own token is among those that are split
     shortest_span: int = SHORTEST_SPAN
+    unit: int = TILE_TOKENS  # a split's first token is a multiple
 
     @property
     def num_cols(self) -> int:
@@ -44,7 +46,7 @@ class SplitHeads:
         """The first token of the first split, for a row with `past` tokens before its own: the first of a tile."""
         if self.window is None:
             return 0
-        return (past - (self.window - 1)).maximum(0) // TILE_TOKENS * TILE_TOKENS
+        return (past - (self.window - 1)).maximum(0) // self.unit * self.unit
 
     def shared(self, past: UOp) -> UOp:
         """How many tokens are split, of `past` tokens before the row's own: with a window, not all."""
@@ -55,38 +57,40 @@ class SplitHeads:
         """Tokens of a split, if `past` are split."""
         if self.num_splits == 1:
             return past
-        unit = TILE_TOKENS * self.num_splits
-        return ((past + (unit - 1)) // unit * TILE_TOKENS).maximum(self.shortest_span)
+        unit = self.unit * self.num_splits
+        return ((past + (unit - 1)) // unit * self.unit).maximum(self.shortest_span)
 
     def used(self, past: UOp) -> UOp:
         """Splits in use, at least one, if `past` tokens are split."""
         span = self.span(past)
         return ((past + (span - 1)) // span).maximum(1)
 
-    def past(self, inputs: UOp) -> UOp:
-        """How many tokens of row 0's context are split."""
+    def past(self, inputs: UOp, row: UOp | int = 0) -> UOp:
+        """How many tokens of a row's context are split."""
         limit = max(self.layout.max_blocks * self.layout.block_size, 2 * self.shortest_span * self.num_splits)
-        return self.shared(clamp(inputs[self.layout.offset("positions")].load(), 0, limit - 1))
+        return self.shared(clamp(inputs[self.layout.offset("positions") + row].load(), 0, limit - 1))
 
 
 @dataclass(frozen=True)
 class SplitOperands:
-    """Row 0's split attention inside a kernel that reads it: the buffers of SplitHeads, and the step's inputs."""
+    """A row's split attention inside a kernel that reads it: the buffers of SplitHeads, and the step's inputs."""
 
     split: SplitHeads
     values: UOp
     sums: UOp
     inputs: UOp
+    row: UOp | int = 0
 
     def read(self, body: Body, col: UOp, width: int, outer: Sequence[UOp]) -> list[UOp]:
         """Columns [col, col + width) of the combined attention; they must lie in one head. `outer`: as in `carry`."""
         split = self.split
 
         def step(number: UOp | int, old: list[UOp]) -> list[UOp]:
-            here = self.sums[number * split.num_heads + col // split.head_dim].load()
+            place = number * split.layout.num_tokens + self.row
+            here = self.sums[place * split.num_heads + col // split.head_dim].load()
             best = old[0].maximum(here)
             before, now = (old[0] - best).exp2(), (here - best).exp2()
-            new = load_floats(self.values, number * split.num_cols + col, width)
+            new = load_floats(self.values, place * split.num_cols + col, width)
             return [
                 best,
                 old[1] * before + now,
@@ -94,7 +98,7 @@ class SplitOperands:
             ]
 
         init = [UOp.const(NOTHING, F32), *zeros(width + 1)]
-        _, total, *acc = carry(body, init, split.used(split.past(self.inputs)), outer, step)
+        _, total, *acc = carry(body, init, split.used(split.past(self.inputs, self.row)), outer, step)
         inverse = total.reciprocal()
         return [value * inverse for value in acc]
 
@@ -120,18 +124,21 @@ def arrive(body: Body, arrivals: UOp, at: UOp, is_shared: UOp, count: UOp, *stor
 
 
 @cached_kernel
-def combine_kernel(split: SplitHeads) -> KernelFn:
-    """fn(out (H * D,), values, sums, inputs): combines the splits, for operations that cannot read them."""
+def combine_kernel(split: SplitHeads, lanes: Lanes | None = None) -> KernelFn:
+    """fn(out (T, H * D), values, sums, inputs): combines the splits, for operations that cannot read them."""
 
     def kernel(out: UOp, values: UOp, sums: UOp, inputs: UOp) -> UOp:
-        body, width = Body(), 8
-        group, lane = body.grid(-(-split.num_cols // (width * LANES))), body.threads(LANES)
-        axes = axes_of(group, lane)
+        body, width, rows = Body(), COMBINED_COLS, split.layout.num_tokens
+        row, group, lane = grid(body, rows), grid(body, -(-split.num_cols // (width * LANES))), body.threads(LANES)
+        axes = axes_of(row, group, lane)
+        if lanes is not None:
+            values, sums = await_previous(lanes, values, sums)
         col = (group * LANES + lane) * width
         is_inside = col < split.num_cols
-        whole = SplitOperands(split, values, sums, inputs).read(body, is_inside.where(col, 0), width, axes)
-        stores = [out[(col + i).valid(is_inside)].store(value.cast(out.dtype)) for i, value in enumerate(whole)]
-        name = f"combine_{split.num_heads}x{split.head_dim}"
-        return finish(UOp.group(*stores).end(*reversed(axes)), name, nbytes=8 * split.num_cols)
+        whole = SplitOperands(split, values, sums, inputs, row).read(body, is_inside.where(col, 0), width, axes)
+        at = row * split.num_cols + col
+        stores = [out[(at + i).valid(is_inside)].store(value.cast(out.dtype)) for i, value in enumerate(whole)]
+        name = f"combine_{rows}x{split.num_heads}x{split.head_dim}"
+        return finish(UOp.group(*stores).end(*reversed(axes)), name, nbytes=8 * rows * split.num_cols)
 
     return kernel

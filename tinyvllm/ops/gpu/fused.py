@@ -24,6 +24,7 @@ from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.formats.runs import covers
 from tinyvllm.ops.gpu.attention_decode import decode_kernel
+from tinyvllm.ops.gpu.attention_decode_hopper import StreamedAttentionSpec, attend_streamed
 from tinyvllm.ops.gpu.attention_decode_row import GROUPS_WANTED, DecodeSpec
 from tinyvllm.ops.gpu.attention_prefill import attend_tiles
 from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
@@ -294,10 +295,17 @@ class FusedGpuBackend(GpuBackend):
             self.coverage.take_general("attention", reason, layer.index)
             return super().attend([self.whole(part) for part in qkv], layer, step)
         pool = (step.pool.keys[layer.pool_layer], step.pool.values[layer.pool_layer])
+        if step.is_decode and self.has_wgmma:
+            stream = StreamedAttentionSpec.of(
+                layer, step.layout, step.pool.num_blocks[layer.pool_layer], has_wgmma=True, **own
+            )
+            if stream.is_worthwhile and not stream.uncovered_shape():
+                rows = self._empty(step.num_tokens * spec.num_heads * spec.head_dim)
+                return attend_streamed(choose(stream), rows, pool, layer, step, parts)
         if isinstance(spec, PrefillSpec):
             rows = self._empty(step.num_tokens * spec.num_heads * spec.head_dim)
             return attend_tiles(spec, rows, pool, layer, step, parts)
-        return self._decode(spec, pool, [step.inputs, *layer.tables, *parts], step)
+        return self._decode(choose(spec), pool, [step.inputs, *layer.tables, *parts], step)
 
     def recur(self, projections: Sequence[Tensor], layer: RecurrentLayer, step: Step) -> Tensor:
         counts, parts = self._as_partials(projections)

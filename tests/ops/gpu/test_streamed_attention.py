@@ -1,0 +1,92 @@
+"""Decoding attention that Hopper's copy engine streams: its kernels are rendered anywhere, and run on such a device:
+DEV=CUDA python -m pytest -m gpu tests/ops/gpu/test_streamed_attention.py"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from tinygrad import dtypes
+from tinygrad.codegen import to_program
+
+from tests.ops.attention import Case, decode_pieces, forget_before_windows, make_history
+from tests.ops.builders import largest_difference, make_step
+from tests.ops.gpu.products import TOLERANCE
+from tests.ops.gpu.test_fused import CASES, attend
+from tests.ops.rendering import check_limits, kernels_of, make_renderer, plan_attention, rendered
+from tinyvllm.config import LayerKind, Rope
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.ops.gpu.attention_decode_hopper import MAX_SPLITS, MULTIPROCESSORS, StreamedAttentionSpec, piece_of
+from tinyvllm.ops.gpu.fused import FusedGpuBackend
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, declared_bytes
+from tinyvllm.ops.kernel.lanes import Lanes, Mma
+from tinyvllm.ops.kernel.tuning import candidates
+from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.step_inputs import StepLayout
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Short contexts are streamed, too."""
+    monkeypatch.setattr(StreamedAttentionSpec, "is_worthwhile", True)
+    yield
+
+
+def make_spec(rows: int, context: int, dim: int = 128) -> StreamedAttentionSpec:
+    layout = StepLayout(rows, rows, context // 16, 16)
+    shape: dict[str, Any] = dict(num_heads=32, num_kv_heads=8, head_dim=dim, num_blocks=99, qkv_cols=(48 * dim,))
+    own: dict[str, Any] = dict(lanes=Lanes("CUDA"), mma=Mma("CUDA", dtypes.half), qkv_partials=(1,), has_wgmma=True)
+    return StreamedAttentionSpec(layout=layout, **shape, **own)
+
+
+@pytest.mark.parametrize(("dim", "features"), [(128, {}), (256, {"window": 40, "has_sinks": True})])
+def test_contexts_are_streamed_through_the_memory_that_the_kernel_says(
+    always: None, dim: int, features: dict[str, Any]
+) -> None:
+    backend = rendered("CUDA", is_chained=True)
+    backend.has_wgmma = True
+    kind = LayerKind(16, 2, dim, Rope(10000.0), **features)
+    kernels = kernels_of(plan_attention(backend, kind, "float16", is_decode=True))
+    assert [kernel.arg.name.split("_")[0] for kernel in kernels][:2] == ["rotate", "stream"]
+    for kernel in kernels:
+        check_limits(kernel, "CUDA sm_90")
+    source = to_program(kernels[1], make_renderer("CUDA sm_90")).src[2].arg
+    assert source.count("wgmma.mma_async") == dim // 16 + 64 // 16  # scores and sums
+    for spec in candidates(make_spec(4, 1024, dim)):
+        assert spec.shared_bytes * spec.units <= HOPPER_SHARED_BYTES
+    assert 0 < declared_bytes(source.encode()) <= HOPPER_SHARED_BYTES
+
+
+@pytest.mark.parametrize(("rows", "context"), [(1, 256), (1, 32768), (8, 8192), (33, 4096), (256, 256), (300, 16384)])
+def test_every_piece_of_work_is_done_once_and_few_threadgroups_wait(rows: int, context: int) -> None:
+    spec = make_spec(rows, context)
+    numbers = [n for unit in range(spec.num_units) for n in range(unit, spec.num_pieces, spec.num_units)]
+    expected = itertools.product(range(spec.num_splits), range(rows), range(8))
+    assert sorted(piece_of(spec, number) for number in numbers) == sorted(expected)
+    assert 1 <= spec.num_splits <= MAX_SPLITS
+    if spec.num_pieces > 4 * MULTIPROCESSORS:
+        turns = -(-spec.num_pieces // spec.num_units)
+        assert spec.num_pieces >= 0.8 * turns * spec.num_units
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in CASES if case.dim % 64 == 0], ids=lambda case: case.name)
+def test_streamed_decoding_equals_the_reference_and_writes_its_slots_alone(
+    always: None, device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, case: Case
+) -> None:
+    backend, size = FusedGpuBackend(device, "float16", lanes), case.layout.block_size
+    for seed, pieces in enumerate(decode_pieces(case)):
+        buffer, history = make_step(case.layout, pieces, seed=seed), make_history(case)
+        (got, _), (expected, _) = (attend(ops, case, buffer, history) for ops in (backend, reference))
+        live = len(pieces)
+        assert largest_difference(got.out[:live], expected.out[:live]) < TOLERANCE["float16"]
+        slots = case.layout.views(buffer)["slots"][0, :live]
+        others = np.setdiff1d(np.arange(size, len(history[0])), slots)
+        for now, then, wanted in zip(got.after, got.before, expected.after, strict=True):
+            np.testing.assert_allclose(now[slots], wanted[slots], rtol=1e-3, atol=1e-3)
+            np.testing.assert_array_equal(now[others], then[others])
+        spoiled, _ = attend(backend, case, *forget_before_windows(case, buffer, pieces, history))
+        np.testing.assert_array_equal(spoiled.out[:live], got.out[:live])  # what others left behind is not attended

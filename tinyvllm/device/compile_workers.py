@@ -120,7 +120,7 @@ class CompileWorkers:
         with contextlib.suppress(queue.Empty):
             while True:
                 job = jobs.get(block=False)
-                if job is not None and job.answer.set_running_or_notify_cancel():
+                if job is not None and not job.answer.cancelled():
                     job.answer.set_exception(LostJobError("the compiling processes were ended"))
 
     def pids(self) -> list[int]:
@@ -172,27 +172,28 @@ class _Worker:
 
     def _run(self) -> None:
         while not self._has_ended and (job := self._jobs.get()) is not None:
-            if not job.answer.set_running_or_notify_cancel():
-                continue
             try:
-                job.answer.set_result(self._do(job))
+                self._do(job)
             except BaseException as error:  # whatever it is, the caller must not wait for this job
                 self._discard()
-                job.answer.set_exception(error)
+                if not job.answer.cancelled():
+                    job.answer.set_exception(error)
         self._discard()
 
-    def _do(self, job: Job) -> bytes:
-        """The process's answer. Raises LostJobError, and what pickling raises."""
+    def _do(self, job: Job) -> None:
+        """Get the process's answer. Raises LostJobError, and what pickling raises."""
         message = pickle.dumps((job.function, job.argument), protocol=5)
         try:
             connection = self._connection or self._start()
-            connection.send_bytes(message)
-            return connection.recv_bytes()
+            if job.answer.set_running_or_notify_cancel():  # it may be withdrawn until now: a start takes a second
+                connection.send_bytes(message)
+                job.answer.set_result(connection.recv_bytes())
         except (OSError, EOFError) as error:
             raise LostJobError(f"a compiling process is gone: {error or 'it has closed its pipe'}") from error
 
     def _start(self) -> Connection:
-        """Start a process. Raises OSError if the system starts no more."""
+        """Start a process, and wait until it takes jobs. Raises OSError if the system starts no more, and EOFError if
+        the process ends at once."""
         here, there = socket.socketpair()
         with there:
             try:
@@ -208,6 +209,7 @@ class _Worker:
                 here.close()
                 raise
         self._connection = Connection(here.detach())
+        self._connection.recv_bytes()
         return self._connection
 
     def _discard(self) -> None:
@@ -236,6 +238,10 @@ def main(fd: int, parent: int, initialize: str) -> None:
     module, _, function = initialize.partition(":")
     getattr(__import__(module, fromlist=[function]), function)()
     connection = Connection(fd)
+    try:
+        connection.send_bytes(b"ready")
+    except OSError:
+        os._exit(0)
     jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, jobs), daemon=True).start()
     while True:

@@ -130,10 +130,6 @@ class Compiler:
                 self._begun[key] = _Begun(pending, kernel)
         return self._pending(kernels)
 
-    def begin_tracing(self, function: Callable[[Any], Any], argument: Any, what: str, urgency: int) -> Pending | None:
-        """Start `function(argument)` in a compiling process. None if there are none, or none takes it."""
-        return _begin_there(_get_pool(), function, argument, what, urgency)
-
     def programs(self, kernels: Iterable[Kernel]) -> dict[Kernel, UOp]:
         """The kernels' programs, ready to be launched. Waits for those in progress. Raises the compiler's error."""
         distinct = set(kernels)
@@ -181,6 +177,12 @@ def key_of(kernel: Kernel) -> Key:
     """tinygrad's key of the kernel's program; equal in all processes with these settings."""
     sink, device = kernel
     return to_program_key(sink, Device[device].renderer)
+
+
+def begin_elsewhere(function: Callable[[Any], Any], argument: Any, what: str, urgency: int) -> Pending | None:
+    """Start `function(argument)` in a compiling process; urgency: `CompileWorkers.submit`'s. None if there are none, or
+    none takes it. `what`: what to call it in messages."""
+    return _begin_there(_get_pool(), function, argument, what, urgency)
 
 
 def can_trace_elsewhere() -> bool:

@@ -76,6 +76,12 @@ class PrivateFolder:
             os.utime(path)  # `trim` keeps what was read last
         return value
 
+    def has(self, beginning: str) -> bool:
+        """Whether there is a value whose name begins so."""
+        with contextlib.suppress(OSError):
+            return any(path.name.startswith(beginning) for path in self.folder.iterdir())
+        return False
+
     def write(self, name: str, value: object) -> None:
         """Save a value. If it cannot be written (a full disk), the next start does without it."""
         temporary = self.folder / f".{name}.{os.getpid()}"

@@ -79,6 +79,11 @@ class ProgramStore:
         self.num_steps_read += step is not None
         return step
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there are any, of whatever model."""
+        return self._folder.has("step-")
+
     def write_step(self, name: str, step: object) -> None:
         self._write(f"step-{name}", step)
 

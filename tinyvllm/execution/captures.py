@@ -15,7 +15,7 @@ from tinyvllm.errors import InvariantError
 from tinyvllm.execution.buckets import Bucket, choose_bucket, first_buckets
 from tinyvllm.execution.graphs import Graph, PendingGraph
 from tinyvllm.execution.step_code import GraphContext
-from tinyvllm.execution.tracing import Tracer
+from tinyvllm.execution.tracing import MANY_LAYERS, Tracer
 from tinyvllm.faults import reach
 from tinyvllm.scheduling.plan import StepPlan
 
@@ -44,7 +44,7 @@ class Captures:
         self._context = context
         self._compiler = Compiler(store)
         self._tuning_compiler = Compiler()
-        self._tracer = Tracer(context, self._compiler)
+        self._tracer = Tracer(context)
         self._pending: dict[Bucket, PendingGraph] = {}  # those that are being traced or compiled
         self._urgencies = itertools.count(1)
         self._requested: Counter[Bucket] = Counter()  # plans that would have run in a missing graph
@@ -137,7 +137,11 @@ class Captures:
         report = progress or (lambda stage, done, total: None)
         report("warm-up", 0, len(buckets))
         order = sorted(buckets, key=lambda bucket: (-bucket.num_tokens, -bucket.num_seqs))
-        pending = [self._pending.pop(bucket) if bucket in self._pending else self._begin(bucket) for bucket in order]
+        is_long = len(order) * len(self._context.model.layers) >= MANY_LAYERS
+        tracer = self._tracer if is_long else None
+        pending = [
+            self._pending.pop(bucket) if bucket in self._pending else self._begin(bucket, tracer) for bucket in order
+        ]
         for one in pending:
             one.trace_here()
             _advance_all(pending)
@@ -148,8 +152,8 @@ class Captures:
             self._finish(one)
             report("warm-up", done, len(buckets))
 
-    def _begin(self, bucket: Bucket) -> PendingGraph:
-        return PendingGraph(bucket, self._context, self._compiler, self._tracer, next(self._urgencies))
+    def _begin(self, bucket: Bucket, tracer: Tracer | None) -> PendingGraph:
+        return PendingGraph(bucket, self._context, self._compiler, tracer, next(self._urgencies))
 
     def _begin_next(self) -> None:
         """Begin the most requested bucket, or else the smallest, unless enough are pending."""
@@ -160,7 +164,7 @@ class Captures:
         if bucket is None:
             return
         try:
-            self._pending[bucket] = self._begin(bucket)
+            self._pending[bucket] = self._begin(bucket, self._tracer)
         except Exception as error:
             self._give_up(bucket, error)
 

@@ -28,6 +28,7 @@ from tinyvllm.execution.graphs import Graph, GraphInstance
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.logits_processing import SamplingRows
 from tinyvllm.execution.step_code import GraphContext, model_digest
+from tinyvllm.execution.tracing import prepare_tracing
 from tinyvllm.faults import is_poisoned, reach
 from tinyvllm.model.dry_load import require_tensors
 from tinyvllm.model.pooling import final_norm, pool
@@ -96,6 +97,9 @@ def make_runner(
     )
     overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
     num_instances, buckets = 2 if overlaps else 1, make_buckets(limits, config)
+    store = open_program_store(device.name) if config.compile_cache else None
+    if capture == "replay" and (store is None or not store.has_steps):
+        prepare_tracing(model_config.num_layers, len(buckets))
     positions = min(config.max_model_len or model_config.usual_context, model_config.max_position)
     if config.max_model_len is None and positions < model_config.max_position:
         logger.info(
@@ -126,7 +130,6 @@ def make_runner(
     pool = backend.make_pool(
         model.pool_groups, counts, capacity.block_size, kv_dtype, model_config.states, capacity.num_state_slots
     )
-    store = open_program_store(device.name) if config.compile_cache else None
     return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, capture)
 
 

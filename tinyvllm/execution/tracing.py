@@ -8,6 +8,7 @@ named buffers, and the same kernels. This process compiles, binds and captures t
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,16 @@ from tinygrad.helpers import Context
 from tinygrad.renderer import Renderer
 
 from tinyvllm.device import meta
-from tinyvllm.device.compiling import Compiler, Key, PackedKernel, Pending, can_trace_elsewhere, key_of, settings
+from tinyvllm.device.compiling import (
+    Key,
+    PackedKernel,
+    Pending,
+    begin_elsewhere,
+    can_trace_elsewhere,
+    key_of,
+    num_workers,
+    settings,
+)
 from tinyvllm.device.recording import OutlinedStep, SavedStep, TracedStep, cut_here, outline_step, trace_step
 from tinyvllm.device.scratch import Scratch
 from tinyvllm.execution.buckets import Bucket
@@ -25,6 +35,12 @@ from tinyvllm.execution.step_code import GraphContext, StepCode
 from tinyvllm.faults import reach
 from tinyvllm.ops.coverage import Note
 from tinyvllm.ops.kernel import tuning
+
+# layers times buckets from which on other processes help a start to trace: each takes a second to begin, in which this
+# one traces 30 to 60 layers
+MANY_LAYERS = 32
+
+logger = logging.getLogger(__name__)
 
 
 def trace_forward(code: StepCode) -> tuple[TracedStep, list[Note]]:
@@ -55,20 +71,32 @@ class TracedElsewhere:
     kernels: dict[Key, PackedKernel]
 
 
+def prepare_tracing(num_layers: int, num_buckets: int) -> None:
+    """Start the other processes, if they are going to trace: they begin while this one loads the weights."""
+    if num_layers * num_buckets >= MANY_LAYERS and can_trace_elsewhere():
+        for _ in range(min(num_workers(), num_buckets)):
+            begin_elsewhere(_prepare_there, None, "the start of a process", -1)
+
+
 class Tracer:
     """Has other processes trace the buckets of one context."""
 
-    def __init__(self, context: GraphContext, compiler: Compiler) -> None:
+    def __init__(self, context: GraphContext) -> None:
         self._context = context
-        self._compiler = compiler
         self._payloads: dict[str, bytes] = {}  # by the digest of the tuned choices
+        self._has_failed = False
 
     def begin(self, bucket: Bucket, urgency: int) -> Pending | None:
         """Start tracing; the result is a TracedElsewhere. None if this process has to trace."""
-        if self._context.is_jit or not can_trace_elsewhere():
+        if self._context.is_jit or self._has_failed or not can_trace_elsewhere():
             return None
-        task = (self._renderers, settings(), self._payload, bucket)
-        return self._compiler.begin_tracing(_trace_there, task, f"the trace of {bucket.name}", urgency)
+        try:
+            task = (self._renderers, settings(), self._payload, bucket)
+        except Exception as error:  # of pickle, for something that it cannot take along
+            self._has_failed = True
+            logger.warning("this process traces every step: %s: %s", type(error).__name__, error)
+            return None
+        return begin_elsewhere(_trace_there, task, f"the trace of {bucket.name}", urgency)
 
     @property
     def _payload(self) -> bytes:
@@ -86,6 +114,10 @@ class Tracer:
 
 
 # ---- In the process ----
+
+
+def _prepare_there(_: None) -> None:
+    """Finding this function has imported what tracing needs."""
 
 
 def _trace_there(task: tuple[Mapping[str, Renderer], dict[str, Any], bytes, Bucket]) -> TracedElsewhere:

@@ -15,6 +15,7 @@ from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.config import CAPTURE_VARIABLE, EngineConfig, ModelFiles
+from tinyvllm.device.recording import MOST_ROWS, Call
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.runner import ModelRunner
@@ -24,14 +25,21 @@ from tinygrad.helpers import GlobalCounters  # isort: skip  (tinyvllm makes its 
 TEXT = "to be or not to be, that is the question"
 
 
-def kernels_of(runner: ModelRunner) -> dict[str, tuple[list[str], list[str]]]:
-    """By bucket: the programs of each instance's step, and of its sampling from processed logits, in their order."""
-    return {
-        f"{bucket.name} {index}": ([call.target.key.hex() for call in instance.step.calls],
-                                   [call.target.key.hex() for call in instance.processed.calls])
-        for bucket, graph in runner.captures.graphs.items()
-        for index, instance in enumerate(graph.instances)
-    }  # fmt: skip
+def kernels_of(runner: ModelRunner) -> dict[str, tuple[list[str], list[tuple[Any, ...]]]]:
+    """By bucket and instance: the programs of the step up to its logits, and the kernels that sample from these and
+    from processed logits, in their order. Replays sample by programs for any number of rows."""
+
+    def kernel(call: Call, num_rows: int) -> tuple[Any, ...]:
+        info = call.target.arg
+        return info.name.replace(f"_{MOST_ROWS}", f"_{num_rows}"), info.global_size, info.local_size
+
+    found = {}
+    for bucket, graph in runner.captures.graphs.items():
+        for index, instance in enumerate(graph.instances):
+            step, cut = instance.step, instance.step.cut
+            samples = [kernel(call, bucket.num_seqs) for call in (*step.calls[cut:], *instance.processed.calls)]
+            found[f"{bucket.name} {index}"] = [call.target.key.hex() for call in step.calls[:cut]], samples
+    return found
 
 
 @pytest.mark.parametrize("overlaps", [False, True], ids=["in turn", "overlapped"])

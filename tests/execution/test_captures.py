@@ -12,6 +12,7 @@ import pytest
 from tests.builders import write_tiny_gguf
 from tests.execution.driver import generate, make_request
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, Limits, ModelFiles
+from tinyvllm.device.recording import Call
 from tinyvllm.execution import captures as captures_module
 from tinyvllm.execution.buckets import Bucket, first_buckets
 from tinyvllm.execution.capacity import scratch_bytes
@@ -172,12 +173,18 @@ def test_a_step_is_traced_without_tinygrads_scheduler(
     assert runner.num_captures == len(runner.buckets)
 
 
-def test_buckets_of_as_many_sequences_sample_by_the_same_programs(files: ModelFiles) -> None:
-    config = dataclasses.replace(CONFIG, decode_buckets=(4,), token_buckets=(8, 16, 32), compile_cache=False)
-    runner = load_runner(files, config)
-    runner.warm_up()
-    graphs = runner.captures.graphs.values()
-    sampling = [[call.target.key for call in graph.calls[graph.instances[0].step.cut :]] for graph in graphs]
-    processed = [[call.target.key for call in graph.instances[0].processed.calls] for graph in graphs]
-    assert len(sampling) == 4
-    assert all(keys == sampling[0] for keys in sampling) and all(keys == processed[0] for keys in processed)
+def test_buckets_of_any_number_of_sequences_sample_by_the_same_programs(whole: ModelRunner) -> None:
+    """Which are half of the work of compiling. They differ in the number of rows that they are launched for."""
+    for bucket, graph in whole.captures.graphs.items():
+        steps = graph.calls[graph.instances[0].step.cut :], graph.instances[0].processed.calls
+        for call in [call for calls in steps for call in calls]:
+            assert call.target.arg.global_size == (bucket.num_seqs, 1, 1), call.target.arg.name
+    graphs = whole.captures.graphs.values()
+    assert {graph.bucket.num_seqs for graph in graphs} == {1, 4}
+    sampling = [binaries(graph.calls[graph.instances[0].step.cut :]) for graph in graphs]
+    processed = [binaries(graph.instances[0].processed.calls) for graph in graphs]
+    assert all(found == sampling[0] for found in sampling) and all(found == processed[0] for found in processed)
+
+
+def binaries(calls: tuple[Call, ...]) -> list[bytes]:
+    return [uop.arg for call in calls for uop in call.target.src if uop.op.name == "BINARY"]

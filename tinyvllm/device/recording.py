@@ -19,6 +19,7 @@ from tinygrad.device import Buffer
 from tinygrad.dtype import DType
 from tinygrad.engine import realize
 from tinygrad.helpers import BEAM, getenv
+from tinygrad.renderer import Estimates
 from tinygrad.schedule.memory import memory_plan_rewrite
 from tinygrad.tensor import all_tensors
 from tinygrad.uop.ops import Ops, buffers, graph_rewrite
@@ -26,6 +27,8 @@ from tinygrad.uop.ops import Ops, buffers, graph_rewrite
 from tinyvllm.device.compiling import Compiler, Kernel
 from tinyvllm.device.program_store import ProgramStore, slim
 from tinyvllm.errors import CacheError, InvariantError
+
+MOST_ROWS = 1 << 12  # of a program for any number of rows; times a vocabulary's size it is an int32
 
 # the PTX with which a kernel waits for the previous one: a program that has it may start early (cuda_graph.py)
 AWAIT_PREVIOUS = "griddepcontrol.wait"
@@ -80,17 +83,20 @@ class SavedStep:
 @dataclass(frozen=True)
 class OutlinedStep:
     """A step without buffers and programs. `kernels`: those whose programs it lacks, in the order of
-    `SavedStep.programs`."""
+    `SavedStep.programs`; `rows`: as in TracedStep."""
 
     step: SavedStep
     kernels: tuple[Kernel, ...]
+    rows: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class TracedStep:
-    """A step before its kernels are compiled. `launches`: a kernel's SINK or a COPY, with its buffers."""
+    """A step before its kernels are compiled. `launches`: a kernel's SINK or a COPY, with its buffers. `rows`: of each,
+    how many rows it is launched for if the kernel is one for any number of rows."""
 
     launches: tuple[tuple[UOp, tuple[Buffer, ...]], ...]
+    rows: tuple[int | None, ...]
     output: Tensor
     borrowed: tuple[Buffer, ...]
     cut: int
@@ -104,7 +110,10 @@ class TracedStep:
     def finish(self, compiler: Compiler) -> RecordedStep:
         """The recorded step. Waits until all kernels are compiled."""
         programs = compiler.programs(self.kernels)
-        calls = tuple(Call(programs.get((target, args[0].device), target), args) for target, args in self.launches)
+        calls = tuple(
+            Call(with_rows(programs.get((target, args[0].device), target), rows), args)
+            for (target, args), rows in zip(self.launches, self.rows, strict=True)
+        )
         return RecordedStep(calls, self.output, self.borrowed, self.cut, self.kept)
 
 
@@ -115,10 +124,12 @@ def record(trace: Callable[[], Tensor], store: ProgramStore | None = None) -> Re
     return trace_step(trace).finish(Compiler(store))
 
 
-def trace_step(trace: Callable[[], Tensor]) -> TracedStep:
-    """Call `trace`, which realizes and returns one tensor, and note the kernels that this would have run."""
+def trace_step(trace: Callable[[], Tensor], *, shares_rows: bool = True) -> TracedStep:
+    """Call `trace`, which realizes and returns one tensor, and note the kernels that this would have run.
+
+    shares_rows: kernels whose rows are independent are those for any number of rows."""
     before = {id(buffer): buffer for buffer in buffers.values()}
-    recorder = _Recorder()
+    recorder = _Recorder(shares_rows)
     with collect_kept() as kept_tensors:
         realize.capturing.append(recorder)
         try:
@@ -135,7 +146,8 @@ def trace_step(trace: Callable[[], Tensor]) -> TracedStep:
     bases = {id(buffer.base): buffer.base for _, args in launches for buffer in args}
     cut = len(launches) if recorder.cut is None else recorder.cut
     kept = tuple(tensor.uop.base.buffer for tensor in kept_tensors)
-    return TracedStep(launches, output, tuple(base for key, base in bases.items() if key in before), cut, kept)
+    borrowed = tuple(base for key, base in bases.items() if key in before)
+    return TracedStep(launches, tuple(recorder.rows), output, borrowed, cut, kept)
 
 
 def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> bool:
@@ -147,6 +159,43 @@ def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> bool:
     call = kernel.call(*[tensor.uop.base for tensor in tensors])
     realize.capturing[0].add_linear(UOp(Ops.LINEAR, src=(call,)), {})
     return True
+
+
+def launch_rows(
+    make: Callable[[int], Callable[..., UOp]], tensors: Sequence[Tensor], num_rows: int, shared: Sequence[Tensor]
+) -> bool:
+    """`launch` for `make(MOST_ROWS)`, of whose rows only `num_rows` run. Except for the `shared` tensors, each has as
+    many elements in every row. Returns False also if steps of different numbers of rows do not share the kernel."""
+    recorder = realize.capturing[0] if _kept and realize.capturing else None
+    of_rows = [tensor for tensor in tensors if all(tensor is not one for one in shared)]
+    if not isinstance(recorder, _Recorder) or not recorder.shares_rows or num_rows > MOST_ROWS:
+        return False
+    if any(tensor.numel() % num_rows for tensor in of_rows):
+        return False
+    tensors[0].realize(*tensors[1:])
+    slots = []
+    for slot, tensor in enumerate(tensors):
+        is_shared = any(tensor is one for one in shared)
+        size = tensor.numel() if is_shared else tensor.numel() // num_rows * MOST_ROWS
+        slots.append(UOp.placeholder((size,), tensor.dtype, slot))
+    call = make(MOST_ROWS)(*slots).call(*[tensor.uop.base for tensor in tensors])
+    recorder.add_linear(UOp(Ops.LINEAR, src=(call,)), {})
+    recorder.rows[-1] = num_rows
+    return True
+
+
+def with_rows(program: UOp, num_rows: int | None) -> UOp:
+    """A program for any number of rows, launched for so many. None: the program as it is."""
+    if num_rows is None:
+        return program
+    info, sink = program.arg, program.src[0]
+    sizes = tuple(num_rows if size == MOST_ROWS else size for size in info.global_size)
+    if sum(size == MOST_ROWS for size in info.global_size) != 1:
+        raise InvariantError(f"{info.name} has work items {info.global_size}, of which one should be {MOST_ROWS}")
+    old = sink.arg.estimates
+    estimates = Estimates(*(amount * num_rows // MOST_ROWS for amount in (old.ops, old.lds, old.mem)))
+    sink = sink.replace(arg=replace(sink.arg, estimates=estimates))
+    return program.replace(src=(sink, *program.src[1:]), arg=replace(info, global_size=sizes))
 
 
 def cut_here() -> None:
@@ -180,12 +229,15 @@ def collect_kept() -> Iterator[list[Tensor]]:
 class _Recorder:
     """Receives the kernels that tinygrad would otherwise run, through the hook that TinyJit uses."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares_rows: bool) -> None:
+        self.shares_rows = shares_rows
         self.calls: list[UOp] = []
+        self.rows: list[int | None] = []  # of each call: TracedStep.rows
         self.cut: int | None = None
 
     def add_linear(self, linear: UOp, var_vals: dict[str, int]) -> None:
         self.calls += linear.src
+        self.rows += [None] * len(linear.src)
 
 
 def _live_buffers() -> Iterator[UOp]:
@@ -232,30 +284,38 @@ def rebind(step: RecordedStep, others: Mapping[Tensor, Tensor]) -> RecordedStep:
 def save_step(step: RecordedStep, named: Mapping[str, Tensor], notes: Iterable[tuple[Any, ...]] = ()) -> SavedStep:
     """The step without its buffers. Raises CacheError if it copies, or borrows a buffer that is not among `named`."""
     calls = [(slim(call.target), call.buffers) for call in step.calls]
-    saved, programs = _without_buffers(step, calls, Ops.PROGRAM, named, notes)
+    _require_kind([target for target, _ in calls], Ops.PROGRAM)
+    saved, programs = _without_buffers(step, calls, named, notes)
     return replace(saved, programs=tuple(programs))
 
 
 def outline_step(step: TracedStep, named: Mapping[str, Tensor], notes: Iterable[tuple[Any, ...]] = ()) -> OutlinedStep:
     """What `save_step` gives once the kernels are compiled, without their programs. Raises CacheError too."""
-    saved, kernels = _without_buffers(step, step.launches, Ops.SINK, named, notes)
+    _require_kind([target for target, _ in step.launches], Ops.SINK)
+    launches = [((target, rows), args) for (target, args), rows in zip(step.launches, step.rows, strict=True)]
+    saved, targets = _without_buffers(step, launches, named, notes)
     devices = {target: args[0].device for target, args in step.launches}
-    return OutlinedStep(saved, tuple((kernel, devices[kernel]) for kernel in kernels))
+    kernels = tuple((target, devices[target]) for target, _ in targets)
+    return OutlinedStep(saved, kernels, tuple(rows for _, rows in targets))
+
+
+def _require_kind(targets: Sequence[UOp], kind: Ops) -> None:
+    others = sum(target.op is not kind for target in targets)
+    if others:
+        raise CacheError(f"a step with {others} copies cannot be saved")
 
 
 def _without_buffers(
     step: RecordedStep | TracedStep,
-    launches: Sequence[tuple[UOp, tuple[Buffer, ...]]],
-    kind: Ops,
+    launches: Iterable[tuple[Any, tuple[Buffer, ...]]],
     named: Mapping[str, Tensor],
     notes: Iterable[tuple[Any, ...]],
-) -> tuple[SavedStep, list[UOp]]:
-    """The step without its programs, and the distinct targets of its launches, which must be of this kind."""
+) -> tuple[SavedStep, list[Any]]:
+    """The step without its programs, and the distinct targets of its launches."""
     names = {id(tensor.uop.base.buffer): name for name, tensor in named.items()}
     unnamed = [base for base in step.borrowed if id(base) not in names]
-    others = [target for target, _ in launches if target.op is not kind]
-    if unnamed or others:
-        raise CacheError(f"a step with {len(others)} copies and {len(unnamed)} buffers without a name cannot be saved")
+    if unnamed:
+        raise CacheError(f"a step with {len(unnamed)} buffers without a name cannot be saved")
     bases, views, targets = _Numbers(), _Numbers(), _Numbers()
 
     def number_view(buffer: Buffer) -> int:

@@ -22,7 +22,7 @@ from tinygrad.codegen import do_to_program
 from tinygrad.device import Buffer, DepsTracker
 from tinygrad.dtype import AddrSpace
 from tinygrad.engine.jit import graph_split_rewrite
-from tinygrad.engine.realize import get_runtime, run_linear
+from tinygrad.engine.realize import get_runtime, run_linear, runtime_cache
 from tinygrad.helpers import JIT
 from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.runtime.ops_cpu import CMD_SIZE, RING_SLOTS, CPUProgram, signal_prog
@@ -52,9 +52,25 @@ class Replay(Protocol):
 
 def make_replay(device: DeviceHandle, step: RecordedStep) -> Callable[[], None]:
     """A function that enqueues the step and keeps its buffers alive."""
+    for call in step.calls:
+        _load_once(call)
     if device.is_cpu:
         return CpuReplay(device.cores, step)
     return device.kind.make_replay(device.name, step) or GraphReplay(step)
+
+
+_loaded: dict[tuple[str, bytes], UOp] = {}  # by device and binary: the program for which it was loaded
+
+
+def _load_once(call: Call) -> None:
+    """Have programs that differ in the number of their work items share the binary that is loaded."""
+    program, device = call.target, call.buffers[0].device
+    if program.op is not Ops.PROGRAM or (program.key, device) in runtime_cache:
+        return
+    binary = next((uop.arg for uop in program.src if uop.op is Ops.BINARY), None)
+    if binary is not None:
+        first = _loaded.setdefault((device, binary), program)
+        runtime_cache[program.key, device] = get_runtime(device, first)
 
 
 class LazyReplay:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tinygrad import Tensor, UOp
 
 from tinyvllm.device.compiling import Compiler, Pending
-from tinyvllm.device.recording import RecordedStep, SavedStep, TracedStep, bind_step, save_step
+from tinyvllm.device.recording import RecordedStep, SavedStep, TracedStep, bind_step, save_step, with_rows
 from tinyvllm.errors import CacheError
 from tinyvllm.execution.step_code import StepCode
 from tinyvllm.execution.tracing import TracedElsewhere, Tracer, trace_forward, trace_sampling
@@ -147,7 +147,9 @@ class PendingSteps:
         """The steps with their programs, on this process's tensors."""
         self._elsewhere = None
         for name, step, keys in zip(self._names, traced.steps, traced.keys, strict=True):
-            saved = replace(step, programs=tuple(self._compiler.programs_of(keys)))
+            programs = self._compiler.programs_of(key for key, _ in keys)
+            launched = (with_rows(program, rows) for program, (_, rows) in zip(programs, keys, strict=True))
+            saved = replace(step, programs=tuple(launched))
             try:
                 self._recorded.append(bind_step(saved, self._tensors))
             except CacheError as error:

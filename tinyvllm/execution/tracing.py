@@ -52,22 +52,23 @@ def trace_forward(code: StepCode) -> tuple[TracedStep, list[Note]]:
         return code.sample(logits)
 
     with code.context.backend.coverage.watching() as notes:
-        return trace_step(trace), notes
+        return trace_step(trace, shares_rows=not code.context.is_jit), notes
 
 
 def trace_sampling(code: StepCode, logits: Tensor) -> tuple[TracedStep, list[Note]]:
     """Sampling from processed logits, after the part of the step before its cut."""
+    sample = functools.partial(code.sample, logits, code.context.state)
     with code.context.backend.coverage.watching() as notes:
-        return trace_step(functools.partial(code.sample, logits, code.context.state)), notes
+        return trace_step(sample, shares_rows=not code.context.is_jit), notes
 
 
 @dataclass(frozen=True)
 class TracedElsewhere:
     """A bucket's step and its sampling from processed logits, without programs: the keys of each step's kernels, in the
-    order of its programs. `kernels`: those of both."""
+    order of its programs, each with its rows as in TracedStep. `kernels`: those of both."""
 
     steps: tuple[SavedStep, SavedStep]
-    keys: tuple[tuple[Key, ...], tuple[Key, ...]]
+    keys: tuple[tuple[tuple[Key, int | None], ...], tuple[tuple[Key, int | None], ...]]
     kernels: dict[Key, PackedKernel]
 
 
@@ -155,10 +156,10 @@ def _trace_both(code: StepCode) -> TracedElsewhere:
     return TracedElsewhere((forward.step, sampling.step), keys, kernels)
 
 
-def _pack(step: OutlinedStep, kernels: dict[Key, PackedKernel]) -> tuple[Key, ...]:
+def _pack(step: OutlinedStep, kernels: dict[Key, PackedKernel]) -> tuple[tuple[Key, int | None], ...]:
     """The keys of the step's kernels. Adds to `kernels` those that it lacks."""
     keys = tuple(map(key_of, step.kernels))
     for key, kernel in zip(keys, step.kernels, strict=True):
         if key not in kernels:
             kernels[key] = PackedKernel.of(kernel)
-    return keys
+    return tuple(zip(keys, step.rows, strict=True))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -16,15 +18,40 @@ from tinyvllm.config import MAX_STOP_IDS
 # The float settings of logits processing, with the value that turns each off. Their names are fields of SamplingParams.
 PROCESSING_FLOATS = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0, "typical_p": 1.0}
 
+# What sampling reads of a row, side by side: the words of each field.
+ROW_FIELDS = {
+    "temperature": 1,  # float bits; 0 is greedy
+    "top_k": 1,  # 0: off
+    "top_p": 1,  # float bits; 1: off
+    "min_p": 1,  # float bits; 0: off
+    "seed": 1,
+    "draw": 1,  # how many tokens this request has drawn so far: the counter of its random numbers
+    "num_logprobs": 1,  # -1: none; 0: the chosen token's; n: those of the n likeliest too
+    "suppressed_ids": MAX_STOP_IDS,  # ids that min_tokens keeps from being sampled; -1: unused
+    "forced": 1,  # the token to report instead of sampling one: a prompt's own; -1: none
+    # read with logits processing only: see ops/sampling/logits_processing.py
+    "state_rows": 1,  # the request's row of the sampling state; -1: none
+    "is_counted": 1,  # 1: the penalties below apply, and the token is counted
+    "is_masked": 1,  # 1: only the ids of the state row's mask may be sampled
+    "num_bias": 1,  # entries of the state row's logit bias
+    **dict.fromkeys(PROCESSING_FLOATS, 1),  # float bits
+}
+ROW_WORDS = sum(ROW_FIELDS.values())
+_ROW_PLACES = dict(zip(ROW_FIELDS, accumulate(ROW_FIELDS.values(), initial=0), strict=False))
+
+
+def row_word(name: str, row: Any) -> Any:
+    """Where a field of a row's sampling settings begins. row: a number, or a kernel's axis."""
+    return row * ROW_WORDS + _ROW_PLACES[name]
+
 
 @dataclass(frozen=True)
 class StepLayout:
     """Offsets (in int32 words) of a bucket's inputs. Hashable: kernels are cached by it.
 
     T token rows · R sequences · M blocks in a table · G groups of layers, each with slots and block tables of its own.
-    Table R, after the last one, is all zeros: padded token rows refer to it, and so to the dummy block 0. The fields
-    that sampling reads come first, at offsets that depend on R only, so all buckets of R sequences sample by the same
-    programs.
+    Table R, after the last one, is all zeros: padded token rows refer to it, and so to the dummy block 0. What sampling
+    reads comes first, row by row: no offset depends on R, so all buckets sample by the same programs.
     """
 
     num_tokens: int  # T
@@ -38,21 +65,7 @@ class StepLayout:
     def _offsets(self) -> dict[str, tuple[int, int]]:
         tokens, seqs = self.num_tokens, self.num_seqs
         sizes = {
-            "temperature": seqs,  # float bits; 0 is greedy
-            "top_k": seqs,  # 0: off
-            "top_p": seqs,  # float bits; 1: off
-            "min_p": seqs,  # float bits; 0: off
-            "seed": seqs,
-            "draw": seqs,  # how many tokens this request has drawn so far: the counter of its random numbers
-            "num_logprobs": seqs,  # -1: none; 0: the chosen token's; n: those of the n likeliest too
-            "suppressed_ids": seqs * MAX_STOP_IDS,  # ids that min_tokens keeps from being sampled; -1: unused
-            "forced": seqs,  # the token to report instead of sampling one: a prompt's own; -1: none
-            # read with logits processing only: see ops/sampling/logits_processing.py
-            "state_rows": seqs,  # the request's row of the sampling state; -1: none
-            "is_counted": seqs,  # 1: the penalties below apply, and the token is counted
-            "is_masked": seqs,  # 1: only the ids of the state row's mask may be sampled
-            "num_bias": seqs,  # entries of the state row's logit bias
-            **dict.fromkeys(PROCESSING_FLOATS, seqs),  # float bits
+            "rows": seqs * ROW_WORDS,  # ROW_FIELDS of each row
             "token_ids": tokens,
             "positions": tokens,  # of the token in its sequence
             # by group: where the token's key and value go: block_id * block_size + offset
@@ -97,7 +110,10 @@ class StepLayout:
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
         """Named int32 views of a host buffer of `size` words; view floats with `.view(np.float32)`."""
         views = {name: buffer[start : start + size] for name, (start, size) in self._offsets.items() if name != "end"}
-        views["suppressed_ids"] = views["suppressed_ids"].reshape(self.num_seqs, MAX_STOP_IDS)
+        rows = views.pop("rows").reshape(self.num_seqs, ROW_WORDS)
+        for name, width in ROW_FIELDS.items():
+            place = _ROW_PLACES[name]
+            views[name] = rows[:, place] if width == 1 else rows[:, place : place + width]
         views["slots"] = views["slots"].reshape(self.num_groups, self.num_tokens)
         views["block_tables"] = views["block_tables"].reshape(self.num_groups, self.num_seqs + 1, self.max_blocks)
         return views

@@ -21,8 +21,9 @@ bias (S, 2 * MAX_LOGIT_BIAS) int32: ids, then the bits of the floats to add
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
@@ -41,7 +42,7 @@ from tinyvllm.ops.kernel.body import (
     cached_kernel,
     empty,
     finish,
-    run_kernel,
+    run_row_kernel,
 )
 from tinyvllm.ops.sampling.sample import (
     OUT_TOKEN,
@@ -53,6 +54,7 @@ from tinyvllm.ops.sampling.sample import (
     row_slice,
 )
 from tinyvllm.ops.sampling.typical import typical_kernel
+from tinyvllm.ops.step_inputs import row_word
 
 WORD = 32  # ids per word of a mask
 THREADS = 256  # threads of a threadgroup that processes logits
@@ -125,32 +127,44 @@ def sample_processed(
     spec: SampleSpec, logits: Tensor, inputs: Tensor, state: SamplingState, out: Tensor | None = None
 ) -> Tensor:
     """(R * OUT_WIDTH,) int32, like `sample`. Counts the sampled tokens in the state; does not change the logits."""
-    seqs, device = spec.layout.num_seqs, str(inputs.device)
+    seqs, device = spec.num_rows, str(inputs.device)
     raw = find_leaders(LeadersSpec(spec, draws=False), logits, inputs)
     spec = replace(spec, is_processed=True)
     processing = ProcessingSpec(spec, state.num_rows)
+    tables = [state.counts, state.mask, state.bias]
+
+    def run(
+        make: Callable[[ProcessingSpec], KernelFn], outputs: list[Tensor], operands: list[Tensor], *shared: Tensor
+    ) -> Tensor:
+        def of_rows(num_rows: int) -> KernelFn:
+            return make(replace(processing, sample=spec.for_rows(num_rows)))
+
+        return run_row_kernel(of_rows, seqs, outputs, operands, shared=[*tables, *shared])[0]
+
     processed = empty(seqs * spec.stride, F32, device)
-    (processed,) = run_kernel(process_kernel(processing), [processed], [inputs, state.counts, state.mask, logits])
-    operands = [inputs, state.counts, state.mask, state.bias, logits]
-    (processed,) = run_kernel(bias_kernel(processing), [processed], operands)
+    processed = run(process_kernel, [processed], [inputs, state.counts, state.mask, logits])
+    processed = run(bias_kernel, [processed], [inputs, *tables, logits])
     for kernel in FILTERS:
-        (processed,) = run_kernel(kernel(spec), [processed], [inputs])
+        processed = run(partial(_of_sample, kernel), [processed], [inputs])
     drawn_from = find_leaders(LeadersSpec(spec, ranks=False), processed, inputs)
     out = empty(seqs * OUT_WIDTH, I32, device) if out is None else out
-    (out,) = run_kernel(draw_kernel(spec), [out], [inputs, *drawn_from, *raw])
+    out = run(partial(_of_sample, draw_kernel), [out], [inputs, *drawn_from, *raw], out)
     # `out` passes through this kernel, so that waiting for it waits for the counts too
-    return run_kernel(count_kernel(processing), [out, state.counts], [inputs])[0]
+    return run(count_kernel, [out, state.counts], [inputs], out)
+
+
+def _of_sample(make: Callable[[SampleSpec], KernelFn], spec: ProcessingSpec) -> KernelFn:
+    return make(spec.sample)
 
 
 class _LogitsProcessor:
     """Processes the logits of one row, according to its settings."""
 
     def __init__(self, spec: ProcessingSpec, row: UOp, inputs: UOp, counts: UOp, mask: UOp) -> None:
-        layout = spec.sample.layout
         self._counts, self._mask, self.words = counts, mask, spec.words
 
         def param(name: str) -> UOp:
-            return inputs[layout.offset(name) + row].load()
+            return inputs[row_word(name, row)].load()
 
         # a row without state reads row 0 of the state, and ignores it
         self.state_row = param("state_rows").maximum(0).minimum(spec.num_rows - 1).cast(dtypes.weakint)
@@ -180,7 +194,7 @@ class _LogitsProcessor:
 @cached_kernel
 def process_kernel(spec: ProcessingSpec) -> KernelFn:
     """fn(processed (R, stride), inputs, counts, mask, logits): every logit processed, without its bias."""
-    seqs, stride, vocab = spec.sample.layout.num_seqs, spec.sample.stride, spec.sample.vocab_size
+    seqs, stride, vocab = spec.sample.num_rows, spec.sample.stride, spec.sample.vocab_size
     is_padded = stride >= spec.words * WORD  # columns after the vocabulary may be written
 
     def kernel(processed: UOp, inputs: UOp, counts: UOp, mask: UOp, logits: UOp) -> UOp:
@@ -214,7 +228,7 @@ def _words(body: Body, num_words: int, has_threads: bool) -> tuple[UOp, list[UOp
 @cached_kernel
 def bias_kernel(spec: ProcessingSpec) -> KernelFn:
     """fn(processed, inputs, counts, mask, bias, logits): the ids with a bias again, from the raw logits."""
-    seqs, stride, vocab = spec.sample.layout.num_seqs, spec.sample.stride, spec.sample.vocab_size
+    seqs, stride, vocab = spec.sample.num_rows, spec.sample.stride, spec.sample.vocab_size
 
     def kernel(processed: UOp, inputs: UOp, counts: UOp, mask: UOp, bias: UOp, logits: UOp) -> UOp:
         body = Body()
@@ -242,14 +256,14 @@ def bias_kernel(spec: ProcessingSpec) -> KernelFn:
 @cached_kernel
 def count_kernel(spec: ProcessingSpec) -> KernelFn:
     """fn(out, counts, inputs): add 1 to the count of each counted row's token. `out` is only read."""
-    seqs, vocab, words = spec.sample.layout.num_seqs, spec.sample.vocab_size, spec.words
+    seqs, vocab, words = spec.sample.num_rows, spec.sample.vocab_size, spec.words
 
     def kernel(out: UOp, counts: UOp, inputs: UOp) -> UOp:
-        body, layout = Body(), spec.sample.layout
-        row = body.grid(seqs) if spec.sample.has_threads else body.loop(seqs)
+        body = Body()
+        row = body.grid(seqs) if seqs > 1 or spec.sample.has_threads else body.loop(1)
 
         def param(name: str) -> UOp:
-            return inputs[layout.offset(name) + row].load()
+            return inputs[row_word(name, row)].load()
 
         token = out[row * OUT_WIDTH + OUT_TOKEN].load()
         state_row = param("state_rows")

@@ -33,7 +33,7 @@ def filter_kernel(name: str, is_wanted: Callable[[Row], UOp], rule: Rule) -> Cal
             values = row.slice(ready)
             stores = _mask_out(row, values, wanted, rule(row, values, wanted))
             end = stores.end(*reversed(row.lanes.axes))
-            return finish(end, f"{name}_{spec.layout.num_seqs}x{spec.vocab_size}", nbytes=4 * spec.layout.num_seqs)
+            return finish(end, f"{name}_{spec.num_rows}x{spec.vocab_size}", nbytes=4 * spec.num_rows)
 
         return kernel
 

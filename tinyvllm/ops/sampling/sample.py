@@ -41,7 +41,7 @@ from tinyvllm.ops.kernel.body import (
     exp2,
     finish,
     log2,
-    run_kernel,
+    run_row_kernel,
 )
 from tinyvllm.ops.sampling.filters import (
     FilteredSampler,
@@ -65,7 +65,7 @@ from tinyvllm.ops.sampling.reduction import (
     combine_threads,
     flag,
 )
-from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.ops.step_inputs import StepLayout, row_word
 
 ROW_THREADS = 512  # threads of a threadgroup that has a whole row
 SPLIT_THREADS = 256  # threads of a threadgroup that has a split of a row
@@ -93,6 +93,7 @@ RAW_BEST, RAW_MASS = TOP_LOGIT + MAX_LOGPROBS, TOP_LOGIT + MAX_LOGPROBS + 1
 LEADER_WIDTH = 72
 NAN_BITS = 0x7FC00000
 ONE = UOp.const(1, I32)
+ANY_LAYOUT = StepLayout(num_tokens=1, num_seqs=1, max_blocks=1, block_size=1)
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,25 @@ class SampleSpec:
     stride: int
     has_threads: bool  # whether a threadgroup has a split (GPU), or the lanes of one core (CPU)
     is_processed: bool = False  # tokens are drawn from processed logits, and there are raw logits too
+    any_rows: tuple[int, int] | None = None  # of `for_rows`: the number of rows, and of splits
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.layout.num_seqs if self.any_rows is None else self.any_rows[0]
+
+    def for_rows(self, num_rows: int) -> SampleSpec:
+        """The same for so many rows with as many splits as these have, whatever the layout."""
+        if num_rows == self.num_rows:
+            return self
+        return replace(self, layout=ANY_LAYOUT, any_rows=(num_rows, self.num_splits))
 
     @cached_property
     def num_splits(self) -> int:
         """Splits of a row, a power of two. A step of few rows must not leave most of a GPU idle, and a split must fit
         into the caches, because `draw_kernel` may read it again."""
+        if self.any_rows is not None:
+            return self.any_rows[1]
         wanted = max(GROUPS_WANTED // self.layout.num_seqs, self.vocab_size // CACHED_LOGITS)
         least = SPLIT_THREADS * VECTOR_WIDTH  # logits that a threadgroup reads at once
         splits = 1
@@ -130,18 +145,26 @@ def sample(spec: SampleSpec, logits: Tensor, inputs: Tensor, out: Tensor | None 
     """(R * OUT_WIDTH,) int32: tokens and logprobs, at the beginning of `out` if given. Changes the logits: suppressed
     ids become -inf."""
     found = find_leaders(LeadersSpec(spec), logits, inputs)
-    out = empty(spec.layout.num_seqs * OUT_WIDTH, I32, str(inputs.device)) if out is None else out
-    return run_kernel(draw_kernel(spec), [out], [inputs, *found])[0]
+    out = empty(spec.num_rows * OUT_WIDTH, I32, str(inputs.device)) if out is None else out
+
+    def make(num_rows: int) -> KernelFn:
+        return draw_kernel(spec.for_rows(num_rows))
+
+    return run_row_kernel(make, spec.num_rows, [out], [inputs, *found], shared=[out])[0]
 
 
 def find_leaders(spec: LeadersSpec, logits: Tensor, inputs: Tensor) -> list[Tensor]:
     """The leaders of the rows' splits, the logits, and if something is drawn the noises."""
-    device, size = str(logits.device), spec.sample.layout.num_seqs * spec.sample.num_splits * LEADER_WIDTH
-    leaders = empty(size, I32, device)
+    device, num_rows = str(logits.device), spec.sample.num_rows
+    leaders = empty(num_rows * spec.sample.num_splits * LEADER_WIDTH, I32, device)
+
+    def make(num_rows: int) -> KernelFn:
+        return leaders_kernel(replace(spec, sample=spec.sample.for_rows(num_rows)))
+
     if not spec.draws:
-        return [*run_kernel(leaders_kernel(spec), [leaders], [logits, inputs]), logits]
+        return [*run_row_kernel(make, num_rows, [leaders], [logits, inputs]), logits]
     noises = empty(logits.numel(), F32, device)
-    return run_kernel(leaders_kernel(spec), [leaders, logits, noises], [inputs])
+    return run_row_kernel(make, num_rows, [leaders, logits, noises], [inputs])
 
 
 class Row:
@@ -149,7 +172,7 @@ class Row:
 
     def __init__(self, spec: SampleSpec, body: Body, inputs: UOp, *, num_splits: int, num_threads: int) -> None:
         self.spec, self.body, self.inputs = spec, body, inputs
-        seqs = spec.layout.num_seqs
+        seqs = spec.num_rows
         # rows are a GLOBAL axis: loops whose length is data cannot nest in a LOOP axis
         self.axis = body.grid(seqs) if seqs > 1 or spec.has_threads else body.loop(1)
         self.split = body.grid(num_splits) if spec.has_threads and num_splits > 1 else None
@@ -158,7 +181,7 @@ class Row:
 
     def param(self, name: str) -> UOp:
         """This row's word of an int32 step input."""
-        return self.inputs[self.spec.layout.offset(name) + self.axis].load()
+        return self.inputs[row_word(name, self.axis)].load()
 
     def number(self, name: str) -> UOp:
         """This row's word of a float step input."""
@@ -166,7 +189,7 @@ class Row:
 
     def suppressed_id(self, slot: UOp) -> UOp:
         """A suppressed id; below 0: none."""
-        return self.inputs[self.spec.layout.offset("suppressed_ids") + self.axis * MAX_STOP_IDS + slot].load()
+        return self.inputs[row_word("suppressed_ids", self.axis) + slot].load()
 
     @property
     def num_logprobs(self) -> UOp:
@@ -228,7 +251,7 @@ def leaders_kernel(wanted: LeadersSpec) -> KernelFn:
 
     def kernel(leaders: UOp, logits: UOp, *rest: UOp) -> UOp:
         *noises, inputs = rest
-        body, seqs, width = Body(), spec.layout.num_seqs, spec.stride
+        body, seqs, width = Body(), spec.num_rows, spec.stride
         row = Row(spec, body, inputs, num_splits=spec.num_splits, num_threads=SPLIT_THREADS)
         split = row.split if row.split is not None else 0
         least = SPLIT_THREADS * VECTOR_WIDTH
@@ -408,7 +431,7 @@ def draw_kernel(spec: SampleSpec) -> KernelFn:
         (token,) = row.lanes.to_registers([_choose(row, leaders, logits)], [I32])
         stores = _report(row, out, token, raw_leaders, raw_logits)
         stores.append(out[row.lanes.only_once(row.axis * OUT_WIDTH + OUT_TOKEN)].store(token))
-        seqs, vocab = spec.layout.num_seqs, spec.vocab_size
+        seqs, vocab = spec.num_rows, spec.vocab_size
         name = f"draw{'_processed' if spec.is_processed else ''}_{seqs}x{vocab}"
         return finish(UOp.group(*stores).end(*reversed(row.lanes.axes)), name, nbytes=4 * seqs * LEADER_WIDTH)
 

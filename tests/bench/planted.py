@@ -187,4 +187,4 @@ def _logits(graph: Graph) -> Buffer:
     """What the last kernel before sampling writes."""
     step = graph.instances[0].step
     call = step.calls[step.cut - 1]
-    return call.buffers[call.target.arg.outs[0]]
+    return call.buffers[call.target.arg.outs[0]].ensure_allocated()

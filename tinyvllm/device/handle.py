@@ -9,14 +9,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import Buffer, BufferSpec
 from tinygrad.dtype import DType, _from_np_dtype
+from tinygrad.runtime import ops_cpu
 from tinygrad.uop.ops import buffers
 
+from tinyvllm.device import helper_programs
 from tinyvllm.device.kinds import DeviceKind, choice, kind_of
 from tinyvllm.device.mapping import OutputReader, is_mapped
 from tinyvllm.device.transfer import InputBuffer, copy_out, copy_out_floats, input_buffer, output_reader
@@ -147,8 +150,9 @@ class DeviceHandle:
         return copy_out(buffer, self._is_mapped)
 
 
-def open_device(num_cores: int = 1) -> DeviceHandle:
+def open_device(num_cores: int = 1, programs: Path | None = None) -> DeviceHandle:
     """Open tinygrad's default device; on a CPU, `num_cores` cores, each of which is a device with a worker thread.
+    `programs`: the folder in which those that tinygrad needs there are kept; None: they are not.
 
     Raises DeviceError, which names what is missing and what to install."""
     wanted = os.environ.get("DEV", "")
@@ -156,7 +160,10 @@ def open_device(num_cores: int = 1) -> DeviceHandle:
         kind_of(wanted).check()
     previous = threading.stack_size(KERNEL_STACK_BYTES)  # opening the CPU device starts its worker thread
     cores: tuple[str, ...] = ()
+    helper_programs.keep(programs)
     try:
+        if Device.DEFAULT.split(":")[0] == "CPU":
+            ops_cpu.do_to_program = helper_programs.helper_program
         device = Device[Device.DEFAULT]
         kind_of(device.device).opened(device.device)
         if device.device.split(":")[0] == "CPU":

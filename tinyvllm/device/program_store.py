@@ -15,11 +15,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import tinygrad
 from tinygrad import Device, UOp
 from tinygrad.helpers import DEBUG, ContextVar
+from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import Ops, ProgramInfo
 
 from tinyvllm.config import cache_dir
@@ -61,7 +64,7 @@ class ProgramStore:
 
     def read_program(self, key: tuple) -> UOp | None:
         """The program with tinygrad's key, or None."""
-        program = self._folder.read(f"program-{_digest(key)}")
+        program = self._folder.read(f"program-{digest_of(key)}")
         if not isinstance(program, UOp) or program.op is not Ops.PROGRAM:
             return None
         self.num_programs_read += 1
@@ -70,7 +73,7 @@ class ProgramStore:
 
     def write_program(self, key: tuple, program: UOp) -> None:
         """Save a program that was just compiled."""
-        self._write(f"program-{_digest(key)}", slim(program))
+        self._write(f"program-{digest_of(key)}", slim(program))
         self.num_programs_compiled += 1
 
     def read_step(self, name: str) -> object | None:
@@ -138,9 +141,13 @@ def show_compiled(program: UOp) -> None:
 
 def environment_key(device: str) -> str:
     """The folder's name: the device, and a hash of everything that its programs depend on besides their keys."""
-    renderer = Device[device].renderer
+    return f"{device.replace(':', '_')}-{digest_of(environment_facts(device, Device[device].renderer))}"
+
+
+def environment_facts(device: str, renderer: Renderer) -> tuple[Any, ...]:
+    """What programs depend on besides their keys, except the device's name."""
     settings = {key: var.value for key, var in sorted(ContextVar._cache.items()) if key not in ONLY_SHOWN}
-    facts = (
+    return (
         LAYOUT,
         importlib.metadata.version("tinygrad"),
         _sources(),
@@ -152,9 +159,9 @@ def environment_key(device: str) -> str:
         {name: os.environ.get(name) for name in SETTINGS},
         (_compiler(), _processor()) if device.split(":")[0] == "CPU" else (),
     )
-    return f"{device.replace(':', '_')}-{_digest(facts)}"
 
 
+@cache
 def _sources() -> str:
     """A hash of the sizes and times of tinygrad's files, so that a local edit changes the key."""
     root = Path(tinygrad.__file__).parent
@@ -166,7 +173,8 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _digest(value: object) -> str:
+def digest_of(value: object) -> str:
+    """A hash of its repr, for a file's name."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:40]
 
 

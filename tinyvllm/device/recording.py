@@ -284,25 +284,19 @@ def rebind(step: RecordedStep, others: Mapping[Tensor, Tensor]) -> RecordedStep:
 def save_step(step: RecordedStep, named: Mapping[str, Tensor], notes: Iterable[tuple[Any, ...]] = ()) -> SavedStep:
     """The step without its buffers. Raises CacheError if it copies, or borrows a buffer that is not among `named`."""
     calls = [(slim(call.target), call.buffers) for call in step.calls]
-    _require_kind([target for target, _ in calls], Ops.PROGRAM)
-    saved, programs = _without_buffers(step, calls, named, notes)
+    others = sum(target.op is not Ops.PROGRAM for target, _ in calls)
+    saved, programs = _without_buffers(step, calls, named, notes, others)
     return replace(saved, programs=tuple(programs))
 
 
 def outline_step(step: TracedStep, named: Mapping[str, Tensor], notes: Iterable[tuple[Any, ...]] = ()) -> OutlinedStep:
     """What `save_step` gives once the kernels are compiled, without their programs. Raises CacheError too."""
-    _require_kind([target for target, _ in step.launches], Ops.SINK)
     launches = [((target, rows), args) for (target, args), rows in zip(step.launches, step.rows, strict=True)]
-    saved, targets = _without_buffers(step, launches, named, notes)
+    others = sum(target.op is not Ops.SINK for target, _ in step.launches)
+    saved, targets = _without_buffers(step, launches, named, notes, others)
     devices = {target: args[0].device for target, args in step.launches}
     kernels = tuple((target, devices[target]) for target, _ in targets)
     return OutlinedStep(saved, kernels, tuple(rows for _, rows in targets))
-
-
-def _require_kind(targets: Sequence[UOp], kind: Ops) -> None:
-    others = sum(target.op is not kind for target in targets)
-    if others:
-        raise CacheError(f"a step with {others} copies cannot be saved")
 
 
 def _without_buffers(
@@ -310,12 +304,13 @@ def _without_buffers(
     launches: Iterable[tuple[Any, tuple[Buffer, ...]]],
     named: Mapping[str, Tensor],
     notes: Iterable[tuple[Any, ...]],
+    num_copies: int,
 ) -> tuple[SavedStep, list[Any]]:
     """The step without its programs, and the distinct targets of its launches."""
     names = {id(tensor.uop.base.buffer): name for name, tensor in named.items()}
     unnamed = [base for base in step.borrowed if id(base) not in names]
-    if unnamed:
-        raise CacheError(f"a step with {len(unnamed)} buffers without a name cannot be saved")
+    if unnamed or num_copies:
+        raise CacheError(f"a step with {num_copies} copies and {len(unnamed)} buffers without a name cannot be saved")
     bases, views, targets = _Numbers(), _Numbers(), _Numbers()
 
     def number_view(buffer: Buffer) -> int:

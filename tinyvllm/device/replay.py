@@ -18,7 +18,6 @@ from typing import Protocol
 
 import numpy as np
 from tinygrad import Device, UOp, dtypes
-from tinygrad.codegen import do_to_program
 from tinygrad.device import Buffer, DepsTracker
 from tinygrad.dtype import AddrSpace
 from tinygrad.engine.jit import graph_split_rewrite
@@ -29,6 +28,7 @@ from tinygrad.runtime.ops_cpu import CMD_SIZE, RING_SLOTS, CPUProgram, signal_pr
 from tinygrad.uop.ops import CallInfo, KernelInfo, Ops
 
 from tinyvllm.device.handle import NAP_S, DeviceHandle
+from tinyvllm.device.helper_programs import helper_program
 from tinyvllm.device.recording import Call, RecordedStep
 from tinyvllm.errors import InvariantError
 
@@ -278,12 +278,18 @@ def _commands(device: str, call: Call) -> np.ndarray:
     if program.op is not Ops.PROGRAM or any(name != "core_id" for name in (v.expr for v in info.vars)):
         raise InvariantError(f"a CPU's step launches kernels without variables only, but this one has {program.op}")
     words = [get_runtime(device, program).addr]
-    words += [call.buffers[i].get_buf(device).va_addr for i in info.globals]
+    words += [_address(call.buffers[i], device) for i in info.globals]
     rows = np.zeros((info.global_size[0], CMD_SIZE), np.uint64)
     rows[:, : len(words)] = words
     if "core_id" in info.runtimevars:
         rows[:, len(words) + info.runtimevars["core_id"]] = np.arange(len(rows))
     return rows
+
+
+def _address(buffer: Buffer, device: str) -> int:
+    """Of a buffer or a view. (tinygrad makes an object for each view, which took a third of building the tables.)"""
+    start: int = buffer.base.get_buf(device).va_addr
+    return start + buffer.offset
 
 
 @functools.cache
@@ -300,5 +306,5 @@ def _run_table() -> CPUProgram:
 def _compile(body: UOp, name: str) -> CPUProgram:
     opened = Device["CPU"]
     sink = body.sink(arg=KernelInfo(name), tag=1)
-    program = do_to_program(sink, ClangRenderer(replace(opened.renderer.target, renderer="CLANG")))
+    program = helper_program(sink, ClangRenderer(replace(opened.renderer.target, renderer="CLANG")))
     return CPUProgram(opened, program.to_elf())

@@ -41,7 +41,7 @@ class PendingSteps:
         # TinyJit must see the kernels themselves, which a saved step does not have; saved programs it can use
         self._store = None if code.context.is_jit else compiler.store
         self._named = code.named
-        name = code.name(self._named)
+        name = code.name
         self._names = name, f"{name}-processed"
         self._recorded: list[RecordedStep] = []  # the step, then the sampling; both at the end
         self._traced: list[_Traced] = []  # those that are not recorded, in this order, and are being compiled

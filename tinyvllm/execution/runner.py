@@ -78,7 +78,8 @@ def make_runner(
     """`load_runner` for known settings, with tensors from `source`."""
     report = progress or (lambda stage, done, total: None)
     model_config = complete_config(model_config)
-    device = open_device(count_cores(config.cpu_cores or default_cores(), model_config.layers))
+    num_cores = count_cores(config.cpu_cores or default_cores(), model_config.layers)
+    device = open_device(num_cores, default_root() if config.compile_cache else None)
     capture = choose_capture(config.capture)
     if capture == "tinyjit":
         check_environment()

@@ -44,6 +44,17 @@ class GraphContext:
         return self.capture == "tinyjit"
 
     @functools.cached_property
+    def named(self) -> dict[str, Tensor]:
+        """The tensors of model, backend and pool by name."""
+        named: dict[str, Tensor] = get_state_dict({"model": self.model, "backend": self.backend, "pool": self.pool})
+        return named
+
+    @functools.cached_property
+    def shapes(self) -> str:
+        """The shapes of `named`."""
+        return _shapes(self.named)
+
+    @functools.cached_property
     def digest(self) -> str:
         """`model_digest`'s."""
         return model_digest(self.model, self.backend)
@@ -72,17 +83,17 @@ class StepCode:
     @property
     def named(self) -> dict[str, Tensor]:
         """All tensors that the step reads and writes, by the names that a stored step has for them."""
-        context = self.context
-        return self.tensors | get_state_dict({"model": context.model, "backend": context.backend, "pool": context.pool})
+        return self.tensors | self.context.named
 
     def sampling_tensors(self, logits: Tensor) -> dict[str, Tensor]:
         """Those of sampling from processed logits."""
         state = self.context.state
         return self.tensors | {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
 
-    def name(self, tensors: Mapping[str, Tensor]) -> str:
+    @property
+    def name(self) -> str:
         """The name of the stored step: a hash of everything that determines what is traced: our code, the model's shape
-        and formats, the settings. tensors: `named`.
+        and formats, the settings.
 
         An attribute of the backend without a repr of its own only makes the name new at every start."""
         context = self.context
@@ -92,7 +103,7 @@ class StepCode:
             context.digest,
             (context.pool.num_blocks, context.pool.dtype, context.pool.num_state_slots),
             (self.bucket, self.layout),
-            {key: (tensor.numel(), tensor.dtype) for key, tensor in tensors.items()},
+            (_shapes(self.tensors), context.shapes),
         )
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:40]
 
@@ -110,6 +121,10 @@ class StepCode:
         settings = head_of_tensor(self.inputs, layout.num_sampling_words)
         vocab_size, stride, output = model.config.vocab_size, model.logit_stride, self.outputs[0]
         return self.context.backend.sample(logits, vocab_size, stride, settings, layout, output, state).realize()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return repr({key: (tensor.numel(), tensor.dtype) for key, tensor in tensors.items()})
 
 
 def model_digest(model: Model, backend: Backend) -> str:

@@ -10,6 +10,7 @@ from tests.builders import write_tiny_hf_llama
 from tests.metal.scenarios import CROWDED, FUSED
 from tests.metal.simulator import Settings, allowing_host_writes
 from tinyvllm import LLM, SamplingParams
+from tinyvllm.device.recording import MOST_ROWS
 from tinyvllm.execution.runner import ModelRunner
 
 pytestmark = pytest.mark.timeout(600)  # an engine compiles for 10 s on an idle core, and there may be no idle one
@@ -23,14 +24,18 @@ SAMPLING = (
 
 
 def kernels_of(runner: ModelRunner) -> dict[str, list[str]]:
+    """Replays sample by programs for any number of rows."""
     instances = {
-        f"{bucket.name} {index}": instance
+        f"{bucket.name} {index}": (instance, bucket.num_seqs)
         for bucket, graph in runner.captures.graphs.items()
         for index, instance in enumerate(graph.instances)
     }
     return {
-        name: [call.target.arg.name for call in (*instance.step.calls, *instance.processed.calls)]
-        for name, instance in instances.items()
+        name: [
+            call.target.arg.name.replace(f"_{MOST_ROWS}", f"_{num_rows}")
+            for call in (*instance.step.calls, *instance.processed.calls)
+        ]
+        for name, (instance, num_rows) in instances.items()
     }
 
 

@@ -20,6 +20,7 @@ from tests.metal.simulator.msl import MAX_BUFFERS, MAX_THREADGROUP_BYTES, MAX_TH
 from tests.metal.simulator.native import Argument, CompilerError, KernelFault, Natives
 from tests.metal.simulator.objective_c import Data, NSError, NSString, Object
 
+ANY_ROWS = "_4096x"  # in the names of kernels for any number of rows (device/recording.py, MOST_ROWS)
 CHECKED_BYTES = 1 << 20  # larger buffers are weights and pools, which no host writes between steps
 POISONED_BYTES = 64 << 20  # larger buffers stay zero, and take no memory before they are written
 MAX_OFFSET = 0xFFFFFFFF  # of a buffer in an indirect command: 32 bits
@@ -245,6 +246,8 @@ class Command:
             raise MetalError(f"{kernel.name}: nothing is bound at index {index}, where {param.name} is")
         buffer, offset = self.bound[index].buffer, self.bound[index].offset
         nbytes = param.nbytes if param.nbytes is not None else buffer.length - offset
+        if ANY_ROWS in kernel.name:  # it has room for more rows than it is launched for
+            nbytes = min(nbytes, buffer.length - offset)
         if offset + nbytes > buffer.length:
             raise MetalError(
                 f"{kernel.name}: {param.name} takes {nbytes} bytes, but {buffer.length - offset} are bound at {index}"

@@ -273,6 +273,6 @@ def count_kernel(spec: ProcessingSpec) -> KernelFn:
         count = counts[index].load().cast(I32)
         more = count + ((count & MAX_COUNT) < MAX_COUNT).where(UOp.const(1, I32), UOp.const(0, I32))
         store = counts[index.valid(is_counted)].store(more.cast(U16))
-        return finish(store.end(row), f"count_{seqs}", nbytes=8 * seqs)
+        return finish(store.end(row), f"count_{seqs}x{vocab}", nbytes=8 * seqs)
 
     return kernel

@@ -176,7 +176,7 @@ def rest_lines() -> list[str]:
         f"({first.source}), is {first.share:.0%} of the peak, where the kernel's counts argue {first.counted:.0%}"
     ]
     return lines + [
-        f"by that rule {other.what} on {other.chip} would compute {other.counted * REST / other.share - 1:+.0%} of its "
+        f"by that rule, {other.what} on {other.chip}: {other.counted * REST / other.share - 1:+.0%} against "
         f"{other.tok_s:,.0f} tok/s ({other.source})"
         for other in others
     ]

@@ -3,6 +3,7 @@
 One pass over a panel multiplies up to four input rows, with one accumulator in each lane for each row, and unpacks the
 weights in registers. That is faster than unpacking a panel to memory once for all rows: 64 rows of Q4_1 ran at 200
 GFLOP/s on a core instead of 110, float16 at 224 (AVX-512; with half as many registers, two rows are the limit).
+Quantized matrices on x86 multiply integers instead (dots.py).
 
 RMSNorm is part of the product for a few rows, and a separate pass for many. What follows a product is part of it too,
 except a norm: that needs all cores' columns, and is a separate pass (`finish_kernel`) with what follows it. The inner

@@ -89,4 +89,6 @@ class FlopCounter:
             (up,) = self._model.layers[layer].mixer.matrices["key_up"]
             return operations_a_key(kind) * seen // len(up.shards)
         group = kind.num_heads // kind.num_kv_heads  # query heads that a KV head serves
-        return 2 * group * seen * sum(self._pool[base] for base in in_pool)
+        shards = len(self._model.layers[layer].mixer.matrices["qkv"][0].shards)
+        cores = max(1, min(group, shards // kind.num_kv_heads))  # that divide these: of a CPU, or 1
+        return 2 * group * seen * sum(self._pool[base] for base in in_pool) // cores

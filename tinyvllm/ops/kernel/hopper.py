@@ -84,9 +84,6 @@ FETCH = (
     'asm volatile("cp.async.bulk.tensor.%dd.shared::cluster.global.mbarrier::complete_tx::bytes%s [%%0], '
     '[%%1, {{%s}}], [%%2]%s;" :: "r"(shared + {0}), "l"({1}), "r"(shared + {2}), %s : "memory");'
 )
-COPY = (
-    'asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared + {0}), "l"({1}), "r"({2}) : "memory");'
-)
 STORE = (
     'asm volatile("st.shared.v4.b32 [%0], {{%1, %2, %3, %4}};" :: '
     '"r"(shared + {0}), "r"({1}), "r"({2}), "r"({3}), "r"({4}) : "memory");'
@@ -98,7 +95,6 @@ COPY_THERE = (
     "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%%0], %d, [barrier]; "
     '}}" :: "r"(shared + {0}), "r"(shared + {1}), "r"({2}) : "memory");'
 )
-ARRIVE_COPIES = 'asm volatile("cp.async.wait_group 0;\\nfence.proxy.async.shared::cta;" ::: "memory");'
 # with a predicate: at a branch the compiler would wait for the products that are in flight
 ARRIVE = (
     'asm volatile("{{ .reg .pred is_one;\\nsetp.ne.s32 is_one, %1, 0;\\n'
@@ -286,11 +282,6 @@ def fetch(
     return _conditional(text, (place, target, barrier, *places), condition, after)
 
 
-def copy_async(place: UOp, source: UOp, is_wanted: UOp, *after: UOp) -> UOp:
-    """cp.async: start to copy 16 bytes from device memory, without the copy engine; zeros if not `is_wanted`."""
-    return statement(COPY, place.cast(I32), source, is_wanted.where(UOp.const(16, I32), 0), *after)
-
-
 def store_words(place: UOp, words: Sequence[UOp], *after: UOp) -> UOp:
     """Store four words."""
     return statement(STORE, place.cast(I32), *words, *after)
@@ -307,11 +298,6 @@ def copy_there(place: UOp, num_bytes: int, barrier: UOp, threadgroup: UOp, condi
     barrier."""
     operands = (place.cast(I32), barrier, threadgroup.cast(I32))
     return _conditional(COPY_THERE % num_bytes, operands, condition, after)
-
-
-def arrive_copies(*after: UOp) -> UOp:
-    """A barrier: the copies and stores of all threads have arrived, and wgmma sees them."""
-    return UOp(Ops.BARRIER, src=(statement(ARRIVE_COPIES, *after),))
 
 
 def arrive(barrier: UOp, is_one: UOp, *after: UOp, threadgroup: UOp | None = None) -> UOp:
@@ -357,35 +343,18 @@ def fence_proxy(*after: UOp) -> UOp:
     return statement(FENCE_PROXY, *after)
 
 
-def multiply_wgmma(
-    type_name: str, left: UOp, right: UOp, sums: UOp, pending: int, *after: UOp, is_fresh: bool = False
-) -> UOp:
-    """Start to add the product of two tiles, left (64 x 64) and right (8 n x 64), to the registers `sums` (fresh: to
-    zeros), and wait until all but the `pending` latest products are done. A lane holds the same sums of the n blocks as
-    with `TileMma.add`."""
+def multiply_wgmma(type_name: str, left: UOp, right: UOp, sums: UOp, pending: int, *after: UOp) -> UOp:
+    """Start to add the product of two tiles, left (64 x 64) and right (8 n x 64), to the registers `sums`, and wait
+    until all but the `pending` latest products are done. A lane holds the same sums of the n blocks as with
+    `TileMma.add`."""
     count = sums.max_numel()
     a, b = DESCRIPTOR % count, DESCRIPTOR % (count + 1)
     lines = [FENCE, f"{{{{ unsigned long long a = {a}, b = {b};"]
     for k in range(WGMMA_COLS // 16):
-        operands = f"%{count}, %{count + 1}, {int(k > 0 or not is_fresh)}, 1, 1, 0, 0"
+        operands = f"%{count}, %{count + 1}, 1, 1, 1, 0, 0"
         lines.append(_product(type_name, count, operands, f'"l"(a + {2 * k}), "l"(b + {2 * k})'))
     lines += ["}}", COMMIT, _wait_for(pending, count)]
     return statement("\n".join(lines), *[sums[i] for i in range(count)], left, right, *after)
-
-
-def weigh_wgmma(type_name: str, weights: Sequence[Sequence[UOp]], right: UOp, sums: UOp, *after: UOp) -> UOp:
-    """Add weights @ right to the registers `sums`. right: a tile of 64 columns, with 16 rows for each four words of
-    weights. The words are those of `TileMma.weights`."""
-    count, words = sums.max_numel(), [word for four in weights for word in four]
-    first = count + len(words)
-    lines = [FENCE, f"{{{{ unsigned long long b = {DESCRIPTOR % first};"]
-    for k in range(len(weights)):
-        four = ", ".join(f"%{count + i}" for i in range(4))
-        inputs = ", ".join(f'"r"({{{count + 4 * k + i}}})' for i in range(4))
-        operands = f"{{{{{four}}}}}, %{count + 4}, 1, 1, 1, 1"
-        lines.append(_product(type_name, count, operands, f'{inputs}, "l"(b + {k * 16 * WGMMA_COLS * 2 // 16})'))
-    lines += ["}}", COMMIT, _wait_for(0, count)]
-    return statement("\n".join(lines), *[sums[i] for i in range(count)], *words, right, *after)
 
 
 def start_scores(

@@ -268,9 +268,13 @@ class VectorSpec(RowProductSpec, Tunable):
     def rule(self) -> Shape:
         """The `shape` without knobs. For 16 bits on CUDA, the usual one unless the model of ops/kernel/cost.py rejects
         it, as it does where four warps with four loads divide the columns unevenly."""
-        if self.lanes.kind == "CUDA" and self.format.bits == 16 and not self.block_rows:
-            return improve(self._dense, self._usual)
-        return self._usual
+        return improve(self._dense, self._usual) if self._is_modeled else self._usual
+
+    @property
+    def _is_modeled(self) -> bool:
+        """Whether the model's constants are those of such a kernel and device."""
+        is_dense = self.format.bits == 16 and not self.format.is_quantized and not self.block_rows
+        return is_dense and self.lanes.kind == "CUDA"
 
     @property
     def _usual(self) -> Shape:
@@ -310,9 +314,7 @@ class VectorSpec(RowProductSpec, Tunable):
 
     @property
     def predicted_s(self) -> float | None:
-        if self.format.is_quantized or self.format.bits != 16 or self.block_rows:
-            return None
-        return self._dense.work(self.shape).seconds(H200)
+        return self._dense.work(self.shape).seconds(H200) if self._is_modeled else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from tinygrad.codegen import to_program_cache
 
 from tests.builders import write_tiny_gguf
 from tests.execution.driver import generate, make_request
@@ -19,6 +18,8 @@ from tinyvllm.execution import step_code
 from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.ops.cpu.backend import CpuBackend
+
+from tinygrad.codegen import to_program_cache  # isort: skip  (tinyvllm makes its settings first)
 
 CONFIG = EngineConfig(
     "tiny",

@@ -27,7 +27,7 @@ CONFIG = EngineConfig(
     token_buckets=(16, 256),
 )
 CHOSEN_TOLERANCE = 1e-2  # of logprobs from a float16 KV cache, the default; the reference's is float32
-TOP_TOLERANCE = 3e-2  # likewise, down to the fifth likeliest
+TOP_TOLERANCE = 5e-2  # likewise, down to the fifth likeliest; 3e-2 without the rounding of products on x86
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +79,12 @@ def test_tokens_and_logprobs_equal_transformers(runner: ModelRunner, cases: list
     check_tokens(requests, cases)
 
 
-def test_with_a_float32_cache_logprobs_equal_to_a_thousandth(
+def test_in_float32_logprobs_equal_to_a_thousandth(
     smollm2_files: ModelFiles, cases: list[dict[str, Any]]
 ) -> None:
-    config = replace(CONFIG, kv_cache_dtype="float32", max_num_seqs=1, decode_buckets=(1,), token_buckets=(256,))
+    """The cache, and products, which otherwise round rows to 16 bits on x86."""
+    exact = replace(CONFIG, kv_cache_dtype="float32", dtype="float32")
+    config = replace(exact, max_num_seqs=1, decode_buckets=(1,), token_buckets=(256,))
     runner = load_runner(smollm2_files, config)
     runner.warm_up()
     for case in cases[2::3]:  # the long one among them

@@ -77,3 +77,13 @@ def test_one_row_is_predicted_to_take_no_longer_than_eight(shape: str) -> None:
     )
     known = [(first, second) for first, second in zip(one, eight, strict=True) if first and second]
     assert known and sum(first for first, _ in known) <= sum(second for _, second in known), (one, eight)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_row_was_measured_to_take_no_longer_than_eight(shape: str) -> None:
+    """The products of a layer and the head, in the shapes of the rules that were measured."""
+    table = json.loads(TABLE.read_text(encoding="utf-8"))["products"]
+    names = [[str(product) for product in products_of(find_shape(shape), "float16", tokens)] for tokens in (1, 8)]
+    pairs = [pair for pair in zip(*names, strict=True) if all(name in table for name in pair)]
+    one, eight = ([table[name]["us"][table[name]["rule"]] for name in column] for column in zip(*pairs, strict=True))
+    assert sum(one) <= sum(eight), pairs

@@ -56,7 +56,7 @@ def test_prompts_of_4096_stretch_a_step_by_the_factor_at_most(device: str, num_d
     mixed: list[tuple[float, int]] = []
     rng = random.Random(0)
     for turn in range(260):
-        if turn % 100 == 50:
+        if turn % 50 == 0 and scheduler.num_waiting == 0 and scheduler.num_running == num_decoding:
             scheduler.add(make_request(f"prompt {turn}", 4096, max_tokens=1))
         plan = flights.step_plan()
         took_s = seconds(rows_of(plan)) * rng.uniform(0.97, 1.03)
@@ -110,6 +110,14 @@ def test_a_prompt_advances_however_slow_its_steps_are() -> None:
     assert pace.limit(4, 4096) == 4 + LEAST_CHUNK, "smaller steps may be faster"
     pace.note(16, False, 25.0)
     assert pace.limit(4, 4096) == 16, "no step is smaller than 16 rows"
+
+
+def test_a_burst_of_prompts_is_not_held_back_by_the_few_that_decode() -> None:
+    pace = StepPace(3.0)
+    pace.note(8, True, 1.0)
+    for rows, seconds in ((64, 1.5), (256, 2.5), (1024, 6.0), (4096, 20.0)):
+        pace.note(rows, False, seconds)
+    assert [pace.limit(8, 4096, num_prompts) for num_prompts in (1, 8, 16, 60)] == [256, 256, 1024, 4096]
 
 
 def test_nothing_known_is_a_chunk_of_moderate_size() -> None:

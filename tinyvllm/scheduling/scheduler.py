@@ -310,7 +310,8 @@ class Scheduler:
         if self.pace is None or not (self._waiting or self._had_prompts):
             return budget
         num_decoding = sum(request.num_pending == 1 for request in self.running)
-        return max(len(self.running), self.pace.limit(num_decoding, budget))
+        num_prompts = len(self.running) - num_decoding + self.num_waiting
+        return max(len(self.running), self.pace.limit(num_decoding, budget, num_prompts))
 
     def _limit_scored(self, request: Request, start: int, count: int) -> int:
         """Limit `count` to the free logit rows, if tokens [start, start + count) need one each for prompt logprobs.

@@ -2,7 +2,10 @@
 
 A step with a chunk of a prompt takes longer than a plain step of decoding, and everything that decodes waits for it.
 How much longer depends on the model, the device and the contexts, so it is measured while serving: a step may take at
-most `stretch` times as long as a plain step. Steps in which nothing decodes are not limited.
+most `stretch` times as long as a plain step. Steps in which nothing decodes are not limited. Where more requests wait
+for their prompts than decode, the limit is as many times higher: after a burst of requests, those that began first
+would delay all others to keep their own pace. (NVIDIA H200, a 1B model: of 256 requests at once, half had a first token
+after 327 ms with the limit alone, and after 115 ms without any.)
 """
 
 from __future__ import annotations
@@ -42,8 +45,9 @@ class StepPace:
         times.latest.append(seconds)
         times.number = self._num_steps
 
-    def limit(self, num_decoding: int, budget: int) -> int:
-        """The tokens that a step may have, at most `budget`, if `num_decoding` of them are sequences that decode."""
+    def limit(self, num_decoding: int, budget: int, num_prompts: int = 1) -> int:
+        """The tokens that a step may have, at most `budget`, if `num_decoding` of them are sequences that decode, and
+        `num_prompts` others still have prompts to be computed."""
         least = num_decoding + LEAST_CHUNK
         if not num_decoding or least >= budget:
             return budget
@@ -51,7 +55,8 @@ class StepPace:
         known = self._known(least)
         if plain_s is None or not known:
             return min(budget, max(least, FIRST_SIZE))
-        return min(budget, max(least, self._largest(known, num_decoding, plain_s)))
+        allowed_s = self.stretch * plain_s * max(1.0, num_prompts / num_decoding)
+        return min(budget, max(least, self._largest(known, num_decoding, plain_s, allowed_s)))
 
     def _plain_s(self, num_decoding: int) -> float | None:
         """The time of a plain step of so many sequences. None: no plain step was measured yet."""
@@ -59,14 +64,13 @@ class StepPace:
         rows = min(holding) if holding else max(self._plain, default=None)
         return None if rows is None else median(self._plain[rows].latest)
 
-    def _largest(self, known: dict[int, float], num_decoding: int, plain_s: float) -> int:
-        """The largest size whose time is within the limit, or 0. If none of the known ones is, but the smallest is
+    def _largest(self, known: dict[int, float], num_decoding: int, plain_s: float, allowed_s: float) -> int:
+        """The largest size that takes at most `allowed_s`, or 0. If none of the known ones is, but the smallest is
         known, that one: it costs no more than a part of it.
 
         Of the sizes that are not known, only twice the largest such one is considered, by assuming that a token more
         costs what it cost up to there."""
         known = {num_decoding: plain_s, **known}
-        allowed_s = self.stretch * plain_s
         sizes = sorted(known)
         rows = max(size for size in sizes if known[size] <= allowed_s)
         if rows == num_decoding:

@@ -94,6 +94,10 @@ class StreamedVectorSpec(QuantizedVectorSpec):
         as many cycles as the codes (28,672 rows of 4,096 columns in Q4_K: 25.3 us instead of 20.1)."""
         return self._may_hold_x and bool(self.knob("holds_x", 1))
 
+    @property
+    def stages(self) -> int:
+        return self.ring.stages
+
     @cached_property
     def ring(self) -> Ring:
         ring = Ring(

@@ -129,6 +129,10 @@ class StreamedMatrixSpec(Tunable):
     def warps(self) -> int:
         return self.knob("warps", wanted_warps(self.part_chunks))
 
+    @property
+    def stages(self) -> int:
+        return self.ring.stages
+
     @cached_property
     def ring(self) -> Ring:
         tiles = self.out_rows // (TILE_ROWS // 2 if self.is_gated else TILE_ROWS)

@@ -51,11 +51,7 @@ def latency(
     warmup: Annotated[int, Option(metavar="COUNT", help="Untimed repeats first.")] = 1,
     bandwidth: Annotated[
         float | None,
-        Option(
-            metavar="GBPS",
-            help="Memory bandwidth in 1e9 bytes per second, for the floor. [default: the chip's, "
-            "if the device's name tells it, else measured]",
-        ),
+        Option(metavar="GBPS", help="Memory bandwidth in GB/s, for the floor. [default: the chip's, else measured]"),
     ] = None,
     compare_capture: Annotated[
         bool, Option("--compare-capture", help="Measure with --capture replay, then tinyjit, and print both.")

@@ -34,7 +34,7 @@ SHAPES = ((6144, 4096), (4096, 14336), (5120, 17408), (2560, 9728), (3072, 2048)
 
 @cache
 def small_matrix(fmt: str) -> Matrix:
-    return pack(make_host(fmt, 32, 512), "row", None, "CPU")
+    return pack(make_host(fmt, 32, 512), "row", None, open_device().name)
 
 
 def streamed(fmt: str, tokens: int, rows: int, cols: int, **more: Any) -> Streamed:
@@ -118,7 +118,7 @@ def test_products_that_streams_cover_take_them(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_streams_compute_what_the_values_give(fmt: str, tokens: int) -> None:
-    """By every choice of the knobs; a row's result does not depend on the others."""
+    """In Q4_K by every choice of the knobs; a row's result does not depend on the others."""
     device = open_device()
     if not allows_wgmma(device.name):
         pytest.skip("needs Hopper's instructions")
@@ -129,7 +129,8 @@ def test_streams_compute_what_the_values_give(fmt: str, tokens: int) -> None:
         if activation:
             gate, up = expected[:, : rows // 2], expected[:, rows // 2 :]
             expected = gate / (1 + np.exp(-gate)) * up
-        for spec in candidates(streamed(fmt, tokens, rows, cols, activation=activation)):
+        rule = streamed(fmt, tokens, rows, cols, activation=activation)
+        for spec in candidates(rule) if fmt == "Q4_K" else [rule]:
             result = product(spec, matrix, x)
             np.testing.assert_allclose(result.sum(0), expected, atol=2e-3 * np.abs(expected).max())
             if tokens > 1:

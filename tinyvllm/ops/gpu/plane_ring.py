@@ -345,9 +345,11 @@ def wanted_parts(planes: Sequence[tuple[DType, float]], num_cols: int) -> int:
 
 def is_worth_streaming(fmt: Format, num_rows: int, num_cols: int) -> bool:
     """Whether a product is faster with a ring than with loads into registers: of codes up to 4 bits with scales and
-    minimums of a byte, which are many small loads (K quants), and where a multiprocessor has some tiles. NVIDIA H200, one
-    row: of Q4_K, 7 % less for 4,096 rows of 4,096 columns, 10 % more for 3,072 of 2,048. An 8B model's steps in Q4_K take
-    5 % less, and in MLX's 4 bits 7 % more; a 1B model's in Q4_0, of which two matrices are large enough, 20 % more."""
+    minimums of a byte, which are many small loads (K quants), and where a multiprocessor has some tiles.
+
+    NVIDIA H200, one row: of Q4_K, 7 % less for 4,096 rows of 4,096 columns, 10 % more for 3,072 of 2,048. An 8B model's
+    steps in Q4_K take 5 % less, and in MLX's 4 bits 7 % more; a 1B model's in Q4_0, of which two matrices are large
+    enough, 20 % more."""
     has_small_scales = fmt.minimum is not None and fmt.minimum.has_steps
     return has_small_scales and fmt.bits <= MAX_BITS and num_rows * num_cols >= FEWEST_CODES
 

@@ -79,9 +79,7 @@ def test_tokens_and_logprobs_equal_transformers(runner: ModelRunner, cases: list
     check_tokens(requests, cases)
 
 
-def test_in_float32_logprobs_equal_to_a_thousandth(
-    smollm2_files: ModelFiles, cases: list[dict[str, Any]]
-) -> None:
+def test_in_float32_logprobs_equal_to_a_thousandth(smollm2_files: ModelFiles, cases: list[dict[str, Any]]) -> None:
     """The cache, and products, which otherwise round rows to 16 bits on x86."""
     exact = replace(CONFIG, kv_cache_dtype="float32", dtype="float32")
     config = replace(exact, max_num_seqs=1, decode_buckets=(1,), token_buckets=(256,))

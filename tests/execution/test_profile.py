@@ -257,3 +257,24 @@ def test_unfused_kernels_are_more_and_generate_the_same_tokens(
     saved = unfused.profile.num_kernels - fused.profile.num_kernels
     assert f"fusing saves {saved} kernels" in text and "both generate the same 12 tokens" in text
     assert fusion_as_json(fused, unfused, [[1, 2, 3], [1, 2, 4]])["equal_tokens"] == 2
+
+
+def test_a_pool_that_the_copy_engine_reads_is_counted(inspectors: list[RunnerInspector]) -> None:
+    """tinygrad does not see its reads: such an argument is neither an input nor an output of the program."""
+    runner, plan = inspectors[0].runner, decode_plan(CONTEXT)
+    graph, counter = runner.captures.graph_for(plan), CostCounter(runner.model, runner.pool, 16)
+    bases = {id(tensor.uop.base.buffer.base) for tensor in runner.pool.tensors_of(0)}
+    call, places = next(
+        (call, places)
+        for call in graph.calls
+        if (places := [i for i, buffer in enumerate(call.buffers) if id(buffer.base) in bases])
+        and set(places) <= set(call.target.arg.ins)
+    )
+    arg = call.target.arg
+    unseen = replace(
+        arg, ins=tuple(i for i in arg.ins if i not in places), outs=tuple(i for i in arg.outs if i not in places)
+    )
+    hidden = replace(call, target=call.target.replace(arg=unseen))
+    written = sum(i in arg.outs for i in places) * runner.model_config.kv_bytes_per_token(2) // NUM_LAYERS // 2
+    moved = [counter.moved_by(one, graph.inputs, plan) for one in (call, hidden)]
+    assert moved[0] - moved[1] == written

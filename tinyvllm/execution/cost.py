@@ -157,9 +157,9 @@ class CostCounter:
 
     def _tokens_moved(self, call: Call, index: int, base: int, plan: StepPlan) -> int:
         """The number of tokens whose keys (or values) `call` reads and writes in argument `index`, a tensor of the
-        pool."""
+        pool. What a kernel seems neither to read nor to write, Hopper's copy engine reads."""
         outs, ins = _outs_and_ins(call)
-        num_read = self._tokens_read(base, plan) if index in ins else 0
+        num_read = self._tokens_read(base, plan) if index in ins or index not in outs else 0
         return num_read + (plan.num_tokens if index in outs else 0)
 
 

@@ -14,16 +14,19 @@ import pytest
 from tinygrad import UOp, dtypes
 from tinygrad.codegen import to_program
 
-from tests.ops.builders import normal
+from tests.ops.builders import largest_difference, normal
+from tests.ops.gpu.products import TOLERANCE, multiply
 from tests.ops.rendering import make_renderer
 from tinyvllm.device.cuda_graph import ChainReplay
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import AWAIT_PREVIOUS, record
+from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, MULTIPROCESSORS, StreamSpec, row_of, stream_kernel
 from tinyvllm.ops.kernel.body import F16, F32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WGMMA_COLS, Box, allows_wgmma, declared_bytes
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
+from tinyvllm.ops.reference import ReferenceBackend
 
 # (rows, columns, gated): matrices of Llama 3.1 8B, Phi 3.5, Llama 3.2 1B and Qwen 2.5 32B
 MATRICES = [
@@ -152,3 +155,19 @@ def test_chained_streams_equal_the_reference(device: DeviceHandle, tokens: int, 
         product = gate / (1 + np.exp(-gate)) * up
     found = chained_products(device, list(candidates(stream(tokens, 1024, 2048, is_gated))), w, x)
     assert np.abs(found - product).max() < 4e-3 * np.abs(product).max()
+
+
+# of at least 24 MB of float16: smaller ones take another kernel in a step of 8 rows
+SHAPES = {"norm_linear": (6144, 2048), "norm_gated": (3072, 2048), "linear_add": (4096, 3072)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operation", SHAPES)
+@pytest.mark.parametrize("tokens", [8, 40, 100])
+@pytest.mark.parametrize("fmt", ["float16", "bfloat16"])
+def test_products_of_a_few_rows_equal_the_reference(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, tokens: int, operation: str
+) -> None:
+    case = (fmt, tokens, operation, *SHAPES[operation])
+    difference = largest_difference(multiply(FusedGpuBackend(device, fmt, lanes), *case), multiply(reference, *case))
+    assert difference < TOLERANCE[fmt]

@@ -37,6 +37,7 @@ class StepPace:
         self._plain: dict[int, _Times] = {}  # by rows: of the steps that only decode
         self._mixed: dict[int, _Times] = {}  # by rows: of the others
         self._num_steps = 0
+        self._num_guesses = 0  # limits that were given while no plain step was measured
 
     def note(self, num_rows: int, is_decode: bool, seconds: float) -> None:
         """A step of `num_rows` rows took so long."""
@@ -47,12 +48,19 @@ class StepPace:
 
     def limit(self, num_decoding: int, budget: int, num_prompts: int = 1) -> int:
         """The tokens that a step may have, at most `budget`, if `num_decoding` of them are sequences that decode, and
-        `num_prompts` others still have prompts to be computed."""
+        `num_prompts` others still have prompts to be computed.
+
+        In the first burst after a start no step is plain until all its prompts are computed. So after a few steps of
+        the first size, the time of the smallest one stands for a plain step's."""
         least = num_decoding + LEAST_CHUNK
         if not num_decoding or least >= budget:
             return budget
         plain_s = self._plain_s(num_decoding)
         known = self._known(least)
+        if plain_s is None:
+            self._num_guesses += 1
+            if self._num_guesses > MOST_SAMPLES and known:
+                plain_s = known[min(known)]
         if plain_s is None or not known:
             return min(budget, max(least, FIRST_SIZE))
         allowed_s = self.stretch * plain_s * max(1.0, num_prompts / num_decoding)

@@ -140,6 +140,22 @@ def test_the_first_burst_after_a_start_is_not_held_back_for_lack_of_a_plain_step
     assert took_s[False] < 1.2 * took_s[True]
 
 
+def test_requests_without_a_seat_do_not_raise_the_limit() -> None:
+    scheduler = paced(max_num_seqs=8)
+    pace = scheduler.pace
+    assert pace is not None
+    flights = Flights(scheduler, make_runner(scheduler))
+    for number in range(7):
+        scheduler.add(make_request(f"decoding {number}", 8, max_tokens=500))
+    flights.step_plan()
+    for rows, seconds in ((64, 1.5), (256, 2.5), (1024, 6.0), (4096, 20.0)):
+        pace.note(8, True, 1.0)
+        pace.note(rows, False, seconds)
+    for number in range(100):
+        scheduler.add(make_request(f"prompt {number}", 4096))
+    assert flights.step_plan().num_tokens == 256
+
+
 def test_nothing_known_is_a_chunk_of_moderate_size() -> None:
     assert StepPace(3.0).limit(4, 8192) == FIRST_SIZE
     assert StepPace(3.0).limit(60, 8192) == 60 + LEAST_CHUNK

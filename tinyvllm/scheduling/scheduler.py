@@ -310,7 +310,8 @@ class Scheduler:
         if self.pace is None or not (self._waiting or self._had_prompts):
             return budget
         num_decoding = sum(request.num_pending == 1 for request in self.running)
-        num_prompts = len(self.running) - num_decoding + self.num_waiting
+        num_admissible = min(self.num_waiting, self.capacity.max_num_seqs - len(self.running))  # others wait anyway
+        num_prompts = len(self.running) - num_decoding + num_admissible
         return max(len(self.running), self.pace.limit(num_decoding, budget, num_prompts))
 
     def _limit_scored(self, request: Request, start: int, count: int) -> int:

@@ -179,6 +179,7 @@ def test_cores_beyond_the_kv_heads_are_used_where_heads_fill_panels() -> None:
     assert cores(16, LayerKind(32, 8, 80)) == 4, "two KV heads of 80 fill panels"
     assert cores(16, replace(LayerKind(32, 8, 64), head_norm_eps=1e-6, head_norm_is_whole=True)) == 8
     assert cores(16, LayerKind(32, 8, 64), replace(LayerKind(32, 8, 64), has_output_gate=True)) == 8
+    assert cores(64, replace(LayerKind(40, 40, 128), head_norm_eps=1e-6, head_norm_is_whole=True)) == MOST_CORES
     assert cores(16) == 1
 
 

@@ -37,7 +37,7 @@ def count_cores(available: int, layers: Sequence[LayerKind]) -> int:
     def fills_panels(num: int, heads: int, dim: int) -> bool:
         return all(((i + 1) * heads // num - i * heads // num) * dim % PANEL == 0 for i in range(num))
 
-    most = min(available, *[heads for heads, _ in shapes])
+    most = min(available, MOST_CORES, *[heads for heads, _ in shapes])
     return next((num for num in range(most, 1, -1) if all(fills_panels(num, *shape) for shape in shapes)), 1)
 
 

@@ -124,14 +124,13 @@ def _prepare_there(_: None) -> None:
 def _trace_there(task: tuple[Mapping[str, Renderer], dict[str, Any], bytes, Bucket]) -> TracedElsewhere:
     reach("trace.worker")
     renderers, chosen, payload, bucket = task
-    context = _load(payload, tuple(renderers.items()))
+    context = _load(payload, renderers)
     with Context(**chosen):
         return _trace_both(_code_of(bucket, context))
 
 
-@functools.lru_cache(maxsize=1)
-def _load(payload: bytes, renderers: tuple[tuple[str, Renderer], ...]) -> GraphContext:
-    meta.use_meta_devices(dict(renderers))
+def _load(payload: bytes, renderers: Mapping[str, Renderer]) -> GraphContext:
+    meta.use_meta_devices(renderers)
     context: GraphContext
     context, choices = meta.load(payload)
     tuning.use(choices)

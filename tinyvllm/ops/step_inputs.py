@@ -7,7 +7,7 @@ Floats are stored as their bits.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -34,15 +34,27 @@ ROW_FIELDS = {
     "is_counted": 1,  # 1: the penalties below apply, and the token is counted
     "is_masked": 1,  # 1: only the ids of the state row's mask may be sampled
     "num_bias": 1,  # entries of the state row's logit bias
-    **dict.fromkeys(PROCESSING_FLOATS, 1),  # float bits
-}
-ROW_WORDS = sum(ROW_FIELDS.values())
-_ROW_PLACES = dict(zip(ROW_FIELDS, accumulate(ROW_FIELDS.values(), initial=0), strict=False))
+}  # and PROCESSING_FLOATS, as float bits
+
+
+def row_places() -> tuple[dict[str, tuple[int, int]], int]:
+    """(first word, words) of each field of a row's sampling settings, and the words of all."""
+    return _places_of(tuple(PROCESSING_FLOATS))
+
+
+@cache
+def _places_of(floats: tuple[str, ...]) -> tuple[dict[str, tuple[int, int]], int]:
+    sizes = ROW_FIELDS | dict.fromkeys(floats, 1)
+    starts = accumulate(sizes.values(), initial=0)
+    return {name: (start, size) for (name, size), start in zip(sizes.items(), starts, strict=False)}, sum(
+        sizes.values()
+    )
 
 
 def row_word(name: str, row: Any) -> Any:
     """Where a field of a row's sampling settings begins. row: a number, or a kernel's axis."""
-    return row * ROW_WORDS + _ROW_PLACES[name]
+    places, num_words = row_places()
+    return row * num_words + places[name][0]
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class StepLayout:
     def _offsets(self) -> dict[str, tuple[int, int]]:
         tokens, seqs = self.num_tokens, self.num_seqs
         sizes = {
-            "rows": seqs * ROW_WORDS,  # ROW_FIELDS of each row
+            "rows": seqs * row_places()[1],  # the fields of each row
             "token_ids": tokens,
             "positions": tokens,  # of the token in its sequence
             # by group: where the token's key and value go: block_id * block_size + offset
@@ -110,9 +122,8 @@ class StepLayout:
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
         """Named int32 views of a host buffer of `size` words; view floats with `.view(np.float32)`."""
         views = {name: buffer[start : start + size] for name, (start, size) in self._offsets.items() if name != "end"}
-        rows = views.pop("rows").reshape(self.num_seqs, ROW_WORDS)
-        for name, width in ROW_FIELDS.items():
-            place = _ROW_PLACES[name]
+        rows = views.pop("rows").reshape(self.num_seqs, -1)
+        for name, (place, width) in row_places()[0].items():
             views[name] = rows[:, place] if width == 1 else rows[:, place : place + width]
         views["slots"] = views["slots"].reshape(self.num_groups, self.num_tokens)
         views["block_tables"] = views["block_tables"].reshape(self.num_groups, self.num_seqs + 1, self.max_blocks)

@@ -56,7 +56,7 @@ class Subject:
         except BaseException:
             runner.close()
             raise
-        collect_start()
+        collect_start(runner.num_captures)
         return runner
 
     def describe(self, runner: ModelRunner, bandwidth_gbps: float | None, seed: int) -> Machine:

@@ -7,12 +7,15 @@ import gc
 # New containers before a collection of the youngest, of those before one of the middle generation, and so on. Python's
 # defaults (700, 10, 10) collect hundreds of times a second under load; a collection of 10,000 objects takes 0.3 ms.
 THRESHOLDS = (10_000, 20, 100)
+MANY_GRAPHS = 16
 
 
-def collect_start() -> None:
-    """Called when a model is loaded in a process that has other objects too: free what its start left now. Python would
-    do so within the first requests: after 21 graphs were traced, it once took 0.7 s in the middle of a benchmark."""
-    gc.collect()
+def collect_start(num_graphs: int) -> None:
+    """Called when a model is loaded in a process that has other objects too: free what tracing its graphs left, if
+    there are many. Python would do so within the first requests: after 23 graphs, it once took 0.7 s in the middle of
+    a benchmark."""
+    if num_graphs >= MANY_GRAPHS:
+        gc.collect()
 
 
 def settle_heap() -> None:

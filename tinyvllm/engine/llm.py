@@ -102,7 +102,7 @@ class LLM:
             raise TinyvllmError(f"LLM has no setting {', '.join(unknown)}: it has {', '.join(known)}")
         self.config = EngineConfig(model, **engine_config)
         self._loaded = load_engine(self.config, progress)
-        collect_start()
+        collect_start(self._loaded.runner.num_captures)
         self._thread_id = threading.get_ident()
         self._numbers = itertools.count()
 

@@ -15,7 +15,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from tinygrad import Tensor
 
-from tinyvllm.arrays import HostMatrix, QuantizedMatrix, copy_all, stack_rows, take_rows, to_float32
+from tinyvllm.arrays import HostMatrix, QuantizedMatrix, copy_all, stack_rows, take_rows, to_float16
 from tinyvllm.config import LayerKind, StateKind, stored_window
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.attention_spec import AttentionLayer
@@ -383,7 +383,7 @@ def stack_qkv(hosts: Sequence[HostMatrix]) -> list[HostMatrix]:
         ", ".join(_format_name(part) for part in stacked),
         PANEL,
     )
-    return stack_rows([to_float32(part).astype(np.float16) for part in stacked])
+    return stack_rows([to_float16(part) for part in stacked])
 
 
 def gate_over_up(gate: HostMatrix, up: HostMatrix) -> HostMatrix:
@@ -415,7 +415,7 @@ def _as_float16(gate: HostMatrix, up: HostMatrix) -> list[HostMatrix]:
         _format_name(up),
         megabytes,
     )
-    return [to_float32(gate).astype(np.float16), to_float32(up).astype(np.float16)]
+    return [to_float16(gate), to_float16(up)]
 
 
 def _format_name(matrix: HostMatrix) -> str:

@@ -88,7 +88,8 @@ STORE = (
     'asm volatile("st.shared.v4.b32 [%0], {{%1, %2, %3, %4}};" :: '
     '"r"(shared + {0}), "r"({1}), "r"({2}), "r"({3}), "r"({4}) : "memory");'
 )
-PUBLISH = 'asm volatile("fence.proxy.async.shared::cta;" ::: "memory");\n__syncwarp();'
+FENCE_PROXY = 'asm volatile("fence.proxy.async.shared::cta;" ::: "memory");'
+PUBLISH = f"{FENCE_PROXY}\n__syncwarp();"
 COPY_THERE = (
     'asm volatile("{{ .reg .b32 there, barrier;\\nmapa.shared::cluster.u32 there, %%0, %%2;\\n'
     "mapa.shared::cluster.u32 barrier, %%1, %%2;\\n"
@@ -175,7 +176,6 @@ CLEAR = (
     'asm volatile("{{ .reg .pred is_one;\\nsetp.ne.s32 is_one, %1, 0;\\n'
     '@is_one st.shared.v4.b32 [%0], {{%2, %2, %2, %2}}; }}" :: "r"(shared + {0}), "r"((int)({1})), "r"(0) : "memory");'
 )
-FENCE_PROXY = 'asm volatile("fence.proxy.async.shared::cta;" ::: "memory");'
 
 
 # -- statements. A place is a byte offset in the kernel's threadgroup memory; a barrier is given by its place ----------

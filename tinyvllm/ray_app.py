@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.routing import Route, Router, short_hashes
-from tinyvllm.scheduling.block_manager import hash_blocks
+from tinyvllm.scheduling.block_hashes import hash_blocks, make_hash_seed
 from tinyvllm.server.app import make_app
 from tinyvllm.server.resume import ResumeError, Resumption
 from tinyvllm.server.settings import ServerSettings
@@ -178,11 +178,12 @@ def prepare(path: str, body: bytes) -> tuple[bytes, list[int]]:
     try:
         fields = json.loads(body)
         text = json.dumps([fields.get("tools"), fields.get("messages") or fields.get("input") or fields.get("prompt")])
+        seed = make_hash_seed(fields.get("cache_salt"))
     except (ValueError, AttributeError):  # a route without a prompt; or the replica refuses it
         return body, []
     if path in SEEDED_PATHS and fields.get("seed") is None:
         body = json.dumps({**fields, "seed": random.getrandbits(31)}).encode()
-    return body, short_hashes(hash_blocks(list(text.encode()), TEXT_BLOCK))
+    return body, short_hashes(hash_blocks(list(text.encode()), TEXT_BLOCK, seed))
 
 
 def scope_of(request: Request, num_bytes: int) -> dict[str, Any]:

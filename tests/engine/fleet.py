@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from tinyvllm.config import Capacity, SamplingParams
 from tinyvllm.engine.routing import Route, Router, sample_hashes, short_hashes
-from tinyvllm.scheduling.block_manager import BlockManager, hash_blocks
+from tinyvllm.scheduling.block_hashes import hash_blocks
+from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepOutput
 from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.scheduler import Scheduler

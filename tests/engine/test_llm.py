@@ -98,7 +98,11 @@ def test_the_prefix_cache_lasts_from_call_to_call(make_llm: Any) -> None:
     llm = make_llm()
     assert llm.generate("the same long prompt", GREEDY)[0].num_cached_tokens == 0
     assert llm.generate("the same long prompt", GREEDY)[0].num_cached_tokens == 16
-    assert llm.stats.prefix_hits == 16
+    salted = {"prompt": "the same long prompt", "cache_salt": "secret"}
+    assert [llm.generate(salted, GREEDY)[0].num_cached_tokens for _ in range(2)] == [0, 16]
+    with pytest.raises(RequestError, match="cache_salt must be a string"):
+        llm.generate({**salted, "cache_salt": ""}, GREEDY)
+    assert llm.stats.prefix_hits == 32
 
 
 def test_chat_writes_the_template(make_llm: Any) -> None:

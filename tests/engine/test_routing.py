@@ -23,7 +23,8 @@ from tinyvllm.engine.routing import (
     short_hashes,
 )
 from tinyvllm.errors import EngineDeadError, InvariantError
-from tinyvllm.scheduling.block_manager import BlockManager, hash_blocks
+from tinyvllm.scheduling.block_hashes import hash_blocks
+from tinyvllm.scheduling.block_manager import BlockManager
 
 BLOCK_SIZE = 4
 

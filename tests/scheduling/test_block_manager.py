@@ -8,6 +8,7 @@ from tests.scheduling.fakes import make_request
 from tinyvllm.config import BlockGroup
 from tinyvllm.errors import CapacityError, InvariantError
 from tinyvllm.scheduling import block_manager as block_manager_module
+from tinyvllm.scheduling.block_hashes import hash_blocks, make_hash_seed
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.request import Request
 
@@ -110,6 +111,25 @@ def test_without_prefix_caching_nothing_is_found() -> None:
     manager = BlockManager([BlockGroup(20)], block_size=4, enable_prefix_caching=False)
     fill(manager, make_request("a", range(8)))
     assert manager.match_prefix(make_request("b", range(8))) == 0
+
+
+def test_a_prefix_is_shared_with_the_same_salt_and_adapter_only() -> None:
+    manager, seeds = BlockManager([BlockGroup(20)], block_size=4), [b"", make_hash_seed("ab", "c")]
+    seeds += [make_hash_seed("ab"), make_hash_seed("a", "bc"), make_hash_seed(adapter="abc"), make_hash_seed("\ud800")]
+    assert len(set(seeds)) == 6 and make_hash_seed("") == b""
+    for number, seed in enumerate(seeds):
+        request = make_request(f"a{number}", range(8))
+        request.hash_seed = seed
+        assert manager.match_prefix(request) == 0
+        fill(manager, request)
+        again = make_request(f"b{number}", range(8))
+        again.hash_seed = seed
+        again.num_computed = manager.match_prefix(again)
+        assert again.num_computed == 4
+        assert again.block_hashes == hash_blocks(range(8), 4, seed)[:1]
+        empty(manager, request)
+        empty(manager, again)
+    manager.audit()
 
 
 def test_equal_hashes_of_other_tokens_are_not_a_hit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,7 @@ class Call:
     prompt_ids: list[int]
     params: SamplingParams
     priority: int
+    cache_salt: str | None = None
 
     @property
     def prompt(self) -> str:
@@ -227,9 +228,15 @@ class FakeEngine:
         self.has_shut_down = True
 
     async def generate(
-        self, prompt_ids: list[int], params: SamplingParams, *, request_id: str, priority: int = 0
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        self.calls.append(Call(request_id, prompt_ids, params, priority))
+        self.calls.append(Call(request_id, prompt_ids, params, priority, cache_salt))
         if self.refuse is not None:
             raise self.refuse
         if params.grammar is not None:
@@ -262,10 +269,18 @@ class FakeEngine:
             self._note(request_id, running=False)
 
     async def submit(
-        self, prompt_ids: list[int], params: SamplingParams, receiver: Receiver, *, request_id: str, priority: int = 0
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        receiver: Receiver,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> OpenCall:
         """`generate`, driven by a task. Raises what `refuse` says, and a grammar's errors."""
-        deltas = self.generate(prompt_ids, params, request_id=request_id, priority=priority)
+        options: Any = {"request_id": request_id, "priority": priority, "cache_salt": cache_salt}
+        deltas = self.generate(prompt_ids, params, **options)
         if self.refuse is not None:
             await anext(deltas)  # raises it
         if params.grammar is not None:

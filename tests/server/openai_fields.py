@@ -55,7 +55,7 @@ SHARED: dict[str, tuple[Fate, Any]] = {
     "stream_interval": ("ignored", 2),
     "mm_processor_kwargs": ("ignored", {"a": 1}),
     "moderation": ("refused", {"model": "m"}),
-    "cache_salt": ("refused", "salt"),
+    "cache_salt": ("taken", "salt"),
     "vllm_xargs": ("refused", {"a": 1}),
     "kv_transfer_params": ("refused", {"a": 1}),
     "ec_transfer_params": ("refused", {"a": 1}),

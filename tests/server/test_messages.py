@@ -290,6 +290,20 @@ async def test_a_constrained_answer_with_tools_is_a_document_or_a_call() -> None
 # ---- Other fields ----
 
 
+async def test_a_salt_of_the_prefix_cache_reaches_the_engine() -> None:
+    engine = FakeEngine()
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": "a"},
+        "/v1/chat/completions": CHAT,
+        "/v1/responses": {"input": "a"},
+        "/v1/messages": {**CHAT, "max_tokens": 5},
+    }
+    for path, body in bodies.items():
+        assert (await post(engine, path, {**body, "cache_salt": path})).status_code == 200
+        assert (await post(engine, path, {**body, "cache_salt": ""})).status_code == 400
+    assert [call.cache_salt for call in engine.calls] == list(bodies)
+
+
 async def test_template_arguments_and_roles_reach_the_template() -> None:
     engine = FakeEngine()
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "hi"}]

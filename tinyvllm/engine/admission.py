@@ -11,6 +11,7 @@ from dataclasses import replace
 from tinyvllm.config import Capacity, ModelConfig, SamplingParams
 from tinyvllm.engine.messages import NewRequest
 from tinyvllm.errors import RequestError
+from tinyvllm.scheduling.block_hashes import make_hash_seed
 from tinyvllm.scheduling.request import Constraint, Request
 from tinyvllm.scheduling.scheduler import check_length, max_request_len
 from tinyvllm.text.grammar import Grammar
@@ -45,11 +46,13 @@ class RequestFactory:
         params: SamplingParams,
         priority: int = 0,
         grammar: Grammar | None = None,
+        cache_salt: str | None = None,
     ) -> list[NewRequest]:
         """One request per choice, params.n in all; choice i has the seed of choice 0 plus i.
 
-        grammar: params.grammar, compiled. Raises RequestError for an empty prompt or ids outside the vocabulary, and
-        ContextLengthError if the prompt and max_tokens (or one token, if max_tokens is None) do not fit.
+        grammar: params.grammar, compiled. cache_salt: the prefix cache is shared only with requests of the same salt.
+        Raises RequestError for an empty prompt, ids outside the vocabulary or an empty salt, and ContextLengthError if
+        the prompt and max_tokens (or one token, if max_tokens is None) do not fit.
         """
         assert (grammar is None) == (params.grammar is None), "a grammar must be compiled first"
         prompt = self._check_ids(prompt_ids, "prompt")
@@ -61,6 +64,11 @@ class RequestFactory:
         max_tokens = params.max_tokens
         if max_tokens is None:
             max_tokens = max_request_len(self.capacity) - len(prompt)
+        if cache_salt is not None and (not isinstance(cache_salt, str) or not cache_salt):
+            raise RequestError(
+                "cache_salt must be a string that is not empty: leave it out to share", param="cache_salt"
+            )
+        hash_seed = make_hash_seed(cache_salt)
         seed = self._seeds.getrandbits(32) if params.seed is None else params.seed
         return [
             NewRequest(
@@ -75,6 +83,7 @@ class RequestFactory:
                 grammar=None if grammar is None else grammar.source,
                 bad_words_ids=bad_words_ids,
                 num_prompt_logprobs=None if index else params.prompt_logprobs,  # all choices share the prompt
+                hash_seed=hash_seed,
             )
             for index in range(params.n)
         ]
@@ -86,9 +95,10 @@ class RequestFactory:
         params: SamplingParams,
         priority: int = 0,
         grammar: Grammar | None = None,
+        cache_salt: str | None = None,
     ) -> list[Request]:
         """`make`, for a caller that steps the engine itself."""
-        new = self.make(request_id, prompt_ids, params, priority, grammar)
+        new = self.make(request_id, prompt_ids, params, priority, grammar, cache_salt)
         return [to_request(one, None if grammar is None else grammar.matcher()) for one in new]
 
     def _encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -140,4 +150,5 @@ def to_request(new: NewRequest, constraint: Constraint | None) -> Request:
         bad_words_ids=new.bad_words_ids,
         num_prompt_logprobs=new.num_prompt_logprobs,
         pooling=new.pooling,
+        hash_seed=new.hash_seed,
     )

@@ -107,6 +107,7 @@ class AsyncEngine:
         *,
         request_id: str,
         priority: int = 0,
+        cache_salt: str | None = None,
     ) -> Call:
         """Start a request, whose output goes to `receiver`: at least one delta per choice, the last with a
         finish_reason. The caller closes the call.
@@ -119,11 +120,17 @@ class AsyncEngine:
         loaded = self._loaded
         require_head(loaded.model_config)
         grammar = None if params.grammar is None else await loaded.grammars.compile(params.grammar)
-        requests = loaded.factory.make(request_id, prompt_ids, params, priority, grammar)
+        requests = loaded.factory.make(request_id, prompt_ids, params, priority, grammar, cache_salt)
         return self._client().open(request_id, requests, receiver)
 
     async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str, priority: int = 0
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """`submit` as an iterator over the deltas; those of a slow reader are merged, to one per choice.
 
@@ -131,7 +138,9 @@ class AsyncEngine:
         canceling the generator aborts the request: its blocks are free at the next step.
         """
         reader = Reader()
-        call = await self.submit(prompt_ids, params, reader, request_id=request_id, priority=priority)
+        call = await self.submit(
+            prompt_ids, params, reader, request_id=request_id, priority=priority, cache_salt=cache_salt
+        )
         try:
             num_open = params.n
             while num_open:

@@ -136,7 +136,13 @@ class Engine(Protocol):
     async def wait_ready(self) -> None: ...
 
     def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str, priority: int = 0
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Delta, None]: ...
 
 
@@ -148,6 +154,7 @@ async def generate_beams(
     *,
     request_id: str,
     priority: int = 0,
+    cache_salt: str | None = None,
 ) -> AsyncGenerator[Delta, None]:
     """`AsyncEngine.generate` by beam search: params.n beams, best first, each as one delta after all have finished.
 
@@ -161,11 +168,10 @@ async def generate_beams(
         reach("beam.round")
         length = len(search.live[0].tokens)
         names = [f"{request_id}-beam{length}.{index}" for index in range(len(search.live))]
+        options: Any = {"priority": priority, "cache_salt": cache_salt}
         deltas = await _all(
             [
-                _one_delta(
-                    engine.generate([*prompt_ids, *beam.token_ids], one_token, request_id=name, priority=priority)
-                )
+                _one_delta(engine.generate([*prompt_ids, *beam.token_ids], one_token, request_id=name, **options))
                 for beam, name in zip(search.live, names, strict=True)
             ]
         )

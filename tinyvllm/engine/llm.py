@@ -30,7 +30,8 @@ from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.scheduling.request import Request
 from tinyvllm.text.continuation import render_continued
 
-Prompt = str | Mapping[str, Any]  # text, {"prompt": text} or {"prompt_token_ids": ids}
+# text, {"prompt": text} or {"prompt_token_ids": ids}; a mapping may have a "cache_salt"
+Prompt = str | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 
@@ -127,10 +128,12 @@ class LLM:
         """Generate for every prompt, batching as many as fit; outputs are in the order of the prompts.
 
         params: one for all, one per prompt, or None for the model's defaults. use_tqdm: show a progress bar, if stderr
-        is a terminal. Raises RequestError (ContextLengthError) before anything is computed if a prompt cannot run.
+        is a terminal. Prompts with a "cache_salt" share cached prefixes only with those of the same salt. Raises
+        RequestError (ContextLengthError) before anything is computed if a prompt cannot run.
         """
         batch: Sequence[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        return self._run([self._tokenize(prompt) for prompt in batch], params, use_tqdm)
+        salts = [prompt.get("cache_salt") if isinstance(prompt, Mapping) else None for prompt in batch]
+        return self._run([self._tokenize(prompt) for prompt in batch], params, use_tqdm, salts)
 
     def chat(
         self,
@@ -177,16 +180,20 @@ class LLM:
         prompts: list[tuple[str | None, list[int]]],
         params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
+        cache_salts: Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
+        """Generate for prompts with their tokens. cache_salts: one per prompt; None: none has one."""
         if threading.get_ident() != self._thread_id:
             raise TinyvllmError("an LLM is bound to the thread that created it: use AsyncEngine from several threads")
         require_head(self._loaded.model_config)
         outputs: list[RequestOutput] = []
         requests: list[list[Request]] = []
-        for (text, prompt_ids), own in zip(prompts, self._params_per_prompt(params, len(prompts)), strict=True):
+        salts = cache_salts or [None] * len(prompts)
+        each = zip(prompts, self._params_per_prompt(params, len(prompts)), salts, strict=True)
+        for (text, prompt_ids), own, salt in each:
             request_id = str(next(self._numbers))
             grammar = None if own.grammar is None else self._loaded.grammars.compile_now(own.grammar)
-            choices = self._loaded.factory.make_requests(request_id, prompt_ids, own, grammar=grammar)
+            choices = self._loaded.factory.make_requests(request_id, prompt_ids, own, grammar=grammar, cache_salt=salt)
             requests.append(choices)
             blank = [CompletionOutput.begin(index, own) for index in range(own.n)]
             outputs.append(RequestOutput(request_id, text, choices[0].prompt_ids, blank))

@@ -34,6 +34,7 @@ class NewRequest(Struct, array_like=True, gc=False):
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     num_prompt_logprobs: int | None = None
     pooling: str | None = None
+    hash_seed: bytes = b""
 
 
 class Hello(Struct, tag="hello", array_like=True):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from tinyvllm.config import Capacity
 from tinyvllm.engine.messages import Blocks, NewRequest
 from tinyvllm.engine.routing import Route, Router, short_hashes
-from tinyvllm.scheduling.block_manager import hash_blocks
+from tinyvllm.scheduling.block_hashes import hash_blocks
 from tinyvllm.scheduling.plan import StepStats
 
 
@@ -37,7 +37,7 @@ class Placement:
         for engine, stats in enumerate(self._engine_stats()):
             if engine in self._router.replicas:
                 self._router.reported(engine, stats.num_running + stats.num_waiting, 0)
-        hashes = short_hashes(hash_blocks(prompt_ids, self._capacity.block_size))
+        hashes = short_hashes(hash_blocks(prompt_ids, self._capacity.block_size, requests[0].hash_seed))
         return self._router.route(hashes, len(prompt_ids), len(requests))
 
     def prefilled(self, route: Route) -> None:

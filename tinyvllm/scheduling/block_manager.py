@@ -14,36 +14,17 @@ found only if there is a checkpoint of the state at its end.
 
 from __future__ import annotations
 
-import hashlib
 import random
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 
 from tinyvllm.config import BlockGroup, Capacity
 from tinyvllm.errors import InvariantError
 from tinyvllm.faults import reach
+from tinyvllm.scheduling.block_hashes import hash_block, pack_tokens
 from tinyvllm.scheduling.group_pool import GroupPool
 from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.state_pool import MIN_SHARED_BLOCKS, SequenceState, StatePool
-
-
-def pack_tokens(tokens: Sequence[int]) -> bytes:
-    """Token ids as int32."""
-    return array("i", tokens).tobytes()
-
-
-def hash_block(parent: bytes, tokens: bytes) -> bytes:
-    """Hash of a full block and everything before it: `parent` is the hash of the previous block, or b""."""
-    return hashlib.blake2b(parent + tokens, digest_size=16).digest()
-
-
-def hash_blocks(tokens: Sequence[int], block_size: int) -> list[bytes]:
-    """Hashes of all full blocks of a sequence, in order. 2 us a block."""
-    hashes = [b""]
-    for end in range(block_size, len(tokens) + 1, block_size):
-        hashes.append(hash_block(hashes[-1], pack_tokens(tokens[end - block_size : end])))
-    return hashes[1:]
 
 
 def fixed_tables(
@@ -324,9 +305,9 @@ class BlockManager:
         survives preemption."""
         hashes = request.block_hashes
         while len(hashes) < index:
-            hashes.append(hash_block(hashes[-1] if hashes else b"", self._block_tokens(request, len(hashes))))
+            hashes.append(hash_block(request.last_hash, self._block_tokens(request, len(hashes))))
         if len(hashes) == index:
-            hashes.append(hash_block(hashes[-1] if hashes else b"", tokens))
+            hashes.append(hash_block(request.last_hash, tokens))
         return hashes[index]
 
     def _block_tokens(self, request: Request, index: int) -> bytes:

@@ -74,6 +74,7 @@ class Request:
     max_tokens: int = 16  # resolved: params.max_tokens, or what max_model_len leaves
     seed: int = 0  # resolved: params.seed, or one drawn by the engine; 32 bits
     priority: int = 0  # lower runs first, under the priority policy
+    hash_seed: bytes = b""  # where `block_hashes` begin (block_hashes.make_hash_seed): others' blocks are not found
     constraint: Constraint | None = None  # a grammar's matcher
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words as tokens
     # params.prompt_logprobs: how many most likely tokens to report for each prompt token; None: no prompt logprobs
@@ -121,6 +122,11 @@ class Request:
     @property
     def num_pending(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids) + self.num_in_flight - self.num_computed
+
+    @property
+    def last_hash(self) -> bytes:
+        """What the hash of the next block continues from."""
+        return self.block_hashes[-1] if self.block_hashes else self.hash_seed
 
     @property
     def num_to_score(self) -> int:

@@ -39,6 +39,7 @@ class Job:
     arrival_s: float  # perf_counter() when the request arrived
     priority: int = 0
     beams: BeamSettings | None = None  # search beams instead of sampling
+    cache_salt: str | None = None  # the prefix cache is shared only with requests of the same salt
 
     @property
     def num_choices(self) -> int:

@@ -132,7 +132,7 @@ class ServerState:
             on_first=lambda: self.admission.prompt_computed(context, len(ids)),
             times=context.times,
         )
-        options: Any = {"request_id": prompt.request_id, "priority": job.priority}
+        options: Any = {"request_id": prompt.request_id, "priority": job.priority, "cache_salt": job.cache_salt}
         call: OpenCall
         try:
             if job.beams is None:

@@ -73,7 +73,9 @@ async def _answer(state: ServerState, body: MessagesRequest) -> Response:
         is_empty=body.max_tokens == 0,
         omits_thoughts=body.omits_thoughts,
     )
-    job = Job([PromptCall(prompt.ids, params, request_id=heading.id)], n=1, arrival_s=arrival_s)
+    job = Job(
+        [PromptCall(prompt.ids, params, request_id=heading.id)], n=1, arrival_s=arrival_s, cache_salt=body.cache_salt
+    )
     if body.stream:
         return await event_stream(state, job, MessageEvents(form))
     builder = AnswerBuilder(form)

@@ -177,6 +177,7 @@ class MessagesRequest(CountTokensRequest):
     temperature: Annotated[float | None, Field(ge=0)] = None
     top_p: float | None = None
     top_k: int | None = None
+    cache_salt: Annotated[str | None, Field(min_length=1)] = None  # vLLM's: who may share the prompt's cached prefix
 
     def refuse_unsupported(self) -> None:
         """Raise RequestError for a field that asks for another kind of answer."""

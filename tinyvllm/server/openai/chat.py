@@ -49,6 +49,7 @@ async def _chat(state: ServerState, body: ChatRequest) -> Response:
         arrival_s=arrival_s,
         priority=body.priority or 0,
         beams=body.beams(),
+        cache_salt=body.cache_salt,
     )
     tokens = TokenForm(prompt.ids if body.return_token_ids else None, bool(body.return_tokens_as_token_ids))
     if not body.stream:

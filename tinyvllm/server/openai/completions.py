@@ -61,7 +61,14 @@ async def _complete(state: ServerState, body: CompletionRequest) -> Response:
             room = state.context_limit - len(ids)
             fitted_params = dataclasses.replace(params, max_tokens=min(DEFAULT_TOKENS, room))
         calls.append(PromptCall(ids, fitted_params, request_id=f"{heading.id}-{position}"))
-    job = Job(calls, n=body.num_choices, arrival_s=arrival_s, priority=body.priority or 0, beams=body.beams())
+    job = Job(
+        calls,
+        n=body.num_choices,
+        arrival_s=arrival_s,
+        priority=body.priority or 0,
+        beams=body.beams(),
+        cache_salt=body.cache_salt,
+    )
     form = CompletionForm(
         n=job.n,
         echoes=echoes,

@@ -134,6 +134,7 @@ async def _respond(state: ServerState, store: ResponseStore, body: ResponsesRequ
         arrival_s=arrival_s,
         priority=body.priority or 0,
         beams=body.beams(),
+        cache_salt=body.cache_salt,
     )
     writer = ResponseWriter(
         answer,

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "add_special_tokens": (False,),  # in chats: the template writes them
     "audio": (),
-    "cache_salt": (),
     "chat_template": (),
     "detokenize": (True,),
     "documents": ([],),
@@ -214,6 +213,7 @@ class GenerationRequest(BaseModel):
     truncate_prompt_tokens: TruncatePromptTokens = None
     truncation_side: TruncationSide = None
     priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None
+    cache_salt: Annotated[str | None, Field(min_length=1)] = None  # vLLM's: who may share the prompt's cached prefix
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     # vLLM's older names for structured_outputs

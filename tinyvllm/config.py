@@ -5,13 +5,15 @@ They are parsed once, at the edge (command line, server, `LLM(...)`), and passed
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tinyvllm.errors import DeviceError, RequestError, TinyvllmError
 
@@ -30,6 +32,7 @@ MIN_POSITIVE = 1e-30
 DTYPES = ("float32", "float16", "bfloat16")
 WARM_UPS = ("background", "full", "idle")
 CAPTURES = ("replay", "tinyjit")
+MAX_SPECULATIVE_TOKENS = 32  # drafted tokens of a sequence in one step: as many counters of accepted ones per position
 
 MODELS_DIR_VARIABLE = "TINYVLLM_MODELS"  # environment variable: the directory of pulled models
 CACHE_DIR_VARIABLE = "TINYVLLM_CACHE"  # environment variable: the directory of compiled programs
@@ -423,6 +426,106 @@ class GenerationDefaults:
 
 
 @dataclass(frozen=True)
+class SpeculativeConfig:
+    """Speculative decoding (docs/SPECULATION.md). Keys, meanings and the flag's name follow vLLM's."""
+
+    method: str | None = None  # ngram, draft_model or mtp; None: draft_model if `model` is given, else ngram
+    num_speculative_tokens: int | None = None  # drafted for a sequence and step, at most; None: DEFAULT_DRAFTS
+    model: str | None = None  # the draft model, of the same vocabulary
+    prompt_lookup_max: int | None = None  # tokens of the longest n-gram that is looked up
+    prompt_lookup_min: int | None = None  # ... and of the shortest
+    disable_by_batch_size: int | None = None  # no drafts while so many requests run, or more; None: measured times tell
+    # drafts only as many tokens as pay, by measured acceptance and step times; off: always num_speculative_tokens
+    adaptive: bool = True
+
+    @classmethod
+    def of(cls, value: str | Mapping[str, Any] | SpeculativeConfig) -> SpeculativeConfig:
+        """From the flag's JSON, or a mapping. Raises TinyvllmError, which names the key, its value and the remedy."""
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise TinyvllmError(
+                    f"--speculative-config is not JSON ({error}): give an object such as "
+                    '\'{"method": "ngram", "num_speculative_tokens": 8}\''
+                ) from None
+        if isinstance(value, SpeculativeConfig):
+            return value
+        if not isinstance(value, Mapping):
+            raise TinyvllmError(f"--speculative-config is {value!r:.100}: give an object of keys and values")
+        known = [one.name for one in fields(cls)]
+        for key in value:
+            if key not in known:
+                raise TinyvllmError(f"--speculative-config has no key {key!r:.100}: it has {', '.join(known)}")
+        return cls(**value)
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        method = self.method or ("ngram" if self.model in (None, "ngram", "[ngram]") else "draft_model")
+        self._check(method in DEFAULT_DRAFTS, "method", f"choose one of {', '.join(DEFAULT_DRAFTS)}")
+        if method == "ngram" and self.model in ("ngram", "[ngram]"):  # vLLM's other way to ask for it
+            object.__setattr__(self, "model", None)
+        object.__setattr__(self, "method", method)
+        if self.num_speculative_tokens is None:
+            object.__setattr__(self, "num_speculative_tokens", DEFAULT_DRAFTS[method])
+        self._check(
+            1 <= self.num_drafts <= MAX_SPECULATIVE_TOKENS,
+            "num_speculative_tokens",
+            f"give between 1 and {MAX_SPECULATIVE_TOKENS}",
+        )
+        if method == "draft_model":
+            self._check(bool(self.model), "model", "method draft_model needs a draft model with the same vocabulary")
+        else:
+            self._check(self.model is None, "model", f"method {method} has no draft model: leave it out")
+        self._check_lookup(method)
+        if self.disable_by_batch_size is not None:
+            self._check(self.disable_by_batch_size >= 2, "disable_by_batch_size", "give at least 2, or leave it out")
+
+    @property
+    def num_drafts(self) -> int:
+        """`num_speculative_tokens`, resolved."""
+        assert self.num_speculative_tokens is not None
+        return self.num_speculative_tokens
+
+    @property
+    def lookup(self) -> tuple[int, int]:
+        """Tokens of the shortest and of the longest n-gram. If one is given, the other is adapted to it."""
+        shortest, longest = self.prompt_lookup_min, self.prompt_lookup_max
+        if shortest is None:
+            shortest = min(DEFAULT_LOOKUP[0], DEFAULT_LOOKUP[1] if longest is None else longest)
+        return shortest, max(DEFAULT_LOOKUP[1], shortest) if longest is None else longest
+
+    def _check_types(self) -> None:
+        for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min", "disable_by_batch_size"):
+            value = getattr(self, name)
+            is_count = isinstance(value, int) and not isinstance(value, bool)
+            self._check(value is None or is_count, name, "give a whole number")
+        for name in ("method", "model"):
+            value = getattr(self, name)
+            self._check(value is None or isinstance(value, str), name, "give a string")
+        self._check(isinstance(self.adaptive, bool), "adaptive", "give true or false")
+
+    def _check_lookup(self, method: str) -> None:
+        for name in ("prompt_lookup_max", "prompt_lookup_min"):
+            value = getattr(self, name)
+            if value is not None:
+                self._check(method == "ngram", name, f"only method ngram looks n-grams up, not {method}: leave it out")
+                self._check(1 <= value <= MAX_LOOKUP, name, f"give between 1 and {MAX_LOOKUP} tokens")
+        shortest, longest = self.lookup
+        self._check(shortest <= longest, "prompt_lookup_min", f"give at most prompt_lookup_max ({longest})")
+
+    def _check(self, ok: bool, key: str, remedy: str) -> None:
+        if not ok:
+            shown = reprlib.repr(getattr(self, key))
+            raise TinyvllmError(f"--speculative-config has {key} {shown:.200}: {remedy}")
+
+
+DEFAULT_DRAFTS = {"ngram": 8, "draft_model": 4, "mtp": 2}  # num_speculative_tokens of each method
+DEFAULT_LOOKUP = (2, 4)  # tokens of the shortest and of the longest n-gram (Saxena 2023 has 3 at most)
+MAX_LOOKUP = 16
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """How the engine runs a model. Names follow vLLM's flags."""
 
@@ -454,6 +557,8 @@ class EngineConfig:
     # a step that decodes takes at most this many times as long as without prompts, whose chunks are chosen by measured
     # times; 0: no limit
     max_step_stretch: float = 0.0
+    # drafts that steps verify (speculative decoding); None: none. A mapping or JSON is converted
+    speculative_config: SpeculativeConfig | None = None
     # plan and enqueue a step while the previous one runs; None: on every device but a CPU, where it does not pay
     async_scheduling: bool | None = None
     # how a step is captured and run: replay: by our own code; tinyjit: by tinygrad's TinyJit (docs/CAPTURE.md)
@@ -467,6 +572,8 @@ class EngineConfig:
     reasoning_parser: str | None = None
 
     def __post_init__(self) -> None:
+        if self.speculative_config is not None:
+            object.__setattr__(self, "speculative_config", SpeculativeConfig.of(self.speculative_config))
         self._check_limits()
         for flag, choice, known in (
             ("dtype", self.dtype, ("auto", *DTYPES)),

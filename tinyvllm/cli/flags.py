@@ -205,6 +205,19 @@ class EngineFlags(RunnerFlags):
             show_default=False,
         ),
     ] = None
+    speculative_config: Annotated[
+        str | None,
+        Option(
+            "--speculative-config",
+            "-sc",
+            metavar="JSON",
+            help="Speculative decoding: guess tokens, and verify several in one step; the output stays the same. "
+            """'{"method": "ngram"}' guesses that the text repeats itself or the prompt, as in edits and summaries; """
+            """'{"model": "NAME"}' has a small model of the same vocabulary guess; '{"method": "mtp"}' has the """
+            "model's own layer for it. Further keys: num_speculative_tokens, prompt_lookup_max, prompt_lookup_min, "
+            "disable_by_batch_size, adaptive. See docs/SPECULATION.md.",
+        ),
+    ] = None
     chat_template: Annotated[
         str | None, Option(metavar="FILE", help="A Jinja file to use instead of the model's own chat template.")
     ] = None

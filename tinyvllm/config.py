@@ -665,6 +665,8 @@ class Capacity:
     # slots of recurrent states (scheduling/state_pool.py), including slot 0, the dummy; 0: no recurrent layers
     num_state_slots: int = 0
     checkpoint_interval: int = 1  # blocks between the checkpoints of a long prompt's states
+    # the most token rows of a step with drafts alone, each with logits of its own; 0: no step has drafts
+    max_verify_rows: int = 0
     memory: MemoryUse = MemoryUse()
 
     @property

@@ -20,6 +20,7 @@ class Scheduled:
     """Compute tokens [start, start + count) of `request` in this step.
 
     samples: the step reaches the request's last token, so a new one is sampled.
+    drafts: the last tokens of `count`, which are guesses: after each of them a token is sampled too.
     num_scored: the number of tokens, from `first_scored` on, whose logits give the logprob of the next prompt token.
     Both are fixed when the entry is made, because the request changes before the step's output arrives.
     """
@@ -30,10 +31,12 @@ class Scheduled:
     samples: bool
     first_scored: int
     num_scored: int
+    drafts: tuple[int, ...]
 
-    def __init__(self, request: Request, start: int, count: int) -> None:
-        stop = start + count
-        self.request, self.start, self.count = request, start, count
+    def __init__(self, request: Request, start: int, count: int, drafts: tuple[int, ...] = ()) -> None:
+        """count: with the drafts."""
+        stop = start + count - len(drafts)
+        self.request, self.start, self.count, self.drafts = request, start, count, drafts
         self.samples = stop == request.num_tokens
         self.first_scored = self.num_scored = 0
         if request.num_prompt_logprobs is not None:
@@ -41,8 +44,13 @@ class Scheduled:
             self.num_scored = max(0, min(stop, request.num_prompt_tokens - 1) - self.first_scored)
 
     @property
+    def num_sampled(self) -> int:
+        """Rows that sample: those of the last known token and of the drafts."""
+        return self.samples + len(self.drafts)
+
+    @property
     def num_logit_rows(self) -> int:
-        return self.samples + self.num_scored
+        return self.samples + len(self.drafts) + self.num_scored
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,10 @@ class StepPlan:
         return all(entry.count == 1 and entry.samples for entry in self.entries) and not self.pooled
 
     @cached_property
+    def num_drafts(self) -> int:
+        return sum(len(entry.drafts) for entry in self.entries)
+
+    @cached_property
     def needs_logits_processing(self) -> bool:
         """Some row is sampled from other logits than the model's."""
         return any(entry.samples and entry.request.needs_logits_processing for entry in self.entries)
@@ -70,6 +82,11 @@ class StepPlan:
     @cached_property
     def sampled(self) -> tuple[Scheduled, ...]:
         return tuple(entry for entry in self.entries if entry.samples)
+
+    @cached_property
+    def num_sampled_rows(self) -> int:
+        """One of each entry in `sampled`, and one of each draft."""
+        return len(self.sampled) + self.num_drafts
 
     @cached_property
     def pooled(self) -> tuple[Scheduled, ...]:
@@ -82,13 +99,14 @@ class StepPlan:
     @cached_property
     def num_logit_rows(self) -> int:
         """Token rows whose logits are used: first those of `sampled`, then those of each entry in `scored`."""
-        return len(self.sampled) + sum(entry.num_scored for entry in self.scored)
+        return self.num_sampled_rows + sum(entry.num_scored for entry in self.scored)
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What the device returned. `token_ids` and `logprobs` are aligned with `plan.sampled`, `prompt_logprobs` with
-    `plan.scored`, and `pooled` with `plan.pooled`. A token id of -1 means that no logit was finite."""
+    """What the device returned. `token_ids` and `logprobs` have a place for each sampled row: the `num_sampled` rows of
+    each entry in `plan.sampled`, one entry after another. `prompt_logprobs` are aligned with `plan.scored`, `pooled`
+    with `plan.pooled`. A token id of -1 means that no logit was finite."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs | None, ...]
@@ -102,7 +120,7 @@ class StepOutput:
 
 @dataclass(slots=True)  # not frozen, for the same reason
 class TokenOut:
-    """One new token of one request, after commit. The last one has a finish_reason."""
+    """One new token of one request, after commit. A step with drafts brings several. The last has a finish_reason."""
 
     request: Request
     token_id: int | None  # None: the request ended without a token (abort, error)

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# The most known tokens that a step may compute together with drafts. Usually there is one, but where rejected drafts
+# have spoiled a recurrent state, the tokens since then are computed again (scheduling/state_pool.py).
+MAX_REDONE = 8
+
+
 class Status(enum.Enum):
     WAITING = "waiting"  # no blocks; queued, new or preempted
     RUNNING = "running"  # owns blocks
@@ -87,6 +92,9 @@ class Request:
     pooling: str | None = None
     pooled: NDArray[np.float32] | None = None  # (hidden,): the sum of the normed states so far, or the last state
     output_ids: list[int] = field(default_factory=list)
+    drafts: tuple[int, ...] = ()  # guesses at the tokens after `output_ids`, for the next step (scheduling/drafts.py)
+    num_drafted: int = 0  # drafts that steps have verified
+    num_accepted: int = 0  # of these, those that were the tokens sampled
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens from the second on
     num_scored: int = 0  # prompt tokens whose logprobs are computed, by the steps in flight included
     num_computed: int = 0
@@ -127,6 +135,14 @@ class Request:
     def last_hash(self) -> bytes:
         """What the hash of the next block continues from."""
         return self.block_hashes[-1] if self.block_hashes else self.hash_seed
+
+    @property
+    def max_drafts(self) -> int:
+        """How many tokens may be drafted for the next step, which samples one more. 0 while the prompt is computed or a
+        token is in flight."""
+        if self.num_in_flight or not self.output_ids or self.num_pending > MAX_REDONE:
+            return 0
+        return self.max_tokens - len(self.output_ids) - 1
 
     @property
     def num_to_score(self) -> int:

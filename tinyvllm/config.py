@@ -648,6 +648,7 @@ class MemoryUse:
     scratch: int = 0  # at most, for a step's intermediate values
     kv_groups: tuple[int, ...] = ()  # keys and values, by group of layers
     state_slot: int = 0  # one of `num_state_slots`
+    draft: int = 0  # a draft model, with its pool
 
 
 @dataclass(frozen=True)

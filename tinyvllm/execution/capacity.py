@@ -31,6 +31,21 @@ class KVGroup:
 
 
 @dataclass(frozen=True)
+class DraftMemory:
+    """Bytes of a draft model on the same device. Its pool has as many blocks as the model's first group."""
+
+    fixed_bytes: int = 0  # weights, intermediate values and sampling state
+    bytes_per_token: int = 0  # keys and values of all of its layers
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """All of it, with a pool of so many tokens."""
+        return self.fixed_bytes + num_tokens * self.bytes_per_token
+
+
+NO_DRAFT = DraftMemory()
+
+
+@dataclass(frozen=True)
 class MemoryFacts:
     """Bytes found on the device. `free_bytes`: before the weights were loaded."""
 
@@ -41,6 +56,7 @@ class MemoryFacts:
     scratch_bytes: int = 0  # intermediate values: of the largest step, or of all graphs together
     max_share: float = 1.0  # of free_bytes that weights and KV may take at most, whatever the user requests
     state_bytes: int = 0  # of one sequence's state in all recurrent layers; 0: there are none
+    draft: DraftMemory = NO_DRAFT
 
     @property
     def budget(self) -> int:
@@ -54,7 +70,7 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
     Raises CapacityError, with the numbers, if one sequence of max_model_len or the requested blocks do not fit, and
     TinyvllmError if max_model_len exceeds the length that the model was trained for.
     """
-    room = max(0, memory.budget - memory.weight_bytes - memory.scratch_bytes)
+    room = max(0, memory.budget - memory.weight_bytes - memory.scratch_bytes - memory.draft.fixed_bytes)
     split, by_memory = _split_for(config, limits, _longest(config, model), memory, room)
     num_blocks = config.num_gpu_blocks_override or min(by_memory, split.useful_blocks)
     if config.num_gpu_blocks_override:
@@ -125,6 +141,7 @@ class PoolSplit:
     max_state_slots: int = 0  # by memory; the dummy counts
     makes_checkpoints: bool = True  # of states: not without prefix caching
     checkpoint_tokens: int = PLANNED_PREFIX  # of the first group, for each of which there should be a checkpoint
+    draft: DraftMemory = NO_DRAFT
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -133,9 +150,10 @@ class PoolSplit:
         return self.block_size * self.kv_groups[group].bytes_per_token
 
     def num_bytes(self, num_blocks: int) -> int:
-        """Bytes of all groups and states if the first group has `num_blocks` blocks."""
+        """Bytes of all groups and states, and of a draft model's pool, if the first group has `num_blocks` blocks."""
         groups = enumerate(self.groups(num_blocks))
         of_groups = sum(group.num_blocks * self.block_bytes(number) for number, group in groups)
+        of_groups += num_blocks * self.block_size * self.draft.bytes_per_token
         return of_groups + self.num_state_slots(num_blocks) * self.state_bytes
 
     def num_state_slots(self, num_blocks: int) -> int:
@@ -260,6 +278,7 @@ def _split_for(
         kv_groups=memory.kv_groups,
         state_bytes=memory.state_bytes,
         makes_checkpoints=config.enable_prefix_caching,
+        draft=memory.draft,
     ).with_states_in(room)
     num_blocks = _steady(split.most_blocks(room))
     if config.max_model_len is not None:  # it is wanted: shrink everything else until it fits
@@ -276,12 +295,13 @@ def _memory_use(split: PoolSplit, memory: MemoryFacts, num_blocks: int) -> Memor
         scratch=memory.scratch_bytes,
         kv_groups=tuple(group.num_blocks * split.block_bytes(number) for number, group in groups),
         state_slot=memory.state_bytes,
+        draft=memory.draft.num_bytes(num_blocks * split.block_size),
     )
 
 
 def _check_override(split: PoolSplit, num_blocks: int, memory: MemoryFacts) -> None:
     """Raise CapacityError for more blocks than memory can hold."""
-    most = int(memory.free_bytes * memory.max_share) - memory.weight_bytes
+    most = int(memory.free_bytes * memory.max_share) - memory.weight_bytes - memory.draft.fixed_bytes
     if split.num_bytes(num_blocks) > most:
         raise CapacityError(
             f"{_override(split, num_blocks)}, "
@@ -304,6 +324,15 @@ def _in_words(split: PoolSplit, num_blocks: int) -> str:
     if split.state_bytes:
         text += f", and {split.num_state_slots(num_blocks)} state slots of {split.state_bytes / MIB:.2f} MiB"
     return text
+
+
+def _draft_in_words(draft: DraftMemory) -> str:
+    if draft == NO_DRAFT:
+        return ""
+    return (
+        f", {draft.fixed_bytes / GIB:.2f} GiB for a draft model and {draft.bytes_per_token / 1024:.1f} KiB for each "
+        "token of its pool"
+    )
 
 
 def scratch_bytes(limits: Limits, model: ModelConfig) -> int:
@@ -369,7 +398,7 @@ def _explain(config: EngineConfig, split: PoolSplit, memory: MemoryFacts, by_mem
     text = (
         f"{memory.free_bytes / GIB:.2f} GiB free x {memory.share:.2f} = {memory.budget / GIB:.2f} GiB, "
         f"less {memory.weight_bytes / GIB:.2f} GiB of weights and {memory.scratch_bytes / GIB:.2f} GiB for a step's "
-        f"intermediate values: "
+        f"intermediate values{_draft_in_words(memory.draft)}: "
         f"room for {_in_words(split, by_memory)}"
     )
     if split.useful_blocks < by_memory:

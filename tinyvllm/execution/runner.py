@@ -20,7 +20,15 @@ from tinyvllm.device.mapping import OutputReader
 from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
 from tinyvllm.errors import DeviceError
 from tinyvllm.execution.buckets import Bucket, make_buckets
-from tinyvllm.execution.capacity import KVGroup, MemoryFacts, jit_scratch_bytes, plan_capacity, scratch_bytes
+from tinyvllm.execution.capacity import (
+    NO_DRAFT,
+    DraftMemory,
+    KVGroup,
+    MemoryFacts,
+    jit_scratch_bytes,
+    plan_capacity,
+    scratch_bytes,
+)
 from tinyvllm.execution.captures import Captures
 from tinyvllm.execution.captures import Progress as Progress  # re-exported for callers
 from tinyvllm.execution.cost import weight_facts
@@ -52,9 +60,11 @@ logger = logging.getLogger(__name__)
 ROW_STEP = 64  # rows of outputs and sampling state are a multiple of this, so that saved steps fit other --max-num-seqs
 
 
-def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | None = None) -> ModelRunner:
+def load_runner(
+    files: ModelFiles, config: EngineConfig, progress: Progress | None = None, *, draft: DraftMemory = NO_DRAFT
+) -> ModelRunner:
     """Open the device, load the weights and create the pool; `warm_up` captures the graphs. Call all of it on one
-    thread: tinygrad's caches belong to the thread that opened the device.
+    thread: tinygrad's caches belong to the thread that opened the device. draft: memory to leave for a draft model.
 
     Raises ModelError, CapacityError, DeviceError.
     """
@@ -62,18 +72,28 @@ def load_runner(files: ModelFiles, config: EngineConfig, progress: Progress | No
     checkpoint = open_checkpoint(files, model_config)
     model_config = with_own_head(model_config, checkpoint)
     require_tensors(complete_config(model_config), checkpoint)  # at once, and by name
-    return make_runner(model_config, checkpoint, config, progress)
+    return make_runner(model_config, checkpoint, config, progress, draft=draft)
 
 
 def load_random_runner(
-    model_config: ModelConfig, kind: str, config: EngineConfig, progress: Progress | None = None
+    model_config: ModelConfig,
+    kind: str,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    *,
+    draft: DraftMemory = NO_DRAFT,
 ) -> ModelRunner:
     """`load_runner` for a shape alone, with random weights of `kind` (float16, Q4_0, ...) seeded by config.seed."""
-    return make_runner(model_config, RandomWeights(kind, config.seed), config, progress)
+    return make_runner(model_config, RandomWeights(kind, config.seed), config, progress, draft=draft)
 
 
 def make_runner(
-    model_config: ModelConfig, source: WeightSource, config: EngineConfig, progress: Progress | None = None
+    model_config: ModelConfig,
+    source: WeightSource,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    *,
+    draft: DraftMemory = NO_DRAFT,
 ) -> ModelRunner:
     """`load_runner` for known settings, with tensors from `source`."""
     report = progress or (lambda stage, done, total: None)
@@ -125,6 +145,7 @@ def make_runner(
             KVGroup(FLOATS[kv_dtype].itemsize * group.token_elements, group.window) for group in model.pool_groups
         ),
         state_bytes=model_config.state_bytes,
+        draft=draft,
     )
     capacity = plan_capacity(config, limits, model_config, memory)
     counts = [group.num_blocks for group in capacity.groups]

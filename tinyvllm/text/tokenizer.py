@@ -65,6 +65,15 @@ class Tokenizer:
         self._longest_chars = _longest_chars(spec.backend, vocabulary)
         self._long_texts: LongTexts | None = None
 
+    def first_difference(self, other: Tokenizer) -> int | None:
+        """The first id that stands for other bytes in `other`; None: all agree. Special tokens are not compared, since
+        models of one family give them different names and numbers, nor ids without a token."""
+        if self._spec.backend.get_vocab() == other._spec.backend.get_vocab():
+            return None
+        special = self.special_ids | other.special_ids
+        ordinary = (i for i in range(max(self.vocab_size, other.vocab_size)) if i not in special)
+        return next((i for i in ordinary if self.token_bytes(i) != other.token_bytes(i)), None)
+
     def encode_long_texts_elsewhere(self) -> None:
         """Encode texts above LONG_CHARS in another process from now on, if the tokenizer was read from files."""
         if self._files is not None and self._long_texts is None:

@@ -30,6 +30,7 @@ MAX_CHOICES = 128  # upper limit of `n`
 MIN_POSITIVE = 1e-30
 
 DTYPES = ("float32", "float16", "bfloat16")
+KV_ALIASES = {"fp8": "fp8_e4m3"}  # vLLM's other names of formats of the KV cache
 WARM_UPS = ("background", "full", "idle")
 CAPTURES = ("replay", "tinyjit")
 MAX_SPECULATIVE_TOKENS = 32  # drafted tokens of a sequence in one step: as many counters of accepted ones per position
@@ -40,6 +41,83 @@ _XDG_CACHE_VARIABLE = "XDG_CACHE_HOME"
 CORES_VARIABLE = "TINYVLLM_CPU_CORES"  # environment variable: the maximum number of cores that a process uses
 DEVICE_VARIABLE = "DEV"  # tinygrad's environment variable, which it reads once, on import
 CAPTURE_VARIABLE = "TINYVLLM_CAPTURE"  # environment variable: the default of EngineConfig.capture
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """How keys, or values, are stored in the pool. ops/kernel/kv_format.py has the bits of the quantized formats."""
+
+    name: str
+    bits: int  # of an element
+    group: int = 0  # elements along a head that share a float16 scale; 0: there are no scales
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.bits < 16
+
+    def code_bytes(self, num_elements: int) -> int:
+        """Bytes of the codes of whole heads, or of the elements of a dtype."""
+        return num_elements * self.bits // 8
+
+    def num_scales(self, num_elements: int) -> int:
+        """Scales of whole heads."""
+        return num_elements // self.group if self.group else 0
+
+    def num_bytes(self, num_elements: int) -> int:
+        """Bytes of whole heads, their scales included."""
+        return self.code_bytes(num_elements) + 2 * self.num_scales(num_elements)
+
+
+KV_FORMATS = {
+    one.name: one
+    for one in (
+        KVFormat("float32", 32),
+        KVFormat("float16", 16),
+        KVFormat("bfloat16", 16),
+        KVFormat("fp8_e4m3", 8),  # without a scale; what exceeds 448 saturates
+        KVFormat("q8_0", 8, 32),  # llama.cpp's formats, but for the order of codes and scales in memory
+        KVFormat("q4_0", 4, 32),
+    )
+}
+KV_TYPES = (*KV_FORMATS, *KV_ALIASES)  # what --kv-cache-dtype may be, besides "auto"
+
+
+@dataclass(frozen=True)
+class KVFormats:
+    """The formats of keys and of values in the pool. Latents are stored as keys."""
+
+    keys: KVFormat = KV_FORMATS["float16"]
+    values: KVFormat = KV_FORMATS["float16"]
+
+    @classmethod
+    def of(cls, keys: str, values: str | None = None) -> KVFormats:
+        """By name, or by an alias; values like keys unless they are named."""
+        names = (keys, keys if values is None else values)
+        return cls(*[KV_FORMATS[KV_ALIASES.get(name, name)] for name in names])
+
+    @property
+    def name(self) -> str:
+        """In messages, metrics and reports: "q8_0", or "q8_0 keys, q4_0 values"."""
+        if self.keys == self.values:
+            return self.keys.name
+        return f"{self.keys.name} keys, {self.values.name} values"
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether keys, values or both are."""
+        return self.keys.is_quantized or self.values.is_quantized
+
+    @property
+    def bytes_per_element(self) -> float:
+        """The mean over keys and values, scales included."""
+        return (self.keys.num_bytes(64) + self.values.num_bytes(64)) / 128
+
+    def num_bytes(self, num_elements: int) -> int:
+        """Bytes of keys and values of whole heads of so many elements each."""
+        return self.keys.num_bytes(num_elements) + self.values.num_bytes(num_elements)
+
+
+FLOAT16_KV = KVFormats()
 
 
 @dataclass(frozen=True)
@@ -534,7 +612,10 @@ class EngineConfig:
     # matrices, unless this says float32), bfloat16 for an unquantized bfloat16 model and
     # for one that overflows float16, else float16
     dtype: str = "auto"
-    kv_cache_dtype: str = "auto"  # auto: float16; on a GPU float32 if dtype is; on OpenCL as dtype
+    # auto: float16; on a GPU float32 if dtype is; on OpenCL as dtype; else a dtype, or a name of KV_TYPES
+    kv_cache_dtype: str = "auto"
+    kv_cache_dtype_k: str | None = None  # of keys alone; None: kv_cache_dtype
+    kv_cache_dtype_v: str | None = None  # of values alone
     dequantize: bool = False  # unpack quantized weights at load
     unfused: bool = False  # general kernels where there are fused ones, to see what fusing gains
     cpu_cores: int | None = None  # for a CPU device; None: those of `default_cores`, as far as the model can use them
@@ -577,13 +658,20 @@ class EngineConfig:
         self._check_limits()
         for flag, choice, known in (
             ("dtype", self.dtype, ("auto", *DTYPES)),
-            ("kv-cache-dtype", self.kv_cache_dtype, ("auto", *DTYPES)),
+            ("kv-cache-dtype", self.kv_cache_dtype, ("auto", *KV_TYPES)),
+            ("kv-cache-dtype-k", self.kv_types[0], ("auto", *KV_TYPES)),
+            ("kv-cache-dtype-v", self.kv_types[1], ("auto", *KV_TYPES)),
             ("scheduling-policy", self.scheduling_policy, ("fcfs", "priority")),
             ("warm-up", self.warm_up, WARM_UPS),
             ("capture", self.capture, CAPTURES),
         ):
             if choice not in known:
                 raise TinyvllmError(f"--{flag} is {choice!r}: choose one of {', '.join(known)}")
+
+    @property
+    def kv_types(self) -> tuple[str, str]:
+        """What the formats of keys and of values are to be: "auto", or names of KV_TYPES."""
+        return self.kv_cache_dtype_k or self.kv_cache_dtype, self.kv_cache_dtype_v or self.kv_cache_dtype
 
     def _check_limits(self) -> None:
         def refuse(flag: str, value: object, remedy: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.ops.builders import largest_difference, normal
 from tinyvllm.arrays import HostMatrix
-from tinyvllm.config import ExpertsKind, ModelConfig, Rope
+from tinyvllm.config import ExpertsKind, KVFormats, ModelConfig, Rope
 from tinyvllm.device.handle import open_device
 from tinyvllm.model.experts import SparseFeedForward, load_sparse
 from tinyvllm.model.loading import Loader
@@ -59,7 +59,7 @@ def load(kind: ExpertsKind, shared: str) -> tuple[SparseFeedForward, ReferenceBa
 def run(kind: ExpertsKind, shared: str) -> np.ndarray:
     layer, backend = load(kind, shared)
     inputs = backend.device.upload(np.zeros(1, np.int32))
-    step = Step(StepLayout(TOKENS, 1, 1, 16), inputs, KVPool({}, {}, {}, "float32"), is_decode=False)
+    step = Step(StepLayout(TOKENS, 1, 1, 16), inputs, KVPool({}, {}, {}, KVFormats.of("float32")), is_decode=False)
     return layer.run(backend, backend.device.upload(normal(TOKENS, HIDDEN, seed=1)), step).numpy()
 
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from tests.builders import encode_floats
 from tests.ops.builders import Piece, make_pool, make_step_of, normal, read_pool
-from tinyvllm.config import LayerKind, QueryScaling, Rope
+from tinyvllm.config import KVFormat, KVFormats, LayerKind, QueryScaling, Rope
 from tinyvllm.model.rope import rope_table
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import Backend
+from tinyvllm.ops.kv_reference import dequantize, quantize
 from tinyvllm.ops.step_inputs import StepLayout
 
 
@@ -164,13 +165,17 @@ def make_layer(ops: Backend, case: Case) -> AttentionLayer:
 
 
 def make_history(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values of every slot of the pool, of numbers that its dtype holds exactly."""
+    """Keys and values of every slot of the pool, of numbers that its dtype holds exactly, or its format almost."""
     slots = (case.layout.num_seqs * case.layout.max_blocks + 1) * case.layout.block_size
 
-    def stored(seed: int) -> np.ndarray:
-        return encode_floats(normal(slots, case.kv_heads, case.dim, seed=seed), case.dtype).astype(np.float32)
+    def stored(seed: int, form: KVFormat) -> np.ndarray:
+        plain = normal(slots, case.kv_heads, case.dim, seed=seed)
+        if form.is_quantized:
+            return dequantize(*quantize(plain, form), form)
+        return encode_floats(plain, form.name).astype(np.float32)
 
-    return stored(1), stored(2)
+    formats = KVFormats.of(*case.dtype.split("/"))
+    return stored(1, formats.keys), stored(2, formats.values)
 
 
 def forget_before_windows(

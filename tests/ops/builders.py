@@ -13,12 +13,13 @@ import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything he
 from tests.builders import K_KINDS, encode_floats, random_k_rows
 from tests.ops.formats.drawn import BY_NAME, draw_matrix
 from tinyvllm.arrays import HostMatrix
-from tinyvllm.config import LayerKind
-from tinyvllm.device.handle import FLOATS, DeviceHandle
+from tinyvllm.config import KVFormats, LayerKind
+from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.model.weights.quant import decompose
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, KVPool, Norm, Step, pool_groups
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.ops.kv_reference import dequantize, quantize
 from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.ops.step_inputs import PROCESSING_FLOATS, StepLayout
 
@@ -98,29 +99,58 @@ def make_step(layout: StepLayout, pieces: list[Piece], *, seed: int = 0) -> np.n
 def make_pool(
     backend: Backend, kind: LayerKind, block_size: int, dtype: str, keys: np.ndarray, values: np.ndarray
 ) -> KVPool:
-    """A pool of one layer that holds the given keys and values."""
+    """A pool of one layer that holds the given keys and values. `dtype`: a format's name, or two: "q8_0/q4_0"."""
     num_blocks = len(keys) // block_size
-    pool = backend.make_pool(pool_groups([kind]), num_blocks, block_size, dtype)
-    for tensors, plain, is_key in ((pool.keys, keys, True), (pool.values, values, False)):
-        stored = plain
-        if isinstance(backend, CpuBackend):
-            stored = plain.reshape(num_blocks, block_size, *plain.shape[1:]).transpose(_to_cpu(is_key))
-        tensors[0] = backend.device.upload(stored).cast(FLOATS[dtype]).contiguous().realize()
+    pool = backend.make_pool(pool_groups([kind]), num_blocks, block_size, KVFormats.of(*dtype.split("/")))
+    halves = (
+        (pool.formats.keys, pool.keys, pool.key_scales, keys, True),
+        (pool.formats.values, pool.values, pool.value_scales, values, False),
+    )
+    for form, codes, all_scales, plain, is_key in halves:
+        stored, scales = quantize(plain, form) if form.is_quantized else (encode_floats(plain, form.name), None)
+        backend.device.write(codes[0], _from_plain(backend, stored, block_size, is_key))
+        if scales is not None:
+            backend.device.write(all_scales[0], _from_plain(backend, scales, block_size, is_key))
     return pool
+
+
+def _from_plain(backend: Backend, plain: np.ndarray, block_size: int, is_key: bool) -> np.ndarray:
+    """Rows of slots (slots, kv heads, columns) in the backend's order."""
+    if not isinstance(backend, CpuBackend):
+        return plain
+    blocks = plain.reshape(-1, block_size, *plain.shape[1:])
+    return np.ascontiguousarray(blocks.transpose(_to_cpu(is_key)))
 
 
 def read_pool(backend: Backend, kind: LayerKind, block_size: int, pool: KVPool) -> tuple[np.ndarray, np.ndarray]:
     """The keys and values of a pool's first layer, float32."""
-    plain = []
-    for tensor, is_key in ((pool.keys[0], True), (pool.values[0], False)):
-        assert not isinstance(tensor, tuple)  # as several cores have it
-        stored = tensor.float().numpy()
-        if isinstance(backend, CpuBackend):
-            axes = _to_cpu(is_key)
-            sizes = (pool.num_blocks[0], block_size, kind.num_kv_heads, kind.head_dim)
-            stored = stored.reshape([sizes[axis] for axis in axes]).transpose(np.argsort(axes))
-        plain.append(stored.reshape(-1, kind.num_kv_heads, kind.head_dim))
+    plain, heads = [], kind.num_kv_heads
+    halves = (
+        (pool.formats.keys, pool.keys[0], pool.key_scales.get(0), True),
+        (pool.formats.values, pool.values[0], pool.value_scales.get(0), False),
+    )
+    for form, codes, scales, is_key in halves:
+        assert not isinstance(codes, tuple) and not isinstance(scales, tuple)  # as several cores have them
+        if not form.is_quantized:
+            plain.append(_to_plain(backend, codes.float().numpy(), pool, block_size, heads, is_key))
+            continue
+        stored = _to_plain(backend, codes.numpy().view(np.uint8), pool, block_size, heads, is_key)
+        if scales is not None:
+            own = _to_plain(backend, scales.numpy(), pool, block_size, heads, is_key)
+            plain.append(dequantize(np.ascontiguousarray(stored), own, form))
+        else:
+            plain.append(dequantize(np.ascontiguousarray(stored), None, form))
     return plain[0], plain[1]
+
+
+def _to_plain(
+    backend: Backend, stored: np.ndarray, pool: KVPool, block_size: int, kv_heads: int, is_key: bool
+) -> np.ndarray:
+    """The inverse of `_from_plain`."""
+    if isinstance(backend, CpuBackend):
+        axes, sizes = _to_cpu(is_key), (pool.num_blocks[0], block_size, kv_heads, -1)
+        stored = stored.reshape([sizes[axis] for axis in axes]).transpose(np.argsort(axes))
+    return stored.reshape(pool.num_blocks[0] * block_size, kv_heads, -1)
 
 
 def _to_cpu(is_key: bool) -> tuple[int, ...]:
@@ -162,7 +192,7 @@ def make_step_of(
 ) -> Step:
     """A step on a device; without a pool, of operations that need none."""
     inputs = backend.device.upload(buffer) if isinstance(buffer, np.ndarray) else buffer
-    return Step(layout, inputs, pool or KVPool({}, {}, {}, "float16"), is_decode, previous_output)
+    return Step(layout, inputs, pool or KVPool({}, {}, {}, KVFormats.of("float16")), is_decode, previous_output)
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

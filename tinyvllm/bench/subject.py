@@ -80,7 +80,7 @@ def _settings(runner: ModelRunner) -> dict[str, Any]:
     return {
         "max_num_batched_tokens": capacity.max_num_batched_tokens,
         "block_size": capacity.block_size,
-        "kv_cache_dtype": str(runner.pool.dtype),
+        "kv_cache_dtype": runner.pool.formats.name,
         "cpu_cores": len(device.cores) or None,
         "max_in_flight": runner.max_in_flight,
         "capture": runner.captures.capture,

@@ -23,7 +23,7 @@ from tinyvllm.ops.backend import KVPool
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colors
 
-_LAYER = re.compile(r"\.(?:layers|keys|values|matrices|convs)\.(\d+)")
+_LAYER = re.compile(r"\.(?:layers|keys|values|key_scales|value_scales|matrices|convs)\.(\d+)")
 STATES = ("pool.matrices.", "pool.convs.")  # the paths of tensors of recurrent states
 UNPACK = "unpack"  # the role of a kernel that unpacks a quantized matrix for a product
 _OUTSIDE_LAYERS = ("take rows", "embed")  # roles of kernels that touch no tensor with a name

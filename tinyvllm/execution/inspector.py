@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from tinyvllm.config import KVFormat
 from tinyvllm.device import hardware
 from tinyvllm.device.accounting import DeviceAccount
 from tinyvllm.device.bandwidth import measure_bandwidth
@@ -132,17 +133,22 @@ class RunnerInspector:
     def fill_pool(self, num_blocks: int, seed: int) -> None:
         """Write random keys and values to the first blocks of each layer. Memory that was never written may not exist
         yet: a CPU reads all untouched pages from one page of zeros, out of its cache."""
-        pool = self.runner.pool
+        pool, write = self.runner.pool, self.runner.backend.device.write
         values = np.random.default_rng(seed).standard_normal(FILL_VALUES, np.float32)
-        if pool.dtype == "bfloat16":
-            drawn = (values.view(np.uint32) >> 16).astype(np.uint16)
-        else:
-            drawn = values.astype(pool.dtype)
-        sizes = [
-            (tensor, min(num_blocks, count) * (tensor.numel() // count))
-            for layer, count in pool.num_blocks.items()
-            for tensor in pool.tensors_of(layer)
-        ]
-        filling = np.resize(drawn, max(size for _, size in sizes))
-        for tensor, size in sizes:
-            self.runner.backend.device.write(tensor, filling[:size])
+        for layer, count in pool.num_blocks.items():
+            share = min(num_blocks, count) / count
+            for tensor, form in pool.codes_of(layer):
+                write(tensor, np.resize(_drawn(values, form), round(tensor.nbytes() * share)))
+            for tensor in pool.tensors_of(layer)[len(pool.codes_of(layer)) :]:
+                scales = np.abs(values * np.float32(0.01)).astype(np.float16).view(np.uint8)
+                write(tensor, np.resize(scales, round(tensor.nbytes() * share)))
+
+
+def _drawn(values: np.ndarray, form: KVFormat) -> np.ndarray:
+    """The bytes of random numbers in a format; of codes, any bytes but those of e4m3's NaN."""
+    if form.is_quantized:
+        codes = values.view(np.uint8)
+        return codes & 0xBF if form.name == "fp8_e4m3" else codes
+    if form.name == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    return values.astype(form.name).view(np.uint8)

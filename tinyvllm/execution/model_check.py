@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from tinyvllm.arrays import SCALE_DTYPES, Format, QuantizedMatrix
-from tinyvllm.config import EngineConfig, Limits, ModelConfig, ModelFiles
+from tinyvllm.config import FLOAT16_KV, EngineConfig, Limits, ModelConfig, ModelFiles
 from tinyvllm.device.kinds import KINDS, kind_of
 from tinyvllm.errors import CapacityError
 from tinyvllm.execution.capacity import KVGroup, MemoryFacts, plan_capacity, scratch_bytes
@@ -27,7 +27,6 @@ from tinyvllm.ops.formats.runs import uncovered
 from tinyvllm.storage import families
 from tinyvllm.storage.model_config import read_model_config
 
-KV_ITEMSIZE = 2  # float16, as --kv-cache-dtype auto has it
 DENSE = {"float32": 4, "float16": 2, "bfloat16": 2}
 USEFUL_CONTEXT = 4096  # tokens of one sequence: with less room for keys and values a model is not worth loading
 EXPERTS = "experts"
@@ -258,7 +257,7 @@ def _left_out(files: ModelFiles, config: ModelConfig) -> Iterator[str]:
 
 def _kv_costs(config: ModelConfig) -> Iterator[KVCost]:
     for group in pool_groups(config.layers, config.max_position):
-        yield KVCost(len(group.shapes), KV_ITEMSIZE * group.token_elements, group.window)
+        yield KVCost(len(group.shapes), group.token_bytes(FLOAT16_KV), group.window)
 
 
 def _general(device: str, config: ModelConfig, formats: Mapping[str, Format | None]) -> Iterator[str]:

@@ -20,11 +20,11 @@ class FlopCounter:
     def __init__(self, model: Model, pool: KVPool, block_size: int) -> None:
         self._namer = CallNamer(model, pool)
         self._model = model
-        # elements of one token in each of the pool's tensors
-        self._pool = {
-            base_of(tensor): tensor.numel() // (count * block_size)
+        # elements of one token in each of the pool's tensors; of a plane of scales, none
+        self._pool = {base_of(tensor): 0 for layer in pool.num_blocks for tensor in pool.tensors_of(layer)} | {
+            base_of(tensor): tensor.nbytes() * 8 // form.bits // (count * block_size)
             for layer, count in pool.num_blocks.items()
-            for tensor in pool.tensors_of(layer)
+            for tensor, form in pool.codes_of(layer)
         }
         # elements of one sequence's matrices in each of their tensors
         self._states = {

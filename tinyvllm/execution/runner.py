@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from tinygrad import dtypes
 
-from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles, default_cores
-from tinyvllm.device.handle import FLOATS, open_device
+from tinyvllm.config import Capacity, EngineConfig, KVFormats, ModelConfig, ModelFiles, default_cores
+from tinyvllm.device.handle import open_device
 from tinyvllm.device.hardware import hardware_name, processor_name
 from tinyvllm.device.jit_replay import check_environment, choose_capture
 from tinyvllm.device.mapping import OutputReader
@@ -43,7 +43,7 @@ from tinyvllm.model.pooling import final_norm, pool
 from tinyvllm.model.registry import Model, complete_config, make_model
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint, with_own_head
 from tinyvllm.model.weights.random import RandomWeights
-from tinyvllm.ops.backend import Backend, KVPool
+from tinyvllm.ops.backend import Backend, KVPool, check_formats, pool_groups
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.cpu.cores import count_cores
 from tinyvllm.ops.kernel import tuning
@@ -116,6 +116,7 @@ def make_runner(
         overflows_float16=model_config.overflows_float16,
         unfused=config.unfused,
     )
+    formats = kv_formats(config, backend, model_config)
     overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
     num_instances, buckets = 2 if overlaps else 1, make_buckets(limits, config)
     store = open_program_store(device.name) if config.compile_cache else None
@@ -129,7 +130,6 @@ def make_runner(
             model_config.max_position,
         )
     model = make_model(model_config, source, backend, positions, lambda done, total: report("load", done, total))
-    kv_dtype = backend.kv_dtype(config.kv_cache_dtype, model_config.dtype)
     share = config.gpu_memory_utilization or device.default_share()
     device.check_share(share)
     memory = MemoryFacts(
@@ -141,18 +141,24 @@ def make_runner(
         scratch_bytes=scratch_bytes(limits, model_config)
         if capture == "replay"
         else jit_scratch_bytes(buckets, num_instances, model_config),
-        kv_groups=tuple(
-            KVGroup(FLOATS[kv_dtype].itemsize * group.token_elements, group.window) for group in model.pool_groups
-        ),
+        kv_groups=tuple(KVGroup(group.token_bytes(formats), group.window) for group in model.pool_groups),
         state_bytes=model_config.state_bytes,
         draft=draft,
     )
     capacity = plan_capacity(config, limits, model_config, memory)
     counts = [group.num_blocks for group in capacity.groups]
     pool = backend.make_pool(
-        model.pool_groups, counts, capacity.block_size, kv_dtype, model_config.states, capacity.num_state_slots
+        model.pool_groups, counts, capacity.block_size, formats, model_config.states, capacity.num_state_slots
     )
     return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, capture)
+
+
+def kv_formats(config: EngineConfig, backend: Backend, model_config: ModelConfig) -> KVFormats:
+    """The formats of the pool. Raises DeviceError for one that the device does not have, and UnsupportedModelError for
+    one that the model's heads do not fit."""
+    formats = KVFormats.of(*[backend.kv_dtype(wanted, model_config.dtype) for wanted in config.kv_types])
+    check_formats(pool_groups(model_config.layers), formats)
+    return formats
 
 
 @dataclass(frozen=True)
@@ -326,8 +332,7 @@ class ModelRunner:
     def close(self) -> None:
         """Release graphs, pool and weights. The runner cannot be used again."""
         self.captures.clear()
-        for stored in (self.pool.keys, self.pool.values, self.pool.matrices, self.pool.convs):
-            stored.clear()
+        self.pool.clear()
 
     # -- its parts ---------------------------------------------------------------------------------------------------
 

@@ -101,7 +101,7 @@ class StepCode:
             sources_digest(),
             tuning.current.digest,
             context.digest,
-            (context.pool.num_blocks, context.pool.dtype, context.pool.num_state_slots),
+            (context.pool.num_blocks, context.pool.formats, context.pool.num_state_slots),
             (self.bucket, self.layout),
             (_shapes(self.tensors), context.shapes),
         )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinyvllm.config import LayerKind
+from tinyvllm.config import KVFormat, LayerKind
+from tinyvllm.ops.kv_reference import dequantize, quantize
 from tinyvllm.ops.reference_forms import rms_norm, rotate, rotate_pairs, softcap, softmax, unit_norm
 
 
@@ -20,6 +21,31 @@ class AttentionTables:
     sinks: np.ndarray | None
 
 
+@dataclass(frozen=True)
+class StoredHeads:
+    """A layer's keys or values (slots, K, D) on the host, in the pool's dtype; if they are quantized, their codes
+    (slots, K, bytes), and scales (slots, K, groups) if the format has them."""
+
+    form: KVFormat
+    stored: np.ndarray
+    scales: np.ndarray | None = None
+
+    def write(self, slots: np.ndarray, heads: np.ndarray) -> None:
+        """Overwrite slots (T,) with heads (T, K, D), rounded to the format."""
+        if not self.form.is_quantized:
+            self.stored[slots] = heads
+            return
+        self.stored[slots], scales = quantize(heads, self.form)
+        if self.scales is not None:
+            self.scales[slots] = scales
+
+    def read(self, slots: np.ndarray) -> np.ndarray:
+        """(..., K, D) float32 of slots (...)."""
+        if not self.form.is_quantized:
+            return self.stored[slots].astype(np.float32)
+        return dequantize(self.stored[slots], None if self.scales is None else self.scales[slots], self.form)
+
+
 def attend_reference(
     qkv: np.ndarray,
     kind: LayerKind,
@@ -27,18 +53,18 @@ def attend_reference(
     positions: np.ndarray,
     slots: np.ndarray,
     context: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
+    keys: StoredHeads,
+    values: StoredHeads,
 ) -> np.ndarray:
-    """`Operations.attend` of qkv (T, columns): (T, H, D). Writes `slots` (T,) of keys and values (slots, K, D), in the
-    pool's dtype, and reads the slots `context` (T, C), every position of a row's block table in order. Columns of zeros
-    may follow in qkv."""
+    """`Operations.attend` of qkv (T, columns): (T, H, D). Writes `slots` (T,) of keys and values, and reads the slots
+    `context` (T, C), every position of a row's block table in order. Columns of zeros may follow in qkv."""
     stores = kind.kv_layer is None
     q, k, v = _heads(qkv, kind, tables, positions, stores=stores)
     if stores:
-        keys[slots], values[slots] = k, v
+        keys.write(slots, k)
+        values.write(slots, v)
     grouped = q.reshape(len(q), kind.num_kv_heads, -1, kind.head_dim)  # G query heads share a KV head
-    near_keys, near_values = keys[context].astype(np.float32), values[context].astype(np.float32)  # (T, C, K, D)
+    near_keys, near_values = keys.read(context), values.read(context)  # (T, C, K, D)
     scores = np.einsum("tkgd,tckd->tkgc", grouped, near_keys, optimize=True) * np.float32(kind.scale)
     weights = attention_weights(scores, positions, kind, tables.sinks)
     return np.einsum("tkgc,tckd->tkgd", weights, near_values, optimize=True).reshape(q.shape)

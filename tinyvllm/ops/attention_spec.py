@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from tinygrad import Tensor, UOp
 
-from tinyvllm.config import LayerKind
+from tinyvllm.config import FLOAT16_KV, KVFormats, LayerKind
 from tinyvllm.ops.activation import Exp2, tanh
 from tinyvllm.ops.coverage import in_words
 from tinyvllm.ops.kernel.body import LOG2E
@@ -70,6 +70,27 @@ class Tables:
 
 
 @dataclass(frozen=True)
+class PoolPlanes:
+    """A layer's part of the pool inside a kernel: keys and values, or their codes; None for scales that the format does
+    not have."""
+
+    keys: UOp
+    values: UOp
+    key_scales: UOp | None = None
+    value_scales: UOp | None = None
+
+    @property
+    def all(self) -> list[UOp]:
+        """In the order in which a kernel takes them."""
+        return [plane for plane in (self.keys, self.values, self.key_scales, self.value_scales) if plane is not None]
+
+    def after(self, *stores: UOp) -> PoolPlanes:
+        """The same planes, to be read after `stores`."""
+        scales = (plane if plane is None else plane.after(*stores) for plane in (self.key_scales, self.value_scales))
+        return PoolPlanes(self.keys.after(*stores), self.values.after(*stores), *scales)
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """One layer's attention of T rows over paged KV. Hashable: kernels are cached by it."""
 
@@ -91,6 +112,7 @@ class AttentionSpec:
     has_bias: bool = False
     writes_kv: bool = True  # False: an earlier layer's keys and values are read
     table_group: int = 0  # AttentionLayer.pool_group
+    kv: KVFormats = FLOAT16_KV  # the pool's; of dtypes, a kernel takes those of its tensors
     # if these heads are one core's shard: its first KV head, and the numbers of heads and KV heads of the layer
     shard: tuple[int, int, int] | None = None
 
@@ -181,6 +203,17 @@ class AttentionSpec:
         return 0 if self.window is None else (position - (self.window - 1)).maximum(0)
 
     # -- operands --------------------------------------------------------------------------------------------------
+
+    def take_planes(self, operands: list[UOp]) -> PoolPlanes:
+        """A kernel's part of the pool (`KVPool.planes_of`), removed from the front of its operands."""
+        keys, values = operands.pop(0), operands.pop(0)
+        key_scales = operands.pop(0) if self.kv.keys.group else None
+        return PoolPlanes(keys, values, key_scales, operands.pop(0) if self.kv.values.group else None)
+
+    @property
+    def num_planes(self) -> int:
+        """How many operands `take_planes` takes."""
+        return 2 + bool(self.kv.keys.group) + bool(self.kv.values.group)
 
     def take_tables(self, operands: list[UOp], *, with_sinks: bool) -> Tables:
         """A kernel's tables, removed from the front of its operands."""

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
+from tinygrad.dtype import DType
 
 from tinyvllm.arrays import HostMatrix, QuantizedMatrix, copy_all, stack_rows, take_rows, to_float16
-from tinyvllm.config import LayerKind, StateKind, stored_window
+from tinyvllm.config import KVFormat, KVFormats, LayerKind, StateKind, stored_window
 from tinyvllm.device.handle import FLOATS, DeviceHandle
+from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.coverage import Coverage, in_words
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
@@ -42,10 +44,12 @@ class PoolGroup:
     window: int | None = None  # tokens that are needed, the newest included; None: all
     latents: frozenset[int] = frozenset()  # layers that store one latent for each token, as keys without values
 
-    @property
-    def token_elements(self) -> int:
-        """Elements of one token's keys and values in all layers."""
-        return sum(math.prod(shape) * (1 if layer in self.latents else 2) for layer, shape in self.shapes.items())
+    def token_bytes(self, formats: KVFormats) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return sum(
+            formats.keys.num_bytes(math.prod(shape)) if layer in self.latents else formats.num_bytes(math.prod(shape))
+            for layer, shape in self.shapes.items()
+        )
 
 
 def pool_groups(layers: Sequence[LayerKind], max_model_len: int | None = None) -> tuple[PoolGroup, ...]:
@@ -75,16 +79,22 @@ def group_of(groups: Sequence[PoolGroup], layer: int) -> int:
 
 Stored: TypeAlias = Tensor | tuple[Tensor, ...]  # a layer's keys or values; a tuple: each CPU core's
 NO_STATES: Mapping[int, StateKind] = {}
+WORD_BYTES = 4  # of the words in which a GPU keeps codes
 
 
 @dataclass
 class KVPool:
-    """The paged KV cache. Block b of a layer starts at b * block_elements in its flat tensor of keys or values."""
+    """The paged KV cache. Each flat tensor of a layer consists of `num_blocks` equal parts, its blocks in order.
+
+    Quantized keys and values are codes: bytes, or on a GPU words of four (`code_dtype`). Their scales, if the format
+    has any, are float16 tensors of their own, in the same order of slots, heads and groups."""
 
     keys: dict[int, Stored]  # by layer
     values: dict[int, Stored]  # by layer, except those whose keys are latents
     num_blocks: dict[int, int]  # by layer
-    dtype: str
+    formats: KVFormats
+    key_scales: dict[int, Stored] = field(default_factory=dict)  # by layer, if the format of keys has scales
+    value_scales: dict[int, Stored] = field(default_factory=dict)
     # by recurrent layer, float32: the matrices (Hv, Dk, Dv) of each slot, and its convolution's inputs (conv_width,
     # conv_size), of which each CPU core has its own heads' (config.StateKind)
     matrices: dict[int, Stored] = field(default_factory=dict)
@@ -94,19 +104,40 @@ class KVPool:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors, including each core's of a layer that is sharded."""
-        stored = (*self.keys.values(), *self.values.values(), *self.matrices.values(), *self.convs.values())
-        return [tensor for entry in stored for tensor in (entry if isinstance(entry, tuple) else (entry,))]
+        by_layer = (self.keys, self.values, self.key_scales, self.value_scales, self.matrices, self.convs)
+        stored = [entry for layers in by_layer for entry in layers.values()]
+        return [tensor for entry in stored for tensor in _each(entry)]
 
     @property
     def state_tensors(self) -> list[Tensor]:
         """Those of recurrent states."""
         stored = (*self.matrices.values(), *self.convs.values())
-        return [tensor for entry in stored for tensor in (entry if isinstance(entry, tuple) else (entry,))]
+        return [tensor for entry in stored for tensor in _each(entry)]
+
+    def planes_of(self, layer: int) -> tuple[Stored, ...]:
+        """Of one layer that has keys and values, or latents, of its own: keys, values, the keys' scales and the
+        values', as far as there are any. The order of `AttentionSpec.take_planes`."""
+        by_layer = (self.keys, self.values, self.key_scales, self.value_scales)
+        return tuple(layers[layer] for layers in by_layer if layer in layers)
 
     def tensors_of(self, layer: int) -> list[Tensor]:
-        """Those of one layer that has keys and values, or latents, of its own."""
-        stored = (self.keys[layer], self.values.get(layer, ()))
-        return [tensor for entry in stored for tensor in (entry if isinstance(entry, tuple) else (entry,))]
+        """Those of `planes_of`, of every core."""
+        return [tensor for entry in self.planes_of(layer) for tensor in _each(entry)]
+
+    def clear(self) -> None:
+        """Release the memory."""
+        for layers in (self.keys, self.values, self.key_scales, self.value_scales, self.matrices, self.convs):
+            layers.clear()
+
+    def codes_of(self, layer: int) -> list[tuple[Tensor, KVFormat]]:
+        """Those of keys and values, without scales, and their formats."""
+        stored = ((self.keys, self.formats.keys), (self.values, self.formats.values))
+        return [(tensor, form) for layers, form in stored for tensor in _each(layers.get(layer, ()))]
+
+
+def _each(stored: Stored | tuple[()]) -> tuple[Tensor, ...]:
+    """The tensors of all cores."""
+    return stored if isinstance(stored, tuple) else (stored,)
 
 
 def blocks_by_layer(groups: Sequence[PoolGroup], num_blocks: int | Sequence[int]) -> dict[int, int]:
@@ -116,23 +147,63 @@ def blocks_by_layer(groups: Sequence[PoolGroup], num_blocks: int | Sequence[int]
     return dict(sorted(found.items()))
 
 
+def as_formats(formats: KVFormats | str) -> KVFormats:
+    """The formats of a pool, of which a name is that of both."""
+    return KVFormats.of(formats) if isinstance(formats, str) else formats
+
+
+def check_formats(groups: Sequence[PoolGroup], formats: KVFormats) -> None:
+    """Raise UnsupportedModelError, which names the layer, if a pool of these layers cannot be quantized like that."""
+    for form in (formats.keys, formats.values):
+        if not form.is_quantized:
+            continue
+        for layer, (_, head_dim) in sorted(shape for group in groups for shape in group.shapes.items()):
+            unit = form.group or WORD_BYTES
+            if layer in latent_layers(groups):
+                problem, others = "stores latents (MLA), which are not quantized", "auto, float16 or float32"
+            elif head_dim % unit:
+                problem = f"has heads of {head_dim} dimensions, but {form.name} needs a multiple of {unit}"
+                others = "auto, float16 or float32" if head_dim % WORD_BYTES else "auto, float16, float32 or fp8_e4m3"
+            else:
+                continue
+            raise UnsupportedModelError(f"--kv-cache-dtype is {form.name}, but layer {layer} {problem}: give {others}")
+
+
+def code_dtype(form: KVFormat, device: DeviceHandle) -> DType:
+    """The dtype of a plane of keys or values. Codes are words on a GPU, which loads vectors of them."""
+    if not form.is_quantized:
+        return FLOATS[form.name]
+    return dtypes.uint if device.has_threads else dtypes.uint8
+
+
+def zeroed_plane(device: DeviceHandle, form: KVFormat, num_elements: int, core: str | None = None) -> Tensor:
+    """A zeroed tensor of keys or values of whole heads."""
+    dtype = code_dtype(form, device)
+    return device.zeros(form.code_bytes(num_elements) // dtype.itemsize, dtype, core)
+
+
 def zeroed_pool(
     device: DeviceHandle,
     groups: Sequence[PoolGroup],
     num_blocks: int | Sequence[int],
     block_size: int,
-    dtype: str,
+    formats: KVFormats | str,
     states: Mapping[int, StateKind] = NO_STATES,
     num_state_slots: int = 0,
 ) -> KVPool:
-    """A pool with one tensor of keys and one of values for each layer; of keys alone where they are latents."""
-    counts, float_type = blocks_by_layer(groups, num_blocks), FLOATS[dtype]
+    """A pool with one tensor of keys and one of values for each layer, and those of their scales; of keys alone where
+    they are latents."""
+    counts, formats = blocks_by_layer(groups, num_blocks), as_formats(formats)
+    check_formats(groups, formats)
+    pool = KVPool({}, {}, counts, formats, num_state_slots=num_state_slots)
     shapes = {layer: shape for group in groups for layer, shape in group.shapes.items()}
-    sizes = {layer: count * block_size * math.prod(shapes[layer]) for layer, count in counts.items()}
-    keys = {layer: device.zeros(size, float_type) for layer, size in sizes.items()}
-    latents = latent_layers(groups)
-    values = {layer: device.zeros(size, float_type) for layer, size in sizes.items() if layer not in latents}
-    pool = KVPool(keys, values, counts, dtype, num_state_slots=num_state_slots)
+    planes = ((formats.keys, pool.keys, pool.key_scales), (formats.values, pool.values, pool.value_scales))
+    for layer, count in counts.items():
+        size = count * block_size * math.prod(shapes[layer])
+        for form, codes, scales in planes[: 1 if layer in latent_layers(groups) else 2]:
+            codes[layer] = zeroed_plane(device, form, size)
+            if form.group:
+                scales[layer] = device.zeros(form.num_scales(size), FLOATS["float16"])
     for layer, kind in states.items():
         if kind.matrix_elements:
             pool.matrices[layer] = device.zeros(num_state_slots * kind.matrix_elements, FLOATS["float32"])
@@ -228,20 +299,21 @@ class Weights(Protocol):
         arranged as `gate_up` arranges one."""
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
-        """The dtype of the pool: `wanted`, or if that is "auto", one that suits the device and the checkpoint's dtype,
-        `stored`."""
+        """The name of the format of keys, or of values: `wanted`, or if that is "auto", one that suits the device and
+        the checkpoint's dtype, `stored`. Raises DeviceError for one that the device does not have."""
 
     def make_pool(
         self,
         groups: Sequence[PoolGroup],
         num_blocks: int | Sequence[int],
         block_size: int,
-        dtype: str,
+        formats: KVFormats | str,
         states: Mapping[int, StateKind] = NO_STATES,
         num_state_slots: int = 0,
     ) -> KVPool:
         """A zeroed pool with `num_blocks` blocks in each group, or in all of them, and `num_state_slots` slots, the
-        dummy included, for the states of the recurrent layers `states`."""
+        dummy included, for the states of the recurrent layers `states`. `formats`: a name is that of keys and values.
+        Raises UnsupportedModelError as `check_formats`."""
 
 
 class Operations(Protocol):
@@ -433,11 +505,15 @@ __all__ = [
     "Norm",
     "PoolGroup",
     "Step",
+    "as_formats",
     "blocks_by_layer",
+    "check_formats",
+    "code_dtype",
     "expert_gate_over_up",
     "gate_over_up",
     "group_of",
     "pool_groups",
     "stack_qkv",
+    "zeroed_plane",
     "zeroed_pool",
 ]

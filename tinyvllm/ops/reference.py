@@ -15,17 +15,18 @@ from ml_dtypes import bfloat16
 from tinygrad import Tensor
 
 from tinyvllm.arrays import Format, HostMatrix, to_float32
-from tinyvllm.config import StateKind
+from tinyvllm.config import KVFormat, KVFormats, LayerKind, StateKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.activation import gated_exact
 from tinyvllm.ops.attention_reference import (
     AttentionTables,
     LatentTables,
+    StoredHeads,
     attend_latent_reference,
     attend_reference,
 )
 from tinyvllm.ops.attention_spec import AttentionLayer
-from tinyvllm.ops.backend import NO_STATES, PLAIN, Epilogue, KVPool, Norm, PoolGroup, Step, zeroed_pool
+from tinyvllm.ops.backend import NO_STATES, PLAIN, Epilogue, KVPool, Norm, PoolGroup, Step, Stored, zeroed_pool
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import PANEL, Matrix, check_shape
@@ -84,11 +85,11 @@ class ReferenceBackend:
         groups: Sequence[PoolGroup],
         num_blocks: int | Sequence[int],
         block_size: int,
-        dtype: str,
+        formats: KVFormats | str,
         states: Mapping[int, StateKind] = NO_STATES,
         num_state_slots: int = 0,
     ) -> KVPool:
-        return zeroed_pool(self.device, groups, num_blocks, block_size, dtype, states, num_state_slots)
+        return zeroed_pool(self.device, groups, num_blocks, block_size, formats, states, num_state_slots)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
         return "float32" if wanted == "auto" else wanted
@@ -155,9 +156,9 @@ class ReferenceBackend:
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         kind, views = layer.kind, _views(step)
         parts = [to_host(part, step.num_tokens, width) for part, width in zip(qkv, layer.qkv_cols, strict=True)]
-        shape = (-1, kind.num_kv_heads, kind.head_dim)
-        pool = [tensors[layer.pool_layer] for tensors in (step.pool.keys, step.pool.values)]
-        keys, values = (_stored(tensor, step.pool.dtype).reshape(shape) for tensor in pool)
+        pool, of = step.pool, layer.pool_layer
+        keys = _stored_heads(pool.formats.keys, pool.keys[of], pool.key_scales.get(of), kind)
+        values = _stored_heads(pool.formats.values, pool.values[of], pool.value_scales.get(of), kind)
         out = attend_reference(
             np.concatenate(parts, axis=1),
             kind,
@@ -172,8 +173,9 @@ class ReferenceBackend:
             values,
         )
         if kind.kv_layer is None:
-            self._overwrite(pool[0], keys)
-            self._overwrite(pool[1], values)
+            host = [keys.stored, values.stored, *[one.scales for one in (keys, values) if one.scales is not None]]
+            for tensor, array in zip(pool.planes_of(of), host, strict=True):
+                self._overwrite(tensor, array)
         return self._upload(out)
 
     def attend_latent(self, queries: Tensor, latents: Tensor, layer: LatentLayer, step: Step) -> Tensor:
@@ -185,7 +187,7 @@ class ReferenceBackend:
             to_host(layer.norm),
             to_host(layer.rope, -1, latent.rope_dim),
         )
-        stored = _stored(step.pool.keys[layer.index], step.pool.dtype).reshape(-1, latent.stored_dim)
+        stored = _stored(step.pool.keys[layer.index], step.pool.formats.keys).reshape(-1, latent.stored_dim)
         out = attend_latent_reference(
             to_host(queries, step.num_tokens, -1)[:, : kind.q_size],
             to_host(latents, step.num_tokens, -1),
@@ -300,10 +302,24 @@ def _views(step: Step) -> dict[str, np.ndarray]:
     return step.layout.views(step.inputs.numpy())
 
 
-def _stored(tensor: Tensor | tuple[Tensor, ...], dtype: str) -> np.ndarray:
-    """A copy of a layer's part of the pool, in the pool's own dtype, to which what is stored there is rounded."""
+def _stored(tensor: Stored, form: KVFormat) -> np.ndarray:
+    """A copy of a layer's part of the pool, in the pool's own dtype, to which what is stored there is rounded; of codes
+    the bytes."""
     assert isinstance(tensor, Tensor)
-    return np.array(tensor.numpy(), bfloat16 if dtype == "bfloat16" else dtype).reshape(-1)
+    if form.is_quantized:
+        return tensor.numpy().copy().view(np.uint8).reshape(-1)
+    return np.array(tensor.numpy(), bfloat16 if form.name == "bfloat16" else form.name).reshape(-1)
+
+
+def _stored_heads(form: KVFormat, stored: Stored, scales: Stored | None, kind: LayerKind) -> StoredHeads:
+    """A copy of a layer's keys or values."""
+    heads, dim = kind.num_kv_heads, kind.head_dim
+    width = form.code_bytes(dim) if form.is_quantized else dim
+    host_scales = None
+    if scales is not None:
+        assert isinstance(scales, Tensor)
+        host_scales = scales.numpy().copy().reshape(-1, heads, form.num_scales(dim))
+    return StoredHeads(form, _stored(stored, form).reshape(-1, heads, width), host_scales)
 
 
 def _context(views: Mapping[str, np.ndarray], group: int, layout: StepLayout) -> np.ndarray:

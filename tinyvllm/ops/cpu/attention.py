@@ -37,7 +37,6 @@ class CpuAttentionSpec(AttentionSpec):
     itself; otherwise `write_kv_kernel` runs before."""
 
     fused_write: bool = False
-    kv_dtype: str = "float16"
     # if cores share a KV head: this one's first query head, and the query heads of all of them
     first_query: int = 0
     all_queries: int = 0

@@ -11,7 +11,7 @@ from tinygrad import Tensor, UOp
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.arrays import take_rows as take_host_rows
-from tinyvllm.config import ConvKind, LayerKind, StateKind
+from tinyvllm.config import ConvKind, KVFormats, LayerKind, StateKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle, has_dot_instructions, has_many_registers, upload
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.attention_spec import AttentionLayer
@@ -25,10 +25,13 @@ from tinyvllm.ops.backend import (
     PoolGroup,
     Step,
     Stored,
+    as_formats,
     blocks_by_layer,
+    check_formats,
     gate_over_up,
     latent_layers,
     stack_qkv,
+    zeroed_plane,
 )
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.cpu.attention import CpuAttentionSpec, attention_kernel, write_kv_kernel
@@ -152,13 +155,15 @@ class CpuBackend(DeviceSampling):
         groups: Sequence[PoolGroup],
         num_blocks: int | Sequence[int],
         block_size: int,
-        dtype: str,
+        formats: KVFormats | str,
         states: Mapping[int, StateKind] = NO_STATES,
         num_state_slots: int = 0,
     ) -> KVPool:
         """A pool in which each core's KV heads, and its heads of recurrent layers, have their own tensors. All cores
         read the first one's latents."""
-        pool = KVPool({}, {}, blocks_by_layer(groups, num_blocks), dtype, num_state_slots=num_state_slots)
+        formats = as_formats(formats)
+        check_formats(groups, formats)
+        pool = KVPool({}, {}, blocks_by_layer(groups, num_blocks), formats, num_state_slots=num_state_slots)
         for layer, state in states.items():
             if isinstance(state, ConvKind):
                 parts = [((b - a) * PANEL * state.conv_width, core) for (a, b), core in self._channels(state)]
@@ -168,18 +173,15 @@ class CpuBackend(DeviceSampling):
             pool.matrices[layer] = self._states([(kind.matrix_elements, core) for kind, core in owned], num_state_slots)
             pool.convs[layer] = self._states([(kind.conv_elements, core) for kind, core in owned], num_state_slots)
         shapes = {layer: shape for group in groups for layer, shape in group.shapes.items()}
-        latents = latent_layers(groups)
+        planes = ((formats.keys, pool.keys, pool.key_scales), (formats.values, pool.values, pool.value_scales))
         for layer, count in pool.num_blocks.items():
             num_kv_heads, head_dim = shapes[layer]
-            per_head, teams = count * block_size * head_dim, self._teams(num_kv_heads)
-
-            def half(per_head: int = per_head, teams: list[Team] = teams) -> Stored:
-                tensors = [self.device.zeros((b - a) * per_head, FLOATS[dtype], cores[0]) for (a, b), cores in teams]
-                return tuple(tensors) if len(tensors) > 1 else tensors[0]
-
-            pool.keys[layer] = half()
-            if layer not in latents:
-                pool.values[layer] = half()
+            sizes = [((b - a) * count * block_size * head_dim, cores[0]) for (a, b), cores in self._teams(num_kv_heads)]
+            for form, codes, scales in planes[: 1 if layer in latent_layers(groups) else 2]:
+                codes[layer] = _stored([zeroed_plane(self.device, form, size, core) for size, core in sizes])
+                if form.group:
+                    own = [(form.num_scales(size), core) for size, core in sizes]
+                    scales[layer] = _stored([self.device.zeros(count, FLOATS["float16"], core) for count, core in own])
         return pool
 
     def _channels(self, kind: ConvKind) -> list[tuple[tuple[int, int], str]]:
@@ -188,8 +190,7 @@ class CpuBackend(DeviceSampling):
 
     def _states(self, sizes: Sequence[tuple[int, str]], num_slots: int) -> Stored:
         """Each core's part of the slots of a recurrent layer. `sizes`: its elements of a slot."""
-        tensors = [self.device.zeros(num_slots * size, FLOATS["float32"], core) for size, core in sizes]
-        return tuple(tensors) if len(tensors) > 1 else tensors[0]
+        return _stored([self.device.zeros(num_slots * size, FLOATS["float32"], core) for size, core in sizes])
 
     def _bounds(self, count: int) -> list[tuple[tuple[int, int], str]]:
         """[((first, end), core)]: `count` units divided between the cores as evenly as possible."""
@@ -212,6 +213,8 @@ class CpuBackend(DeviceSampling):
         """float16 for "auto": half the bytes of float32, and at long contexts decoding is bound by them.
 
         Raises DeviceError for bfloat16, which not every C compiler has (clang 14 on x86 does not)."""
+        if wanted in ("fp8", "fp8_e4m3", "q8_0", "q4_0"):
+            raise DeviceError(f"--kv-cache-dtype is {wanted!r}, which the CPU device does not have yet")
         if wanted == "bfloat16":
             raise DeviceError(
                 "--kv-cache-dtype is 'bfloat16', which the CPU device does not have: give float16 or float32"
@@ -304,7 +307,7 @@ class CpuBackend(DeviceSampling):
             qkv, layer = [self._norm_whole(qkv, layer, step.num_tokens)], layer.without_whole_norm()
         kind, pool = layer.kind, step.pool
         outs, widths = [], []
-        keys, values = tensors_of(pool.keys[layer.pool_layer]), tensors_of(pool.values[layer.pool_layer])
+        planes = [tensors_of(plane) for plane in pool.planes_of(layer.pool_layer)]
         group = kind.num_heads // kind.num_kv_heads
         teams = self._teams(kind.num_kv_heads)
         for i, ((a, b), cores) in enumerate(teams):
@@ -323,9 +326,9 @@ class CpuBackend(DeviceSampling):
                 qkv_cols=tuple(cols),
                 shard=(a, kind.num_heads, kind.num_kv_heads) if kind.has_bias or kind.has_sinks else None,
                 fused_write=step.is_decode and kind.kv_layer is None and len(cores) == 1,
-                kv_dtype=pool.dtype,
+                kv=pool.formats,
             )
-            for out, heads in self._attend(spec, cores, (keys[i], values[i]), layer, step, mine):
+            for out, heads in self._attend(spec, cores, [plane[i] for plane in planes], layer, step, mine):
                 outs.append(out)
                 widths.append(heads * kind.head_dim)
         return sharded(outs, widths)
@@ -536,7 +539,7 @@ class CpuBackend(DeviceSampling):
         self,
         spec: CpuAttentionSpec,
         cores: tuple[str, ...],
-        pool: tuple[Tensor, Tensor],
+        pool: list[Tensor],
         layer: AttentionLayer,
         step: Step,
         qkv: list[Tensor],
@@ -552,13 +555,18 @@ class CpuBackend(DeviceSampling):
             return [(run_kernel(attention_kernel(spec), [out, *pool], read)[0], spec.num_heads)]
         if spec.writes_kv:
             written = [step.inputs, *layer.key_tables, *qkv]
-            pool = tuple(run_kernel(write_kv_kernel(spec), list(pool), written))
+            pool = run_kernel(write_kv_kernel(spec), pool, written)
         outs = []
         for (first, end), core in share(spec.num_heads, cores) if len(cores) > 1 else [((0, spec.num_heads), cores[0])]:
             own = spec if len(cores) == 1 else spec.with_queries(first, end)
             (out,) = run_kernel(attention_kernel(own), [output(own, core)], [*pool, *read])
             outs.append((out, own.num_heads))
         return outs
+
+
+def _stored(tensors: Sequence[Tensor]) -> Stored:
+    """A layer's part of the pool, of which each core has a tensor."""
+    return tuple(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _heads_of(kind: StateKind, key_heads: int) -> StateKind:

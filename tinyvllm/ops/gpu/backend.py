@@ -9,9 +9,9 @@ from dataclasses import replace
 from tinygrad import Tensor, UOp, dtypes
 
 from tinyvllm.arrays import Format, HostMatrix
-from tinyvllm.config import StateKind
+from tinyvllm.config import KV_ALIASES, KV_FORMATS, KVFormats, StateKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle
-from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.attention_spec import AttentionLayer, AttentionSpec
 from tinyvllm.ops.backend import (
     NO_STATES,
@@ -81,7 +81,7 @@ class GpuBackend(DeviceSampling):
         groups: Sequence[PoolGroup],
         num_blocks: int | Sequence[int],
         block_size: int,
-        dtype: str,
+        formats: KVFormats | str,
         states: Mapping[int, StateKind] = NO_STATES,
         num_state_slots: int = 0,
     ) -> KVPool:
@@ -90,10 +90,12 @@ class GpuBackend(DeviceSampling):
         for head_dim in {head_dim for layer, (_, head_dim) in shapes if layer not in latents}:
             if head_dim > MAX_HEAD_DIM or head_dim % 8:
                 raise UnsupportedModelError(f"head_dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}")
-        return zeroed_pool(self.device, groups, num_blocks, block_size, dtype, states, num_state_slots)
+        return zeroed_pool(self.device, groups, num_blocks, block_size, formats, states, num_state_slots)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
-        """That of the activations for "auto"."""
+        """That of the activations for "auto". Raises DeviceError for formats that no kernel here reads."""
+        if KV_FORMATS.get(KV_ALIASES.get(wanted, wanted), KV_FORMATS["float16"]).is_quantized:
+            raise DeviceError(f"--kv-cache-dtype is {wanted!r}, which {self.device.name} does not have: give float16")
         return self.dtype if wanted == "auto" else wanted
 
     # -- operations ---------------------------------------------------------------------------------------------------
@@ -157,7 +159,7 @@ class GpuBackend(DeviceSampling):
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         qkv, layer = self._with_whole_norm(qkv, layer, step)
         pool, stored = step.pool, layer.pool_layer
-        spec = AttentionSpec.of(layer, step.layout, pool.num_blocks[stored])
+        spec = AttentionSpec.of(layer, step.layout, pool.num_blocks[stored], kv=pool.formats)
         keys, values = pool.keys[stored], pool.values[stored]
         if spec.writes_kv:
             written = [step.inputs, *layer.key_tables, *qkv[spec.kv_parts]]

@@ -17,9 +17,10 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyvllm.arrays import HostMatrix
+from tinyvllm.config import FLOAT16_KV
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.attention_spec import AttentionLayer
-from tinyvllm.ops.backend import PLAIN, Epilogue, Norm, Step
+from tinyvllm.ops.backend import PLAIN, Epilogue, KVPool, Norm, Step
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.formats.runs import covers
@@ -145,6 +146,11 @@ class Split(Pending):
     split: SplitHeads
 
 
+def _uncovered_pool(pool: KVPool) -> str:
+    """Why the fused kernels of attention do not read this pool, in words; "" if they do."""
+    return "" if pool.formats == FLOAT16_KV else f"a pool in {pool.formats.name}"
+
+
 DENSE_NAMES = {dtypes.half: "float16", dtypes.bfloat16: "bfloat16"}  # formats, by the matrix unit's dtype
 ProductSpec = MatrixSpec | GemmSpec | StreamSpec | StreamedMatrixSpec
 
@@ -185,7 +191,7 @@ class FusedGpuBackend(GpuBackend):
         """float16 unless another dtype is requested, or float32 if the activations are. Not bfloat16, which cannot be
         loaded in vectors."""
         if wanted != "auto":
-            return wanted
+            return super().kv_dtype(wanted, stored)
         return "float32" if self.dtype == "float32" else "float16"
 
     # -- operations ---------------------------------------------------------------------------------------------------
@@ -284,8 +290,9 @@ class FusedGpuBackend(GpuBackend):
         qkv, layer = self._with_whole_norm(qkv, layer, step)
         counts, parts = self._as_partials(qkv)
         kind = DecodeSpec if step.is_decode else PrefillSpec
-        mma = self._mma(dtypes.half) if step.pool.dtype == "float16" else None
-        reason = f"a pool in {step.pool.dtype}" if step.pool.dtype != "float16" else "no matrix unit for float16"
+        pool_reason = _uncovered_pool(step.pool)
+        mma = None if pool_reason else self._mma(dtypes.half)
+        reason = pool_reason or "no matrix unit for float16"
         if mma is not None:
             lanes = self._lanes_between(step.num_tokens) if step.is_decode else self.lanes
             own = dict(lanes=lanes, mma=mma, qkv_partials=counts)
@@ -348,8 +355,9 @@ class FusedGpuBackend(GpuBackend):
     def attend_latent(self, queries: Tensor, latents: Tensor, layer: LatentLayer, step: Step) -> Tensor:
         queries, latents = self.whole(queries), self.whole(latents)
         mma, tokens = self._mma(dtypes.half), step.num_tokens
-        reason = f"a pool in {step.pool.dtype}" if step.pool.dtype != "float16" else "no matrix unit for float16"
-        if mma is not None and step.pool.dtype == "float16":
+        pool_reason = _uncovered_pool(step.pool)
+        reason = pool_reason or "no matrix unit for float16"
+        if mma is not None and not pool_reason:
             own = dict(lanes=self._lanes(tokens), mma=mma)
             spec = FusedLatentSpec.of(layer, step.layout, step.pool.num_blocks[layer.index], **own)
             reason = spec.uncovered_shape() or self._uncovered_product([layer.key_up, layer.value_up], tokens, PLAIN)

@@ -673,6 +673,11 @@ class EngineConfig:
         """What the formats of keys and of values are to be: "auto", or names of KV_TYPES."""
         return self.kv_cache_dtype_k or self.kv_cache_dtype, self.kv_cache_dtype_v or self.kv_cache_dtype
 
+    @property
+    def planned_kv(self) -> KVFormats:
+        """The formats of keys and values as far as they are known without the device: of "auto", float16."""
+        return KVFormats.of(*["float16" if name == "auto" else name for name in self.kv_types])
+
     def _check_limits(self) -> None:
         def refuse(flag: str, value: object, remedy: str) -> None:
             raise TinyvllmError(f"--{flag} is {value!r}: {remedy}")

@@ -37,7 +37,7 @@ def examine(config: EngineConfig) -> Need:
     kind.check()
     free = kind.free_memory(device)
     with _quietly():  # loading logs the same again
-        report = examine_files(resolve_model(config.model), device)
+        report = examine_files(resolve_model(config.model), device, config.planned_kv)
     least = least_memory(report, config, fit_limits(config, limits_of_kind(device, free)), device)
     return Need(
         device=device,

@@ -18,12 +18,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tinyvllm.config import Capacity, EngineConfig, ModelFiles, SamplingParams
-from tinyvllm.device.handle import FLOATS, open_device
+from tinyvllm.device.handle import open_device
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.capacity import DraftMemory, scratch_bytes
 from tinyvllm.execution.captures import Captures, Progress
 from tinyvllm.execution.limits import resolve_limits
-from tinyvllm.execution.model_check import KV_ITEMSIZE, examine_files
+from tinyvllm.execution.model_check import examine_files
 from tinyvllm.execution.runner import Flight, ModelRunner, load_runner, padded_rows
 from tinyvllm.ops.sampling.logits_processing import state_bytes
 from tinyvllm.scheduling.block_manager import BlockManager
@@ -36,12 +36,12 @@ from tinyvllm.storage.model_config import read_model_config
 def measure_draft(files: ModelFiles, config: EngineConfig) -> DraftMemory:
     """What a draft model takes on the device beside the model of `config`, by its files' headers. Raises ModelError."""
     device = open_device()
-    report, limits = examine_files(files, device.name), resolve_limits(config, device)
-    itemsize = FLOATS[config.kv_cache_dtype].itemsize if config.kv_cache_dtype in FLOATS else KV_ITEMSIZE
+    report = examine_files(files, device.name, config.planned_kv)
+    limits = resolve_limits(config, device)
     rows = state_bytes(padded_rows(limits.max_num_seqs), report.config.vocab_size)
     return DraftMemory(
         fixed_bytes=report.device_bytes + rows + scratch_bytes(limits, report.config),
-        bytes_per_token=sum(one.bytes_per_token for one in report.kv) * itemsize // KV_ITEMSIZE,
+        bytes_per_token=sum(one.bytes_per_token for one in report.kv),
     )
 
 

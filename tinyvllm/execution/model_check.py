@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from tinyvllm.arrays import SCALE_DTYPES, Format, QuantizedMatrix
-from tinyvllm.config import FLOAT16_KV, EngineConfig, Limits, ModelConfig, ModelFiles
+from tinyvllm.config import FLOAT16_KV, EngineConfig, KVFormats, Limits, ModelConfig, ModelFiles
 from tinyvllm.device.kinds import KINDS, kind_of
 from tinyvllm.errors import CapacityError
 from tinyvllm.execution.capacity import KVGroup, MemoryFacts, plan_capacity, scratch_bytes
@@ -118,9 +118,9 @@ class LeastMemory:
     context: int
 
 
-def examine_files(files: ModelFiles, device: str) -> ModelReport:
-    """Read the headers. `device`: tinygrad's name of the one whose memory counts. Raises ModelError for files that
-    cannot be run, with the reason."""
+def examine_files(files: ModelFiles, device: str, kv: KVFormats = FLOAT16_KV) -> ModelReport:
+    """Read the headers. `device`: tinygrad's name of the one whose memory counts; `kv`: as `EngineConfig.planned_kv`.
+    Raises ModelError for files that cannot be run, with the reason."""
     config = complete_config(read_model_config(files))
     checkpoint = open_checkpoint(files, config)
     config = with_own_head(config, checkpoint)
@@ -132,7 +132,7 @@ def examine_files(files: ModelFiles, device: str) -> ModelReport:
         source=_source(files, formats),
         config=config,
         classes=tuple(_classes(checkpoint.tensors, formats, is_cpu)),
-        kv=tuple(_kv_costs(config)),
+        kv=tuple(_kv_costs(config, kv)),
         left_out=tuple(_left_out(files, config)),
         general={name: tuple(_general(name, config, formats)) for name in KINDS},
     )
@@ -255,9 +255,9 @@ def _left_out(files: ModelFiles, config: ModelConfig) -> Iterator[str]:
 # --- KV cache and kernels ------------------------------------------------------------------------------------------
 
 
-def _kv_costs(config: ModelConfig) -> Iterator[KVCost]:
+def _kv_costs(config: ModelConfig, formats: KVFormats) -> Iterator[KVCost]:
     for group in pool_groups(config.layers, config.max_position):
-        yield KVCost(len(group.shapes), group.token_bytes(FLOAT16_KV), group.window)
+        yield KVCost(len(group.shapes), group.token_bytes(formats), group.window)
 
 
 def _general(device: str, config: ModelConfig, formats: Mapping[str, Format | None]) -> Iterator[str]:

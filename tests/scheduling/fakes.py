@@ -15,8 +15,9 @@ from typing import Any
 
 from tinyvllm.config import BlockGroup, Capacity, SamplingParams
 from tinyvllm.scheduling.block_manager import BlockManager
+from tinyvllm.scheduling.drafts import AlwaysDraft, Speculator
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenOut
-from tinyvllm.scheduling.request import Request, TokenLogprobs
+from tinyvllm.scheduling.request import Request, Status, TokenLogprobs
 from tinyvllm.scheduling.scheduler import Scheduler
 
 VOCAB_SIZE = 260  # as tests.builders' byte tokenizer
@@ -68,8 +69,9 @@ class FakeRunner:
         for entry in plan.entries:
             self._write(entry, written)
         self._move_states(plan)
-        sampled = [self._sample(entry.request) for entry in plan.sampled]
-        self._newest = {entry.request: ids for entry, (ids, _) in zip(plan.sampled, sampled, strict=True)}
+        rows = [(entry.request, place) for entry in plan.sampled for place in range(entry.num_sampled)]
+        sampled = [self._sample(request, place) for request, place in rows]
+        self._newest = {request: ids for (request, place), (ids, _) in zip(rows, sampled, strict=True) if not place}
         ids, logprobs = [token for token, _ in sampled], [logprob for _, logprob in sampled]
         scores = tuple(self._score(entry) for entry in plan.scored)
         return StepOutput(tuple(ids), tuple(logprobs), scores, pack_s=0.25, device_s=0.5)
@@ -85,7 +87,8 @@ class FakeRunner:
     def _write(self, entry: Scheduled, written: set[tuple[int, int]]) -> None:
         request, stop = entry.request, entry.start + entry.count
         assert entry.count > 0 and entry.start == request.num_computed, entry
-        tokens = request.tokens(entry.start, stop)
+        known = stop - len(entry.drafts)
+        tokens = [*request.tokens(entry.start, known), *entry.drafts]
         if len(tokens) < entry.count:  # the last is in flight
             assert list(self._newest)[request.flight_row] is request, (
                 "the row that the step is told to read is another's"
@@ -114,14 +117,15 @@ class FakeRunner:
             stop = entry.start + entry.count
             self.states[state.slot] = (stop, self.pools[0][self._slot(entry.request, stop - 1)])
 
-    def _sample(self, request: Request) -> tuple[int, TokenLogprobs | None]:
-        digests, end = [], request.num_tokens
+    def _sample(self, request: Request, place: int) -> tuple[int, TokenLogprobs | None]:
+        """The token after a request's known tokens and the first `place` drafts."""
+        digests, end = [], request.num_tokens + place
         for group, (pool, window) in enumerate(zip(self.pools, self.windows, strict=True)):
             seen = range(0 if window is None else max(0, end - window), end)
             digests += [pool[self._slot(request, position, group)] for position in seen]
-        noise = (request.seed, request.num_tokens) if request.params.temperature else ()
+        noise = (request.seed, end) if request.params.temperature else ()
         token_id = self.choose(request, mix(*digests, *noise))
-        while token_id in request.suppressed_ids:
+        while token_id in request.suppressed_after(place):
             token_id = (token_id + 1) % self.vocab_size
         if request.params.logprobs is None:
             return token_id, None
@@ -150,6 +154,41 @@ def make_scheduler(
 ) -> Scheduler:
     capacity = make_capacity(num_blocks, block_size, **fields)
     return Scheduler(BlockManager.of(capacity, prefix_caching), capacity, policy)
+
+
+class GuessingDrafter:
+    """Proposes the token that will be sampled with probability `right`, otherwise another one, and at times fewer
+    tokens than asked for. `truth`: what a request answers without drafts."""
+
+    def __init__(self, truth: Callable[[Request], list[int]], right: float, seed: int = 0) -> None:
+        self.truth, self.right, self.rng = truth, right, random.Random(seed)
+        self.shown: set[Request] = set()
+        self.num_committed = 0
+
+    def expects(self, request: Request) -> bool:
+        return self.rng.random() < 0.8
+
+    def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:
+        return [self._guess(request, count) for request, count in zip(requests, counts, strict=True)]
+
+    def _guess(self, request: Request, count: int) -> list[int]:
+        assert count > 0 and not request.num_in_flight and request.status is Status.RUNNING
+        self.shown.add(request)
+        known = len(request.output_ids)
+        coming = self.truth(request)[known : known + self.rng.choice([count, count, self.rng.randint(0, count)])]
+        return [token if self.rng.random() < self.right else self.rng.randrange(200) for token in coming]
+
+    def committed(self, plan: StepPlan, output: StepOutput) -> None:
+        self.num_committed += 1
+
+    def forget(self, request: Request) -> None:
+        self.shown.remove(request)  # once, and only what was shown
+
+
+def add_drafts(scheduler: Scheduler, drafter: GuessingDrafter, num_tokens: int = 3) -> Speculator:
+    """Let a scheduler's steps have drafts."""
+    scheduler.speculator = Speculator(drafter, AlwaysDraft(), num_tokens)
+    return scheduler.speculator
 
 
 def make_runner(scheduler: Scheduler) -> FakeRunner:
@@ -193,7 +232,14 @@ class Flights:
 
     def step(self) -> list[TokenOut]:
         """Plan one step and commit the oldest if it is time, with the pool audited after each of these."""
-        return self._run(self.scheduler.schedule())
+        outs: list[TokenOut] = []
+        speculator = self.scheduler.speculator
+        if speculator is not None:
+            while self._flights and (self._flights[-1][0].num_drafts or speculator.wants(self.scheduler.running)):
+                outs += self._commit()
+            if not self._flights:
+                speculator.draft(self.scheduler.running)
+        return outs + self._run(self.scheduler.schedule())
 
     def step_plan(self) -> StepPlan:
         """The same of a step that there is; its plan."""
@@ -211,8 +257,11 @@ class Flights:
             scheduler.advance(plan)
         if not self._flights or (plan is not None and len(self._flights) < self.depth):
             return []
-        outs = scheduler.commit(*self._flights.popleft())
-        scheduler.block_manager.audit()
+        return self._commit()
+
+    def _commit(self) -> list[TokenOut]:
+        outs = self.scheduler.commit(*self._flights.popleft())
+        self.scheduler.block_manager.audit()
         return outs
 
 
@@ -225,7 +274,9 @@ def check_limits(scheduler: Scheduler, plan: StepPlan) -> None:
     capacity = scheduler.capacity
     assert 0 < plan.num_tokens <= capacity.max_num_batched_tokens, plan.num_tokens
     assert len(plan.entries) <= capacity.max_num_seqs
-    assert plan.num_logit_rows <= capacity.max_num_seqs
+    is_verified_alone = plan.num_drafts and plan.num_tokens <= capacity.max_verify_rows
+    assert is_verified_alone or plan.num_logit_rows <= capacity.max_num_seqs
+    assert not any(request.drafts for request in scheduler.requests), "drafts are for one step"
     ending = {request for request in scheduler.running if request.num_in_flight and request not in _requests(plan)}
     assert _requests(plan) | ending == set(scheduler.running), "all that run move in every step, or end with it"
     for request in ending:

@@ -2,6 +2,9 @@
 
 Where the device can feed a step with the previous step's tokens, two steps are in flight: while one runs, the next is
 planned, packed and enqueued, so the device never waits for Python. The end of a request is then seen one step late.
+
+Drafts (scheduling/drafts.py) continue known tokens. So when the speculator wants to draft, the step in flight is
+collected first, and a step with drafts before anything else is planned.
 """
 
 from __future__ import annotations
@@ -120,7 +123,7 @@ class LaunchedStep:
     @property
     def stage(self) -> int:
         """What the device's time counts as."""
-        return DECODE if self.plan.is_decode else PREFILL
+        return DECODE if self.plan.has_no_prompts else PREFILL
 
 
 class EngineCore:
@@ -218,39 +221,60 @@ class EngineCore:
             return self._step(span)
 
     def _step(self, span: measure.OpenSpan | measure.Nothing) -> list[TokenOut]:
+        outs: list[TokenOut] = []
         self.clock.mark(LOOP)
+        try:
+            self._collect_for_drafts(outs)
+        except Exception as error:
+            return outs + self._fail([], error)
         try:
             with measure.span(measure.SCHEDULE):
                 reach("engine.schedule")
+                if self.scheduler.speculator is not None and not self._in_flight:
+                    self.scheduler.speculator.draft(self.scheduler.running)
                 plan = self.scheduler.schedule()
         except InvariantError:
             raise
         except Exception as error:
-            return self._fail(self.scheduler.requests, error)
+            return outs + self._fail(self.scheduler.requests, error)
         schedule_s = self.clock.mark(SCHEDULE)
         if plan is None and not self._in_flight:
-            return []
+            return outs
         if measure.is_on():
             span.tell(**_facts(plan or self._in_flight[0].plan))
             _measure_queues(plan)
-        outs: list[TokenOut] = []
         try:
-            if plan is not None:
-                self._launch(plan, schedule_s)
-            if plan is None or len(self._in_flight) == MAX_IN_FLIGHT:
-                self._collect(outs)
-            if plan is not None:
-                reach("engine.sample")
-                self.clock.mark(LOOP)
-                latest = self._in_flight[-1]
-                self.runner.sample(latest.handle)
-                latest.launch_s += self.clock.mark(latest.stage)
-                # pooled hidden states are in scratch memory, which the next step would overwrite
-                if self.runner.max_in_flight == 1 or plan.pooled:
-                    self._collect(outs)
+            self._run(plan, schedule_s, outs)
         except Exception as error:
             outs += self._fail([] if plan is None else [entry.request for entry in plan.entries], error)
         return outs
+
+    def _collect_for_drafts(self, outs: list[TokenOut]) -> None:
+        """Collect what is in flight if the next step cannot be planned before, because that has drafts, or this one is
+        to have some."""
+        speculator = self.scheduler.speculator
+        if speculator is None or not self._in_flight:
+            return
+        if self._in_flight[-1].plan.num_drafts or speculator.wants(self.scheduler.running):
+            while self._in_flight:
+                self._collect(outs)
+            self.clock.mark(LOOP)
+
+    def _run(self, plan: StepPlan | None, schedule_s: float, outs: list[TokenOut]) -> None:
+        """Launch the step that was planned, if there is one, and collect those whose time it is."""
+        if plan is not None:
+            self._launch(plan, schedule_s)
+        if plan is None or len(self._in_flight) == MAX_IN_FLIGHT:
+            self._collect(outs)
+        if plan is not None:
+            reach("engine.sample")
+            self.clock.mark(LOOP)
+            latest = self._in_flight[-1]
+            self.runner.sample(latest.handle)
+            latest.launch_s += self.clock.mark(latest.stage)
+            # pooled hidden states are in scratch memory, which the next step would overwrite
+            if self.runner.max_in_flight == 1 or plan.pooled:
+                self._collect(outs)
 
     def _launch(self, plan: StepPlan, schedule_s: float) -> None:
         reach("engine.launch")
@@ -259,7 +283,7 @@ class EngineCore:
             if request.passage is not None:
                 request.passage.leave_queue()
         handle: Launched = self.runner.launch(plan)
-        launch_s = clock.mark_divided(DECODE if plan.is_decode else PREFILL, handle.pack_s, PACK)
+        launch_s = clock.mark_divided(DECODE if plan.has_no_prompts else PREFILL, handle.pack_s, PACK)
         step = LaunchedStep(plan, handle, schedule_s, launch_s, clock.now_s - launch_s)
         with measure.span(measure.COMMIT):
             self.scheduler.advance(plan)
@@ -274,7 +298,7 @@ class EngineCore:
         clock.mark(LOOP)
         output = self.runner.collect(step.handle)
         wait_s = clock.mark_divided(step.stage, output.tokens_s, TOKENS)
-        if step.plan.admitted or not step.plan.is_decode:
+        if step.plan.admitted or not step.plan.has_no_prompts:
             _note_chunks(step, step.launch_s + wait_s)
         self._note_pace(step, output.num_rows)
         with measure.span(measure.COMMIT):
@@ -301,9 +325,11 @@ class EngineCore:
         """Tell the scheduler how long a step has taken that was collected now: since it was launched, or since the step
         before it, which was in flight then, was collected."""
         now_s = self.clock.now_s
-        if self.scheduler.pace is not None and num_rows:
-            since_s = max(step.launched_s, self._collected_s)
-            self.scheduler.pace.note(num_rows, step.plan.is_decode, now_s - since_s)
+        seconds = now_s - max(step.launched_s, self._collected_s)
+        if self.scheduler.pace is not None and num_rows and (step.plan.is_decode or not step.plan.has_no_prompts):
+            self.scheduler.pace.note(num_rows, step.plan.is_decode, seconds)
+        if self.scheduler.speculator is not None and num_rows:
+            self.scheduler.speculator.rule.note_step(step.plan, num_rows, seconds)
         self._collected_s = now_s
 
     def check(self) -> None:
@@ -374,16 +400,16 @@ def _note_chunks(step: LaunchedStep, seconds: float) -> None:
     admitted = set(step.plan.admitted)
     for entry in step.plan.entries:
         request = entry.request
-        if request.passage is not None and (entry.count > 1 or not entry.samples or request in admitted):
+        if request.passage is not None and (not entry.decodes or request in admitted):
             request.passage.add_chunk(step.stage, seconds)
 
 
 def _facts(plan: StepPlan) -> dict[str, measure.Fact]:
     """Attributes of a step's span."""
-    if plan.is_decode:
-        kind = "decode"
+    if plan.has_no_prompts:
+        kind = "verify" if plan.num_drafts else "decode"
     else:
-        kind = "mixed" if any(entry.count == 1 and entry.samples for entry in plan.entries) else "prefill"
+        kind = "mixed" if any(entry.decodes for entry in plan.entries) else "prefill"
     return {"kind": kind, "tokens": plan.num_tokens, "sequences": len(plan.entries)}
 
 

@@ -44,6 +44,11 @@ class Scheduled:
             self.num_scored = max(0, min(stop, request.num_prompt_tokens - 1) - self.first_scored)
 
     @property
+    def decodes(self) -> bool:
+        """Whether it computes a request's last token, and perhaps drafts, rather than a part of a prompt."""
+        return self.samples and (self.count == 1 or bool(self.drafts))
+
+    @property
     def num_sampled(self) -> int:
         """Rows that sample: those of the last known token and of the drafts."""
         return self.samples + len(self.drafts)
@@ -69,6 +74,11 @@ class StepPlan:
     def is_decode(self) -> bool:
         """Every entry is one token that samples, so a decode graph can run it; such a graph keeps no hidden states."""
         return all(entry.count == 1 and entry.samples for entry in self.entries) and not self.pooled
+
+    @cached_property
+    def has_no_prompts(self) -> bool:
+        """Every entry computes its request's last token, and perhaps drafts."""
+        return all(entry.decodes for entry in self.entries) and not self.pooled
 
     @cached_property
     def num_drafts(self) -> int:

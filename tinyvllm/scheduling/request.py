@@ -152,7 +152,11 @@ class Request:
     @property
     def suppressed_ids(self) -> tuple[int, ...]:
         """Ids that may not be sampled now, because min_tokens is not reached: EOS and stop ids."""
-        if self.num_output_tokens >= self.params.min_tokens:
+        return self.suppressed_after(0)
+
+    def suppressed_after(self, num_drafts: int) -> tuple[int, ...]:
+        """The same for the token after so many drafts."""
+        if self.num_output_tokens + num_drafts >= self.params.min_tokens:
             return ()
         return tuple(sorted({*self.eos_ids, *self.params.stop_token_ids}))
 

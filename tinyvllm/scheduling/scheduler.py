@@ -6,7 +6,8 @@ chunks of long prompts share steps with decodes. When the pool runs out, the req
 blocks and is recomputed later (Kwon et al. 2023, sec. 4.5).
 
 A step passes through three calls: `schedule` plans it, `advance` marks it as launched, `commit` takes its tokens. The
-next step may be planned between the last two, while tokens are still in flight.
+next step may be planned between the last two, while tokens are still in flight, unless the step has drafts: how many
+tokens it brings is known only at its end.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from tinyvllm.config import Capacity
 from tinyvllm.errors import ContextLengthError, InvariantError, RequestError
 from tinyvllm.faults import reach
 from tinyvllm.scheduling.block_manager import BlockManager
+from tinyvllm.scheduling.drafts import Speculator
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenOut
-from tinyvllm.scheduling.request import Request, Status, TokenLogprobs
+from tinyvllm.scheduling.request import MAX_REDONE, Request, Status, TokenLogprobs
 from tinyvllm.scheduling.step_pace import StepPace
 
 NO_FINITE_LOGITS = "the model produced no finite logits"  # how such an error begins
@@ -111,9 +113,10 @@ class Scheduler:
         policy: str = "fcfs",
         model: str = "the model",
         pace: StepPace | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         """model: its name, for error messages. pace: limits the chunks of prompts in steps that decode; None: only
-        `capacity` does."""
+        `capacity` does. speculator: what makes the drafts of `Request.drafts`; None: there are none."""
         if capacity.max_num_batched_tokens < capacity.max_num_seqs:
             raise InvariantError(
                 f"a step of {capacity.max_num_batched_tokens} tokens cannot decode {capacity.max_num_seqs} sequences"
@@ -125,6 +128,7 @@ class Scheduler:
         self.prefix_queries = 0  # prompt tokens looked up in the prefix cache, since start
         self.prefix_hits = 0  # prompt tokens found there, since start
         self.pace = pace
+        self.speculator = speculator
         self._had_prompts = False  # the latest step had tokens of prompts
         self._by_priority = policy == "priority"
         self._model = model
@@ -135,7 +139,8 @@ class Scheduler:
         # A heap by rank. Requests that end while they wait stay in it until they reach the top: removal would be O(n).
         self._waiting: list[tuple[tuple[int, int], Request]] = []
         self._num_arrived = 0
-        self._num_spare_rows = 0  # in the step being planned: logit rows that are not reserved for a sequence
+        # of the step being planned: logit rows that are not reserved for a sequence, and those that drafts may have
+        self._num_spare_rows = self._num_draft_rows = 0
 
     @property
     def num_running(self) -> int:
@@ -187,7 +192,9 @@ class Scheduler:
             return
         if request.status is Status.RUNNING:
             self.running.remove(request)
-        request.status = Status.FINISHED
+        request.status, request.drafts = Status.FINISHED, ()
+        if self.speculator is not None:
+            self.speculator.forget(request)
         del self._requests[request.request_id]
         self.block_manager.free(request, keep=reason != "error")  # after a failure the blocks may hold NaN
 
@@ -219,15 +226,18 @@ class Scheduler:
         return plan
 
     def advance(self, plan: StepPlan) -> None:
-        """Mark a step as launched: its tokens count as computed, and the tokens that it samples are in flight."""
+        """Mark a step as launched: its known tokens count as computed, and the token that follows each request's last
+        one is in flight. What becomes of drafts, `commit` decides."""
         for entry in plan.entries:
-            entry.request.num_computed += entry.count
+            entry.request.num_computed += entry.count - len(entry.drafts)
         for entry in plan.scored:
             entry.request.num_scored += entry.num_scored
-        for row, entry in enumerate(plan.sampled):
+        row = 0
+        for entry in plan.sampled:
             request = entry.request
             request.num_in_flight += 1
             request.flight_row = row
+            row += entry.num_sampled
 
     def commit(self, plan: StepPlan, output: StepOutput, outs: list[TokenOut] | None = None) -> list[TokenOut]:
         """Take the tokens of an advanced step: append them, seal full blocks, and end requests that are complete.
@@ -237,35 +247,54 @@ class Scheduler:
         """
         outs = [] if outs is None else outs
         reach("engine.commit")
-        num_sampled = len(plan.sampled)
+        num_sampled = plan.num_sampled_rows
         if len(output.token_ids) != num_sampled or len(output.logprobs) != num_sampled:
             raise InvariantError(
                 f"the plan samples {num_sampled} tokens, but the step returned {len(output.token_ids)} tokens and "
                 f"{len(output.logprobs)} logprobs"
             )
-        for entry, logprobs in zip(plan.scored, output.prompt_logprobs, strict=True):
-            entry.request.prompt_logprobs += logprobs
-        for entry, states in zip(plan.pooled, output.pooled, strict=True):
-            request = entry.request
-            earlier = request.pooled if entry.start else None  # none after a preemption
-            if earlier is None or request.pooling in ("last", "score"):
-                request.pooled = states
-            elif request.pooling == "mean":
-                request.pooled = earlier + states
-        sampled = iter(zip(output.token_ids, output.logprobs, strict=True))
+        _take_scores(plan, output)
+        row = 0
         for entry in plan.entries:
             request = entry.request
             if not entry.samples:
                 if request.status is Status.RUNNING:
                     self.block_manager.seal(request)
                 continue
-            token_id, scores = next(sampled)
             if request.status is not Status.FINISHED:
                 request.num_in_flight -= 1
-                outs.append(self._append(request, token_id, scores))
+                if entry.drafts:
+                    self._settle(entry, output, row, outs)
+                else:
+                    outs.append(self._append(request, output.token_ids[row], output.logprobs[row]))
+            row += entry.num_sampled
         if self.block_manager.has_windows:
             self._give_back(plan)
+        if self.speculator is not None:
+            self.speculator.committed(plan, output)
         return outs
+
+    def _settle(self, entry: Scheduled, output: StepOutput, row: int, outs: list[TokenOut]) -> None:
+        """Append the tokens of an entry with drafts, whose first sampled row is `row`: as many as there are drafts that
+        equal the token sampled before them, and the one after these."""
+        request, drafts = entry.request, entry.drafts
+        tokens = output.token_ids[row : row + entry.num_sampled]
+        num_right = next((i for i, draft in enumerate(drafts) if draft != tokens[i]), len(drafts))
+        request.num_drafted += len(drafts)
+        request.num_accepted += num_right
+        if self.speculator is not None:
+            self.speculator.settled(request, len(drafts), num_right)
+        is_redone = False
+        if self._states is not None and request.state is not None:
+            is_redone = num_right < len(drafts)
+            self._states.settle(request.state, is_redone=is_redone)
+        if is_redone:  # its recurrent state is the one before this step
+            request.num_computed = entry.start
+        for place in range(num_right + 1):
+            request.num_computed += place > 0 and not is_redone
+            outs.append(self._append(request, tokens[place], output.logprobs[row + place]))
+            if request.status is Status.FINISHED:
+                break
 
     def _give_back(self, plan: StepPlan) -> None:
         """Free the blocks before the windows of requests that computed many tokens. Those of single tokens are freed
@@ -278,6 +307,8 @@ class Scheduler:
         """Schedule the running requests in order of rank; return the rest of the budget."""
         budget = self._token_budget()
         self._num_spare_rows = self.capacity.max_num_seqs - len(self.running)
+        if self.speculator is not None:
+            self._num_draft_rows = self._limit_drafts()
         index = 0
         while index < len(self.running):  # the list shortens from its end when requests are preempted
             request = self.running[index]
@@ -291,12 +322,16 @@ class Scheduler:
                 count = self._limit_scored(request, start, count)
             if self._states is not None and count > 1:
                 count = self._cut(request, start, count)
+            drafts = request.drafts
+            if drafts:
+                drafts = self._take_drafts(request, start + count, budget - num_after - count, num_after)
+                count += len(drafts)
             if start + count > request.room:  # seldom: a block lasts for many steps
                 count = min(count, self._max_chunk)
                 if not self._make_room(request, start + count, preempted):
                     break
             if count:
-                entries.append(Scheduled(request, start, count))
+                entries.append(Scheduled(request, start, count, drafts))
                 state = request.state
                 if state is not None and start + count >= state.next_event:  # as seldom as a new block
                     self._plan_state(request, start + count)
@@ -313,6 +348,37 @@ class Scheduler:
         num_admissible = min(self.num_waiting, self.capacity.max_num_seqs - len(self.running))  # others wait anyway
         num_prompts = len(self.running) - num_decoding + num_admissible
         return max(len(self.running), self.pace.limit(num_decoding, budget, num_prompts))
+
+    def _limit_drafts(self) -> int:
+        """How many drafts the step may have. Steps that only decode run in graphs with logits in all of up to
+        `max_verify_rows` rows; with a prompt among them, drafts have the logit rows that no sequence needs."""
+        num_known = sum(request.num_pending for request in self.running)
+        num_admissible = min(self.num_waiting, self._num_spare_rows)
+        if num_admissible or any(request.num_pending > MAX_REDONE for request in self.running):
+            return self._num_spare_rows - num_admissible if self.capacity.max_verify_rows else 0
+        return self.capacity.max_verify_rows - num_known
+
+    def _take_drafts(self, request: Request, stop: int, budget: int, num_after: int) -> tuple[int, ...]:
+        """The drafts of a request that can follow its tokens up to `stop` in the step. Nobody is preempted for drafts,
+        and a block is left for each of the `num_after` requests that come after it."""
+        drafts, request.drafts = request.drafts, ()
+        count = min(len(drafts), budget, self._num_draft_rows)
+        if stop != request.num_tokens:  # a part of it that samples nothing
+            return ()
+        count = min(count, self._max_chunk - (stop - request.num_computed))
+        if self._states is not None and request.state is not None:
+            count = min(count, self._states.room_for_drafts(request.state, request.num_computed, stop))
+        if stop + count > request.room and not (
+            count > 0 and self.block_manager.grow(request, stop + count, num_spare=num_after)
+        ):
+            count = min(count, request.room - stop)
+        if count <= 0:
+            return ()
+        if self._states is not None and request.state is not None and not self._states.fork(request.state):
+            return ()
+        self._num_draft_rows -= count
+        self._num_spare_rows = max(0, self._num_spare_rows - count)
+        return drafts[:count]
 
     def _limit_scored(self, request: Request, start: int, count: int) -> int:
         """Limit `count` to the free logit rows, if tokens [start, start + count) need one each for prompt logprobs.
@@ -344,7 +410,7 @@ class Scheduler:
         while not self.block_manager.grow(request, num_tokens):
             victim = self.running.pop()
             self.block_manager.free(victim)
-            victim.status = Status.WAITING
+            victim.status, victim.drafts = Status.WAITING, ()
             victim.num_computed = 0
             victim.num_preemptions += 1
             self.num_preemptions += 1
@@ -444,3 +510,16 @@ class Scheduler:
         if num_output >= request.max_tokens:
             return "length", None
         return None, None
+
+
+def _take_scores(plan: StepPlan, output: StepOutput) -> None:
+    """Add a step's logprobs of prompts, and its pooled states, to their requests."""
+    for entry, logprobs in zip(plan.scored, output.prompt_logprobs, strict=True):
+        entry.request.prompt_logprobs += logprobs
+    for entry, states in zip(plan.pooled, output.pooled, strict=True):
+        request = entry.request
+        earlier = request.pooled if entry.start else None  # none after a preemption
+        if earlier is None or request.pooling in ("last", "score"):
+            request.pooled = states
+        elif request.pooling == "mean":
+            request.pooled = earlier + states

@@ -19,12 +19,20 @@ Where checkpoints are made, which the chunks of a prompt must end at:
 - at every border that a generated token reaches. Unless `interval` keeps it, the next one replaces it, so a sequence
   that decodes owns two slots: its state, and the state at the latest border.
 
+Drafts (scheduling/drafts.py) may turn out wrong, and a state that has taken them in cannot be cut back. So a step with
+drafts writes another slot than it reads. If all drafts were right, the sequence continues from what was written;
+otherwise from what was read, and its tokens since then are computed again, in the rows of a later step. That takes one
+slot more for a sequence, and no state is written that is not needed if the drafts are right; to keep the state after
+every row would take a slot, and a write of all states, for each draft. Such steps end before the next border of a
+block, so that checkpoints stay where they are without drafts.
+
 Checkpoints give way to sequences: if no slot is free and none can be evicted, a sequence overwrites its own checkpoint.
 So a pool of as many slots as running sequences always suffices.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +40,8 @@ from dataclasses import dataclass, field
 from tinyvllm.errors import CapacityError, InvariantError
 from tinyvllm.faults import reach
 
+UNSETTLED = sys.maxsize  # the next event of a sequence while a step with drafts runs
+MAX_UNCHECKED = sys.maxsize  # drafts of a sequence that makes no checkpoints: other limits apply
 MIN_SHARED_BLOCKS = 4  # a shorter prefix that others share is not worth a slot, nor the step that ends at its border
 
 
@@ -57,6 +67,8 @@ class SequenceState:
     rolling_hash: bytes = b""  # of the checkpoint that the next one replaces
     num_kept_blocks: int = 0  # length of its latest checkpoint that is not replaced; 0: none
     branch: int = 0  # blocks of a prefix that others share, which should have a checkpoint; 0: none
+    base_slot: int = 0  # what a step with drafts reads, until it is known whether they were right; 0: there is none
+    base_is_kept: bool = False  # `is_kept` of that slot
 
 
 class StatePool:
@@ -143,6 +155,39 @@ class StatePool:
         is_moving = state.is_kept or state.read_slot != state.slot
         state.next_event = stop + 1 if is_moving else (stop // size + 1) * size
 
+    def room_for_drafts(self, state: SequenceState, start: int, stop: int) -> int:
+        """How many drafts may follow tokens [start, stop) in a step: it ends before the next border of a block."""
+        if not state.slot or state.slot in self._pinned:  # its first step, or it resumes from a checkpoint
+            return 0
+        size = self._block_size
+        return (start // size + 1) * size - 1 - stop if state.makes_checkpoints else MAX_UNCHECKED
+
+    def fork(self, state: SequenceState) -> bool:
+        """Let the step being planned, which has drafts, write another slot than it reads. False, with nothing changed,
+        if there is none. `settle` says which of the two the sequence continues from."""
+        slot = self._allocate(state)
+        if not slot:
+            return False
+        state.base_slot, state.base_is_kept = state.slot, state.is_kept
+        state.read_slot, state.slot, state.is_kept = state.slot, slot, False
+        state.next_event = UNSETTLED
+        return True
+
+    def settle(self, state: SequenceState, *, is_redone: bool) -> None:
+        """After a step with drafts: continue from what it wrote, or if it `is_redone`, from what it read."""
+        base, state.base_slot, state.next_event = state.base_slot, 0, 0
+        if is_redone:
+            self._free.append(state.slot)
+            state.slot, state.is_kept = base, state.base_is_kept
+        elif not state.base_is_kept:
+            self._free.append(base)
+        elif not (state.marks and state.marks[-1].slot == base):
+            if self._hashes[base]:
+                self._cached[base] = None
+            else:  # dropped in the meantime
+                self._free.append(base)
+        state.read_slot = state.slot
+
     # -- between steps -------------------------------------------------------------------------------------------------
 
     def seal(self, state: SequenceState, num_sealed: int, hashes: Sequence[bytes]) -> None:
@@ -172,15 +217,16 @@ class StatePool:
     def release(self, state: SequenceState) -> None:
         """Take a sequence's slots; what it has sealed stays cached."""
         slots = {mark.slot: None for mark in state.marks}
-        if state.slot and state.slot not in self._pinned:
-            slots[state.slot] = None
+        for slot in (state.slot, state.base_slot):
+            if slot and slot not in self._pinned:
+                slots[slot] = None
         for slot in slots:
             if self._hashes[slot]:
                 self._cached[slot] = None
             else:
                 self._free.append(slot)
         state.marks.clear()
-        state.slot = state.read_slot = 0
+        state.slot = state.read_slot = state.base_slot = 0
 
     def drop(self, block_hash: bytes) -> None:
         """Forget the checkpoint of a block that can no longer be found, if there is one."""
@@ -193,8 +239,7 @@ class StatePool:
         owners: Counter[int] = Counter()
         for state in states:
             slots = {mark.slot for mark in state.marks}
-            if state.slot and state.slot not in self._pinned:
-                slots.add(state.slot)
+            slots |= {slot for slot in (state.slot, state.base_slot) if slot and slot not in self._pinned}
             owners.update(slots)
         counts = owners + Counter(self._free) + Counter(self._cached.keys()) + Counter(self._pinned.keys())
         for slot in range(self.num_slots):

@@ -354,9 +354,9 @@ def is_worth_streaming(fmt: Format, num_rows: int, num_cols: int) -> bool:
     return has_small_scales and fmt.bits <= MAX_BITS and num_rows * num_cols >= FEWEST_CODES
 
 
-def wanted_warps(chunks: int, most: int = MAX_WARPS) -> int:
+def wanted_warps(chunks: int) -> int:
     """Warps that share so many chunks: as many as there can be whose shares are equal, but for the last one's."""
-    return -(-chunks // -(-chunks // most))
+    return -(-chunks // -(-chunks // MAX_WARPS))
 
 
 def chunks_of_warp(

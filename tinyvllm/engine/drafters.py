@@ -1,11 +1,75 @@
-"""The draft model's files: found, and compared with the model that they are to draft for."""
+"""What makes drafts, by `--speculative-config`: each method is a file, and a line here.
+
+A draft model's files are found first and compared with the model that they are to draft for, since that is quick; its
+weights are loaded after the model's.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from tinyvllm.config import EngineConfig, ModelFiles
+from tinyvllm.engine.core import Captures
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.scheduling.drafts import Drafter
+from tinyvllm.scheduling.ngram_drafter import NgramDrafter
 from tinyvllm.storage.resolve import resolve_model
 from tinyvllm.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from tinyvllm.execution.captures import Progress
+    from tinyvllm.execution.runner import ModelRunner
+
+
+def load_drafter(
+    config: EngineConfig, draft_files: ModelFiles | None, runner: ModelRunner, progress: Progress | None = None
+) -> tuple[Drafter | None, list[Captures]]:
+    """The drafter that `config` asks for beside the loaded model, and what makes its graphs that are still to come.
+
+    Raises TinyvllmError, CapacityError, DeviceError."""
+    wanted = config.speculative_config
+    if wanted is None:
+        return None, []
+    if draft_files is None:
+        return NgramDrafter(*wanted.lookup), []
+
+    from tinyvllm.execution.draft_model import load_draft_model  # here, because it starts the device
+
+    drafter = load_draft_model(draft_files, config, runner, progress)
+    try:
+        (drafter.warm_up if config.warm_up == "full" else drafter.warm_up_first)(progress)
+    except BaseException:
+        drafter.close()
+        raise
+    return drafter, [] if config.warm_up == "full" else [drafter.captures]
+
+
+class CapturesInTurn:
+    """The graphs of several models, one model after another."""
+
+    def __init__(self, parts: Sequence[Captures]) -> None:
+        self._parts = parts
+
+    @property
+    def num_to_come(self) -> int:
+        return sum(part.num_to_come for part in self._parts)
+
+    @property
+    def num_failed(self) -> int:
+        return sum(part.num_failed for part in self._parts)
+
+    @property
+    def _next(self) -> Captures | None:
+        return next((part for part in self._parts if part.num_to_come), None)
+
+    @property
+    def is_next_compiled(self) -> bool:
+        return self._next is not None and self._next.is_next_compiled
+
+    def advance(self) -> None:
+        if (part := self._next) is not None:
+            part.advance()
 
 
 def find_draft_files(config: EngineConfig, files: ModelFiles, tokenizer: Tokenizer) -> ModelFiles | None:

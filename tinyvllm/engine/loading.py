@@ -10,10 +10,12 @@ from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelCon
 from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.core import Captures, EngineCore, Runner
+from tinyvllm.engine.drafters import CapturesInTurn, find_draft_files, load_drafter
 from tinyvllm.engine.hosts import Loaded
 from tinyvllm.engine.output import TextEngine
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.scheduling.block_manager import BlockManager
+from tinyvllm.scheduling.drafts import AlwaysDraft, Drafter, Speculator
 from tinyvllm.scheduling.scheduler import Scheduler
 from tinyvllm.scheduling.step_pace import StepPace
 from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
@@ -113,16 +115,23 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
     files = resolve_model(config.model)
     text = load_text(config)
 
-    from tinyvllm.execution.runner import load_runner  # here, because it starts the device
+    draft_files = find_draft_files(config, files, text.tokenizer)
 
-    runner = load_runner(files, config, progress)
+    from tinyvllm.execution.draft_model import measure_draft  # here, because they start the device
+    from tinyvllm.execution.runner import load_runner
+
+    beside = {} if draft_files is None else {"draft": measure_draft(draft_files, config)}
+    runner = load_runner(files, config, progress, **beside)
     try:
         (runner.warm_up if config.warm_up == "full" else runner.warm_up_first)(progress)
+        drafter, more_captures = load_drafter(config, draft_files, runner, progress)
     except BaseException:
         runner.close()
         raise
-    captures = None if config.warm_up == "full" else runner.captures
-    return assemble_engine(config, runner, text.tokenizer, text.chat_template, text.generation_defaults, captures)
+    captures = None if config.warm_up == "full" else CapturesInTurn([runner.captures, *more_captures])
+    return assemble_engine(
+        config, runner, text.tokenizer, text.chat_template, text.generation_defaults, captures, drafter
+    )
 
 
 def assemble_engine(
@@ -132,13 +141,18 @@ def assemble_engine(
     chat_template: ChatTemplate | None,
     generation_defaults: GenerationDefaults,
     captures: Captures | None = None,
+    drafter: Drafter | None = None,
 ) -> LoadedEngine:
-    """Build scheduler, core and text engine around a runner. `captures` makes the graphs that the runner lacks."""
+    """Build scheduler, core and text engine around a runner. `captures` makes the graphs that the runner lacks.
+    `drafter`: what makes the drafts that steps verify; None: there are none."""
     capacity = runner.capacity
     block_manager = BlockManager.of(capacity, config.enable_prefix_caching)
     pace = StepPace(config.max_step_stretch) if config.max_step_stretch else None
     name = runner.model_config.name or "the model"
-    scheduler = Scheduler(block_manager, capacity, config.scheduling_policy, name, pace)
+    speculator = None
+    if drafter is not None and config.speculative_config is not None:
+        speculator = Speculator(drafter, AlwaysDraft(), config.speculative_config.num_drafts)
+    scheduler = Scheduler(block_manager, capacity, config.scheduling_policy, name, pace, speculator)
     text = Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=generation_defaults)
     loaded = text.for_callers(runner.model_config, capacity, config.seed)
     core = EngineCore(runner, scheduler, captures, captures_when_idle=config.warm_up == "idle")

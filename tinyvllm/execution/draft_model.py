@@ -48,7 +48,8 @@ def measure_draft(files: ModelFiles, config: EngineConfig) -> DraftMemory:
 def load_draft_model(
     files: ModelFiles, config: EngineConfig, target: ModelRunner, progress: Progress | None = None
 ) -> DraftModel:
-    """Load the draft model of `files` beside `target`, the runner of the model of `config`. Call it on the same thread.
+    """Load the draft model of `files` beside `target`, the runner of the model of `config`, with which it is closed.
+    Call it on the same thread.
 
     Raises TinyvllmError if it cannot draft for that model, ModelError, CapacityError, DeviceError.
     """
@@ -72,7 +73,9 @@ def load_draft_model(
         speculative_config=None,
     )
     runner = load_runner(files, own, progress)
-    return DraftModel(runner, target.model_config.vocab_size, enable_prefix_caching=config.enable_prefix_caching)
+    drafter = DraftModel(runner, target.model_config.vocab_size, enable_prefix_caching=config.enable_prefix_caching)
+    target.closed_with.append(drafter)
+    return drafter
 
 
 @dataclass(eq=False)
@@ -137,6 +140,8 @@ class DraftModel:
     For the engine's thread. If the pool runs out of blocks, the follower that drafted least recently gives up its own,
     and is computed again when it drafts next.
     """
+
+    is_free = False  # drafts take time on the device
 
     def __init__(self, runner: ModelRunner, num_ids: int, *, enable_prefix_caching: bool = True) -> None:
         """num_ids: rows of the other model's embedding table, which may be padded to another number."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from tinygrad import dtypes
@@ -182,6 +183,10 @@ class Flight:
         return self.graph.bucket.name
 
 
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
 class ModelRunner:
     """Owns the device's side of the engine. For one thread."""
 
@@ -206,6 +211,7 @@ class ModelRunner:
         context = GraphContext(model, backend, pool, capacity, tuple(self.outputs), self._state, capture)
         self.captures = Captures(buckets, context, store)
         self.capacity = capacity
+        self.closed_with: list[Closable] = []  # a draft model
 
     @property
     def model_config(self) -> ModelConfig:
@@ -330,7 +336,10 @@ class ModelRunner:
             raise DeviceError(f"step {flight.name} failed on {self.device}: {error}") from error
 
     def close(self) -> None:
-        """Release graphs, pool and weights. The runner cannot be used again."""
+        """Release graphs, pool and weights, and what is closed with it. The runner cannot be used again."""
+        for other in self.closed_with:
+            other.close()
+        self.closed_with.clear()
         self.captures.clear()
         self.pool.clear()
 

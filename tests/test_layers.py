@@ -12,7 +12,7 @@ BASE = {"config", "errors", "faults", "processes"}
 DOWN_TO_ENGINE = BASE | {"storage", "text", "scheduling", "execution", "engine", "profiling"}
 INSIDE_OPS = BASE | {"arrays", "device"} | {f"ops/{name}" for name in ("step_inputs", "kernel", "formats")}
 INSIDE_OPS |= {f"ops/{name}" for name in ("activation", "attention_spec", "backend", "coverage", "plain", "sampling")}
-INSIDE_OPS |= {"ops/experts_spec", "ops/latent_spec", "ops/recurrent_spec", "ops/short_conv"}
+INSIDE_OPS |= {"ops/adapter_spec", "ops/experts_spec", "ops/latent_spec", "ops/recurrent_spec", "ops/short_conv"}
 # A room is a directory or a file, and one inside another has its own entry. A name on the right includes inner rooms.
 MAY_IMPORT = {
     "errors": set(),
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "ops/sampling": BASE | {"device", "ops/kernel", "ops/step_inputs"},
     "ops/activation": BASE,
     "ops/coverage": BASE,
+    "ops/adapter_spec": BASE | {"device", "ops/kernel"},
     "ops/attention_spec": BASE | {"ops/activation", "ops/coverage", "ops/kernel", "ops/step_inputs"},
     "ops/backend": BASE
     | {"arrays", "device"}
@@ -39,7 +40,7 @@ MAY_IMPORT = {
         f"ops/{name}"
         for name in ("attention_spec", "coverage", "experts_spec", "formats", "recurrent_spec", "short_conv")
     }
-    | {f"ops/{name}" for name in ("latent_spec", "sampling", "step_inputs")},
+    | {f"ops/{name}" for name in ("adapter_spec", "latent_spec", "sampling", "step_inputs")},
     "ops/experts_spec": BASE | {"ops/formats"},
     "ops/latent_spec": BASE | {"ops/formats", "ops/kernel", "ops/step_inputs"},
     "ops/recurrent_spec": BASE | {"ops/kernel", "ops/step_inputs"},

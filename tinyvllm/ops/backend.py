@@ -20,6 +20,7 @@ from tinyvllm.arrays import HostMatrix, QuantizedMatrix, copy_all, stack_rows, t
 from tinyvllm.config import KVFormat, KVFormats, LayerKind, StateKind, stored_window
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.ops.adapter_spec import AdapterSite, SiteShape
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.coverage import Coverage, in_words
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
@@ -298,6 +299,9 @@ class Weights(Protocol):
         """The halves of all experts' gated feed-forwards, (E * ffn, K) each, as one matrix in which each expert is
         arranged as `gate_up` arranges one."""
 
+    def adapter_site(self, shape: SiteShape) -> AdapterSite:
+        """A product's empty slots for adapters."""
+
     def kv_dtype(self, wanted: str, stored: str) -> str:
         """The name of the format of keys, or of values: `wanted`, or if that is "auto", one that suits the device and
         the checkpoint's dtype, `stored`. Raises DeviceError for one that the device does not have."""
@@ -336,6 +340,31 @@ class Operations(Protocol):
         epilogue: Epilogue = PLAIN,
     ) -> list[Tensor]:
         """epilogue(norm(x) @ w.T) for each matrix: [(T * N,)]. Several matrices have the plain epilogue."""
+
+    def adapt(
+        self,
+        x: Tensor,
+        outs: Sequence[Tensor],
+        site: AdapterSite,
+        step: Step,
+        norm: Norm | None = None,
+        scale: float = 1.0,
+    ) -> list[Tensor]:
+        """outs + scale * (B A norm(x)) of each row's adapter (ops/adapter_spec.py). `outs`: the parts of the site's
+        product, or of what it is added to, which are overwritten."""
+
+    def adapt_gated(
+        self,
+        x: Tensor,
+        product: Tensor,
+        site: AdapterSite,
+        step: Step,
+        norm: Norm | None,
+        activation: str,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """(T * ffn,): activation(gate) * up of a product with a matrix of `gate_up`, after `bias` (2 * ffn,) and what
+        each row's adapter adds. The product is overwritten."""
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         """(T * H * D,): rotate, write keys and values to their slots, and attend."""

@@ -18,6 +18,7 @@ from tinyvllm.arrays import Format, HostMatrix, to_float32
 from tinyvllm.config import KVFormat, KVFormats, LayerKind, StateKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.activation import gated_exact
+from tinyvllm.ops.adapter_spec import AdapterSite, SiteShape, add_reference, make_site
 from tinyvllm.ops.attention_reference import (
     AttentionTables,
     LatentTables,
@@ -91,6 +92,9 @@ class ReferenceBackend:
     ) -> KVPool:
         return zeroed_pool(self.device, groups, num_blocks, block_size, formats, states, num_state_slots)
 
+    def adapter_site(self, shape: SiteShape) -> AdapterSite:
+        return make_site(shape, self.device, "float32")
+
     def kv_dtype(self, wanted: str, stored: str) -> str:
         return "float32" if wanted == "auto" else wanted
 
@@ -117,6 +121,38 @@ class ReferenceBackend:
     ) -> list[Tensor]:
         rows = apply_norm(to_host(x, num_tokens, -1), norm)
         return [self._upload(apply_epilogue(rows @ _values(matrix).T, epilogue)) for matrix in matrices]
+
+    def adapt(
+        self,
+        x: Tensor,
+        outs: Sequence[Tensor],
+        site: AdapterSite,
+        step: Step,
+        norm: Norm | None = None,
+        scale: float = 1.0,
+    ) -> list[Tensor]:
+        rows = apply_norm(to_host(x, step.num_tokens, -1), norm)
+        deltas = scale * add_reference(site, rows, _views(step)["adapter_slots"])
+        (out,) = outs
+        whole = to_host(out, step.num_tokens, -1).copy()
+        whole[:, : deltas.shape[1]] += deltas
+        return [self._upload(whole)]
+
+    def adapt_gated(
+        self,
+        x: Tensor,
+        product: Tensor,
+        site: AdapterSite,
+        step: Step,
+        norm: Norm | None,
+        activation: str,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        (added,) = self.adapt(x, [product], site, step, norm)
+        both = to_host(added, step.num_tokens, 2, -1)
+        if bias is not None:
+            both = both + bias.numpy().reshape(2, -1)
+        return self._upload(gated_exact(activation, both[:, 0], both[:, 1]))
 
     def route(self, x: Tensor, layer: ExpertLayer, num_tokens: int, norm: Norm | None = None) -> Routing:
         logits = apply_norm(to_host(x, num_tokens, -1), norm) @ _values(layer.router).T

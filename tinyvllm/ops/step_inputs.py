@@ -72,6 +72,7 @@ class StepLayout:
     block_size: int
     num_groups: int = 1  # G
     has_states: bool = field(default=False, kw_only=True)  # the model has recurrent layers
+    has_adapters: bool = field(default=False, kw_only=True)  # some rows have an adapter (ops/adapter_spec.py)
 
     @cached_property
     def _offsets(self) -> dict[str, tuple[int, int]]:
@@ -91,6 +92,8 @@ class StepLayout:
             # differ where the state read must be kept. Slot 0 is a dummy. A sequence at position 0 reads zeros instead
             sizes |= {"state_reads": seqs, "state_writes": seqs}
             sizes["first_rows"] = seqs + 1  # the token row where each sequence begins; the last: the end of all
+        if self.has_adapters:
+            sizes["adapter_slots"] = tokens  # of the token row's adapter; 0: none
         offsets, start = {}, 0
         for name, size in sizes.items():
             offsets[name] = (start, size)

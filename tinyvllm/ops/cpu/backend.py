@@ -14,6 +14,7 @@ from tinyvllm.arrays import take_rows as take_host_rows
 from tinyvllm.config import ConvKind, KVFormats, LayerKind, StateKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle, has_dot_instructions, has_many_registers, upload
 from tinyvllm.errors import DeviceError, UnsupportedModelError
+from tinyvllm.ops.adapter_spec import AdapterSite, SiteShape, make_site
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import (
     NO_STATES,
@@ -34,6 +35,7 @@ from tinyvllm.ops.backend import (
     zeroed_plane,
 )
 from tinyvllm.ops.coverage import Coverage
+from tinyvllm.ops.cpu.adapter_layers import SiteOnCores
 from tinyvllm.ops.cpu.attention import CpuAttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu.columns import GateSpec, GroupNormSpec, gate_columns_kernel, norm_groups_kernel
 from tinyvllm.ops.cpu.cores import Team, count_cores, share
@@ -184,6 +186,10 @@ class CpuBackend(DeviceSampling):
                     scales[layer] = _stored([self.device.zeros(count, FLOATS["float16"], core) for count, core in own])
         return pool
 
+    def adapter_site(self, shape: SiteShape) -> AdapterSite:
+        """All cores read the first one's."""
+        return make_site(shape, self.device, self.dtype)
+
     def _channels(self, kind: ConvKind) -> list[tuple[tuple[int, int], str]]:
         """Each core's channels of a short convolution, in panels."""
         return self._bounds(kind.num_channels // PANEL)
@@ -301,6 +307,34 @@ class CpuBackend(DeviceSampling):
 
     def scale_rows(self, x: Activation, factors: Tensor, num_tokens: int) -> Activation:
         return scale_activation(x, factors, num_tokens)
+
+    def adapt(
+        self,
+        x: Activation,
+        outs: Sequence[Activation],
+        site: AdapterSite,
+        step: Step,
+        norm: Norm | None = None,
+        scale: float = 1.0,
+    ) -> list[Activation]:
+        found = SiteOnCores(site, step, norm)
+        found.shrink(x)
+        kv_heads = site.shape.num_kv_heads
+        return found.add(outs, () if kv_heads is None else self._teams(kv_heads), scale)
+
+    def adapt_gated(
+        self,
+        x: Activation,
+        product: Activation,
+        site: AdapterSite,
+        step: Step,
+        norm: Norm | None,
+        activation: str,
+        bias: Tensor | None = None,
+    ) -> Activation:
+        found = SiteOnCores(site, step, norm)
+        found.shrink(x)
+        return found.add_gated(product, self._bounds(site.shape.blocks[0].num_rows // PANEL), activation, bias)
 
     def attend(self, qkv: Sequence[Activation], layer: AttentionLayer, step: Step) -> Activation:
         if layer.kind.head_norm_is_whole:

@@ -12,6 +12,14 @@ from tinyvllm.arrays import Format, HostMatrix
 from tinyvllm.config import KV_ALIASES, KV_FORMATS, KVFormats, StateKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.errors import DeviceError, UnsupportedModelError
+from tinyvllm.ops.adapter_spec import (
+    AdapterSite,
+    ExpandSpec,
+    ShrinkSpec,
+    SiteShape,
+    blocks_of_parts,
+    make_site,
+)
 from tinyvllm.ops.attention_spec import AttentionLayer, AttentionSpec
 from tinyvllm.ops.backend import (
     NO_STATES,
@@ -31,6 +39,7 @@ from tinyvllm.ops.backend import (
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, unpack
+from tinyvllm.ops.gpu.adapters import expand_kernel, gated_expand_kernel, shrink_kernel
 from tinyvllm.ops.gpu.attention import THREADS, attention_kernel, take_rows_kernel, write_kv_kernel
 from tinyvllm.ops.gpu.columns import GateSpec, gate_columns_kernel
 from tinyvllm.ops.gpu.expert_rows import ExpertRowsSpec, expert_rows_kernel
@@ -91,6 +100,9 @@ class GpuBackend(DeviceSampling):
             if head_dim > MAX_HEAD_DIM or head_dim % 8:
                 raise UnsupportedModelError(f"head_dim {head_dim} is not a multiple of 8 up to {MAX_HEAD_DIM}")
         return zeroed_pool(self.device, groups, num_blocks, block_size, formats, states, num_state_slots)
+
+    def adapter_site(self, shape: SiteShape) -> AdapterSite:
+        return make_site(shape, self.device, self.dtype)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
         """That of the activations for "auto". Raises DeviceError for formats that no kernel here reads."""
@@ -155,6 +167,55 @@ class GpuBackend(DeviceSampling):
     def scale_rows(self, x: Tensor, factors: Tensor, num_tokens: int) -> Tensor:
         rows = self.parts_of(x)[0].reshape(num_tokens, -1).cast(dtypes.float)
         return (rows * factors.reshape(-1, 1)).cast(self.float).reshape(-1).contiguous()
+
+    def adapt(
+        self,
+        x: Tensor,
+        outs: Sequence[Tensor],
+        site: AdapterSite,
+        step: Step,
+        norm: Norm | None = None,
+        scale: float = 1.0,
+    ) -> list[Tensor]:
+        shrunk, tokens = self._shrink(x, site, step, norm), step.num_tokens
+        parts = [self.parts_of(out)[0] for out in outs]
+        cols, results = [int(part.numel()) // tokens for part in parts], []
+        for part, num_cols, (first, end) in zip(parts, cols, blocks_of_parts(site.shape, cols), strict=True):
+            spec = ExpandSpec(
+                shape=site.shape,
+                num_tokens=tokens,
+                slots_at=step.layout.offset("adapter_slots"),
+                num_cols=num_cols,
+                first_block=first,
+                end_block=end,
+                scale=scale,
+            )
+            results += run_kernel(expand_kernel(spec), [part], [site.ranks, site.b, step.inputs, shrunk])
+        return results
+
+    def adapt_gated(
+        self,
+        x: Tensor,
+        product: Tensor,
+        site: AdapterSite,
+        step: Step,
+        norm: Norm | None,
+        activation: str,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        shrunk, tokens, product = self._shrink(x, site, step, norm), step.num_tokens, self.parts_of(product)[0]
+        spec = ExpandSpec(
+            shape=site.shape,
+            num_tokens=tokens,
+            slots_at=step.layout.offset("adapter_slots"),
+            num_cols=int(product.numel()) // tokens,
+            end_block=2,
+            activation=activation,
+            has_bias=bias is not None,
+        )
+        read = [product, site.ranks, site.b, step.inputs, shrunk, *([] if bias is None else [bias])]
+        out = self._empty(tokens * site.shape.blocks[0].num_rows)
+        return run_kernel(gated_expand_kernel(spec), [out], read)[0]
 
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         qkv, layer = self._with_whole_norm(qkv, layer, step)
@@ -222,6 +283,18 @@ class GpuBackend(DeviceSampling):
         return [x]
 
     # -- pieces -------------------------------------------------------------------------------------------------------
+
+    def _shrink(self, x: Tensor, site: AdapterSite, step: Step, norm: Norm | None) -> Tensor:
+        """(T * S * R,) float32: A norm(x) of each row's adapter."""
+        spec = ShrinkSpec(
+            shape=site.shape,
+            num_tokens=step.num_tokens,
+            slots_at=step.layout.offset("adapter_slots"),
+            norm_eps=None if norm is None else norm.eps,
+        )
+        out = empty(step.num_tokens * site.shape.num_shrunk, dtypes.float, self.device.name)
+        read = [self.parts_of(x)[0], site.ranks, site.a, step.inputs, *([] if norm is None else [norm.weight])]
+        return run_kernel(shrink_kernel(spec), [out], read)[0]
 
     def _empty(self, size: int) -> Tensor:
         return empty(size, self.float, self.device.name)

@@ -163,6 +163,8 @@ def _describe(request: dict[str, Any]) -> str:
         f"prompt {request['prompt_tokens']:,} tokens, {request['cached_tokens']:,} of them cached, computed {times}",
         f"output {request['output_tokens']:,} tokens ({request['finish_reason'] or 'no end'})",
     ]
+    if request["draft_tokens"]:
+        parts.append(f"{request['accepted_tokens']} of {request['draft_tokens']} drafted tokens accepted")
     if request["preemptions"]:
         parts.append(f"preempted {request['preemptions']} times")
     if request["process"]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from tinyvllm.config import MAX_SPECULATIVE_TOKENS
 from tinyvllm.engine.core import COUNTERS
 from tinyvllm.scheduling.plan import STEP_SIZES, StepStats
 
-_NUMBERS = tuple(one.name for one in fields(StepStats) if one.name not in ("step_sizes", "extra"))
-_NUM_SIZES = len(STEP_SIZES) + 1
-_ROW = struct.Struct(f"={len(_NUMBERS) + _NUM_SIZES + len(COUNTERS)}d")  # float64 counts exactly up to 2**53
+_SEQUENCES = {"step_sizes": len(STEP_SIZES) + 1, "accepted_per_position": MAX_SPECULATIVE_TOKENS}  # name: numbers
+_NUMBERS = tuple(one.name for one in fields(StepStats) if one.name not in (*_SEQUENCES, "extra"))
+# float64 counts exactly up to 2**53
+_ROW = struct.Struct(f"={len(_NUMBERS) + sum(_SEQUENCES.values()) + len(COUNTERS)}d")
 _WHOLE = tuple(isinstance(getattr(StepStats(), name), int) for name in _NUMBERS)
 
 
@@ -32,11 +36,11 @@ class StatsRow:
     def write(self, stats: StepStats) -> None:
         numbers = [getattr(stats, name) for name in _NUMBERS]
         counters = [stats.extra.get(name, 0) for name in COUNTERS]
-        _ROW.pack_into(self._memory, 0, *numbers, *stats.step_sizes, *counters)
+        _ROW.pack_into(self._memory, 0, *numbers, *stats.step_sizes, *stats.accepted_per_position, *counters)
 
     def read(self) -> StepStats:
-        values = _ROW.unpack_from(self._memory, 0)
-        numbers = [int(value) if whole else value for value, whole in zip(values, _WHOLE, strict=False)]
-        sizes = tuple(int(value) for value in values[len(_NUMBERS) : len(_NUMBERS) + _NUM_SIZES])
-        counters = dict(zip(COUNTERS, values[len(_NUMBERS) + _NUM_SIZES :], strict=True))
-        return StepStats(**dict(zip(_NUMBERS, numbers, strict=True)), step_sizes=sizes, extra=counters)
+        values = iter(_ROW.unpack_from(self._memory, 0))
+        numbers = [int(value) if whole else value for whole, value in zip(_WHOLE, values, strict=False)]
+        named: dict[str, Any] = dict(zip(_NUMBERS, numbers, strict=True))
+        named |= {name: tuple(map(int, islice(values, count))) for name, count in _SEQUENCES.items()}
+        return StepStats(**named, extra=dict(zip(COUNTERS, values, strict=True)))

@@ -98,6 +98,8 @@ class Output(Struct, array_like=True, gc=False):
     prefill: Parts | None = None
     decode: Parts | None = None
     num_chunks: int = 0
+    num_drafted: int = 0  # draft tokens verified for it, so far
+    num_accepted: int = 0  # of these, those accepted
 
 
 class Batch(Struct, tag="batch", array_like=True):

@@ -55,6 +55,10 @@ class Timing:
     prefill: Parts | None = None
     decode: Parts | None = None
     num_chunks: int = 0  # steps that computed a part of its prompt
+    # Draft tokens that were verified, and those accepted, as far as the engine has told: not if the text reached a stop
+    # string
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 class Delta(Struct, frozen=True, kw_only=True, gc=False):
@@ -124,6 +128,7 @@ class OutputProcessor:
         self._parts: tuple[Parts | None, Parts | None] = (None, None)  # of the queue, and until the first token
         self._decode: Parts | None = None
         self._num_chunks = 0
+        self._num_drafted = self._num_accepted = 0
 
     def push_token(self, token_id: int, time_s: float, received_s: float = 0.0) -> Delta:
         """`push` for a token that neither ends the output nor has logprobs, and is not the first."""
@@ -157,6 +162,7 @@ class OutputProcessor:
         self._decode = output.decode
         self._num_cached_tokens = output.num_cached_tokens
         self._num_preemptions = output.num_preemptions
+        self._num_drafted, self._num_accepted = output.num_drafted, output.num_accepted
         self._queued_s, self._scheduled_s = output.queued_s, output.scheduled_s
         if token_id is not None:
             self.num_output_tokens += 1
@@ -213,6 +219,8 @@ class OutputProcessor:
             prefill=self._parts[1],
             decode=self._decode,
             num_chunks=self._num_chunks,
+            num_drafted=self._num_drafted,
+            num_accepted=self._num_accepted,
         )
 
     def _make_text(self, output: Output) -> tuple[str, str | None]:
@@ -292,6 +300,8 @@ def output_of(out: TokenOut, number: int = 0) -> Output:
         prefill=prefill,
         decode=decode,
         num_chunks=0 if passage is None else passage.num_chunks,
+        num_drafted=request.num_drafted,
+        num_accepted=request.num_accepted,
     )
 
 
@@ -328,7 +338,11 @@ class TextEngine:
 
     def _push_all(self, outs: list[TokenOut]) -> list[tuple[Request, Delta]]:
         with measure.span(measure.DETOKENIZE):
-            return [(out.request, self._push(out)) for out in outs]
+            return [(out.request, self._push(out)) for out in outs if self._is_open(out)]
+
+    def _is_open(self, out: TokenOut) -> bool:
+        """Whether a token belongs to its request's text. A step with drafts may bring some after a stop string."""
+        return out.request.request_id in self._processors
 
     def _push(self, out: TokenOut) -> Delta:
         request = out.request

@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyvllm.config import MAX_SPECULATIVE_TOKENS
 from tinyvllm.scheduling.request import Request, TokenLogprobs
 
 
@@ -164,10 +165,14 @@ class StepStats:
     num_captures: int = 0  # graphs captured, since start
     num_captures_to_come: int = 0  # graphs still to be captured between steps; at 0, num_captures is final
     num_failed_captures: int = 0  # since start; larger graphs are used in their place
+    num_drafts: int = 0  # drafts verified, since start: one for each request and step that had any
+    num_draft_tokens: int = 0  # their tokens, since start
+    num_accepted_tokens: int = 0  # of these, those that were accepted, since start
     num_general_operations: int = 0  # of all layers' operations, those that no fused kernel covers
     end_s: float = 0.0  # monotonic clock: when the latest step ended; 0 before the first
     # steps since start by their number of tokens: at most STEP_SIZES[0], at most STEP_SIZES[1], ..., more than the last
     step_sizes: tuple[int, ...] = (0,) * (len(STEP_SIZES) + 1)
+    accepted_per_position: tuple[int, ...] = (0,) * MAX_SPECULATIVE_TOKENS  # of a draft's tokens, since start
     extra: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -185,6 +190,7 @@ class StepStats:
             prefix_queries=sum(stats.prefix_queries for stats in each),
             prefix_hits=sum(stats.prefix_hits for stats in each),
             step_sizes=tuple(map(sum, zip(*(stats.step_sizes for stats in each), strict=True))),
+            accepted_per_position=tuple(map(sum, zip(*(stats.accepted_per_position for stats in each), strict=True))),
             extra={name: sum(stats.extra.get(name, 0) for stats in each) for name in latest.extra},
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 if TYPE_CHECKING:
     from tinyvllm.server.request_times import RequestTimes
@@ -27,6 +27,9 @@ class Timings(BaseModel):
     predicted_per_token_ms: float
     predicted_per_second: float
     queue_ms: float
+    # Draft tokens that were verified, and those accepted: in the last timings, and only if there were any. llama.cpp's
+    draft_n: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    draft_n_accepted: int | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 def timings_of(times: RequestTimes, num_predicted: int | None = None) -> Timings | None:
@@ -52,6 +55,8 @@ def timings_of(times: RequestTimes, num_predicted: int | None = None) -> Timings
         predicted_per_token_ms=_over(predicted_ms, predicted_n),
         predicted_per_second=_over(1e3 * predicted_n, predicted_ms),
         queue_ms=(scheduled_s - timing.queued_s) * 1e3,
+        draft_n=times.num_drafted or None,
+        draft_n_accepted=times.num_accepted if times.num_drafted else None,
     )
 
 

@@ -74,6 +74,11 @@ _COUNTERS: tuple[Measure, ...] = (
         lambda stats: stats.extra.get("num_failed_steps", 0),
     ),
 )
+_DRAFT_COUNTERS: tuple[Measure, ...] = (
+    ("vllm:spec_decode_num_drafts", "Drafts verified.", lambda stats: stats.num_drafts),
+    ("vllm:spec_decode_num_draft_tokens", "Tokens of the drafts verified.", lambda stats: stats.num_draft_tokens),
+    ("vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", lambda stats: stats.num_accepted_tokens),
+)
 _SLEEP_STATES = (("awake", 1), ("weights_offloaded", 0), ("discard_all", 0))
 
 
@@ -102,6 +107,7 @@ class EngineCollector(Collector):
             for values, stats in each:
                 counter.add_metric(values, value_of(stats))
             yield counter
+        yield from self._drafts(each)
         yield from self._labeled_gauges(each)
         yield self._step_sizes(each)
         yield self._cache_config()
@@ -128,6 +134,26 @@ class EngineCollector(Collector):
         yield memory
         yield waiting
         yield awake
+
+    def _drafts(self, each: Each) -> Iterator[Metric]:
+        """Counters of speculative decoding; none without it, as in vLLM."""
+        speculative = self._engine.config.speculative_config
+        if speculative is None:
+            return
+        for name, text, value_of in _DRAFT_COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=LABELS)
+            for values, stats in each:
+                counter.add_metric(values, value_of(stats))
+            yield counter
+        by_position = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Accepted draft tokens by their position in the draft.",
+            labels=(*LABELS, "position"),
+        )
+        for values, stats in each:
+            for position, count in enumerate(stats.accepted_per_position[: speculative.num_drafts]):
+                by_position.add_metric((*values, str(position)), count)
+        yield by_position
 
     def _step_sizes(self, each: Each) -> Metric:
         """A histogram of the steps' tokens."""

@@ -5,7 +5,7 @@ engine at each scrape. Each app has its own registry; front-ends of one server s
 
 Names, labels and buckets are those of vLLM's vllm/v1/metrics/loggers.py and, for HTTP, of
 prometheus-fastapi-instrumentator, which vLLM uses. Metrics of features that this engine lacks are left out: LoRA
-adapters, speculative decoding, image and remote caches, sampled block lifetimes. Our own names begin with `tinyvllm:`.
+adapters, image and remote caches, sampled block lifetimes. Our own names begin with `tinyvllm:`.
 """
 
 from __future__ import annotations

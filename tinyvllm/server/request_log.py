@@ -67,6 +67,8 @@ class RequestWaterfall(RequestSummary):
     process: str | None  # the front-end that answered
     chunks: int  # steps that computed a part of the prompt
     preemptions: int
+    draft_tokens: int  # that were verified
+    accepted_tokens: int  # of these
     stages: list[RequestStage]
 
 
@@ -90,6 +92,8 @@ class RequestRecord(Struct, gc=False):
     finish_reason: str | None
     num_chunks: int
     num_preemptions: int
+    num_drafted: int
+    num_accepted: int
 
     def stages(self) -> Iterator[tuple[str, str, float]]:
         """Phase, stage and seconds of all stages that are not empty."""
@@ -122,6 +126,8 @@ class RequestRecord(Struct, gc=False):
             "process": process,
             "chunks": self.num_chunks,
             "preemptions": self.num_preemptions,
+            "draft_tokens": self.num_drafted,
+            "accepted_tokens": self.num_accepted,
             "stages": stages,
         }
 
@@ -153,6 +159,8 @@ class RequestLog:
             finish_reason=times.finish_reason,
             num_chunks=0 if timing is None else timing.num_chunks,
             num_preemptions=0 if timing is None else timing.num_preemptions,
+            num_drafted=times.num_drafted,
+            num_accepted=times.num_accepted,
         )
         self._records.append(record)
 

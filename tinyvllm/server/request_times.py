@@ -68,6 +68,8 @@ class RequestTimes:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0  # of all choices
+    num_drafted: int = 0  # draft tokens that were verified, of all choices that have ended
+    num_accepted: int = 0  # of these, those that were accepted
     finish_reason: str | None = None
 
     @property
@@ -98,6 +100,8 @@ class RequestTimes:
             self.num_cached_tokens += delta.num_cached_tokens
         if delta.finish_reason is not None:
             self.num_output_tokens += delta.num_output_tokens
+            self.num_drafted += timing.num_drafted
+            self.num_accepted += timing.num_accepted
             self.finish_reason = delta.finish_reason
         if self.timing is None or timing.last_token_s >= self.timing.last_token_s:
             self.timing, self.taken_s = timing, now_s

@@ -7,6 +7,8 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from tinyvllm.engine.async_engine import StepStats
+
 if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AsyncEngine
     from tinyvllm.server.metrics import Metrics
@@ -22,6 +24,9 @@ async def log_status(engine: AsyncEngine, metrics: Metrics, interval_s: float) -
         line = reporter.line()
         if line is not None:
             log.info(line)
+        drafts = reporter.drafts()
+        if drafts is not None:
+            log.info(drafts)
 
 
 class StatusReporter:
@@ -35,6 +40,7 @@ class StatusReporter:
         self._num_prompt = self._num_output = 0
         self._queries = self._hits = 0
         self._hit_rate = 0.0
+        self._drafts_s, self._drafts = self._last_s, StepStats()  # when `drafts` was last asked, and the stats then
 
     def line(self) -> str | None:
         """The next status line, or None while the engine loads or stays idle. The first idle line is returned."""
@@ -60,4 +66,29 @@ class StatusReporter:
             f"Avg generation throughput: {output_rate:.1f} tokens/s, "
             f"Running: {stats.num_running} reqs, Waiting: {stats.num_waiting} reqs, "
             f"GPU KV cache usage: {100 * usage:.1f}%, Prefix cache hit rate: {100 * self._hit_rate:.1f}%"
+        )
+
+    def drafts(self) -> str | None:
+        """What became of the drafts since the previous call; None without any. As vLLM says it."""
+        if not self._engine.is_ready:
+            return None
+        now_s, stats, before = time.monotonic(), self._engine.stats(), self._drafts
+        passed_s = now_s - self._drafts_s
+        self._drafts_s, self._drafts = now_s, stats
+        num_drafts = stats.num_drafts - before.num_drafts
+        if num_drafts <= 0:
+            return None
+        drafted = stats.num_draft_tokens - before.num_draft_tokens
+        accepted = stats.num_accepted_tokens - before.num_accepted_tokens
+        speculative = self._engine.config.speculative_config
+        most = 0 if speculative is None else speculative.num_drafts
+        pairs = zip(stats.accepted_per_position[:most], before.accepted_per_position[:most], strict=True)
+        rates = ", ".join(f"{(count - earlier) / num_drafts:.3f}" for count, earlier in pairs)
+        return (
+            f"SpecDecoding metrics: Mean acceptance length: {1 + accepted / num_drafts:.2f}, "
+            f"Accepted throughput: {accepted / passed_s:.2f} tokens/s, "
+            f"Drafted throughput: {drafted / passed_s:.2f} tokens/s, "
+            f"Accepted: {accepted} tokens, Drafted: {drafted} tokens, "
+            f"Per-position acceptance rate: {rates}, "
+            f"Avg Draft acceptance rate: {100 * accepted / drafted:.1f}%"
         )

@@ -160,12 +160,16 @@ class GuessingDrafter:
     """Proposes the token that will be sampled with probability `right`, otherwise another one, and at times fewer
     tokens than asked for. `truth`: what a request answers without drafts."""
 
-    def __init__(self, truth: Callable[[Request], list[int]], right: float, seed: int = 0) -> None:
+    def __init__(
+        self, truth: Callable[[Request], list[int]], right: float, seed: int = 0, *, is_free: bool = False
+    ) -> None:
+        self.is_free = is_free
         self.truth, self.right, self.rng = truth, right, random.Random(seed)
         self.shown: set[Request] = set()
         self.num_committed = 0
 
     def expects(self, request: Request) -> bool:
+        self.shown.add(request)
         return self.rng.random() < 0.8
 
     def propose(self, requests: Sequence[Request], counts: Sequence[int]) -> list[list[int]]:

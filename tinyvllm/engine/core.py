@@ -22,6 +22,7 @@ from tinyvllm.engine.step_clock import (
     CAPTURE,
     COMMIT,
     DECODE,
+    DRAFT,
     LOOP,
     PACK,
     PREFILL,
@@ -119,6 +120,7 @@ class LaunchedStep:
     schedule_s: float
     launch_s: float  # without packing, and with the sampling that was enqueued later
     launched_s: float  # when it was launched, by the engine's clock
+    begun_s: float  # when its scheduling began
 
     @property
     def stage(self) -> int:
@@ -157,6 +159,7 @@ class EngineCore:
         self._in_flight: deque[LaunchedStep] = deque()  # oldest first
         self._num_failures = 0  # consecutive
         self._collected_s = 0.0  # when the latest step was collected, by `clock`
+        self._was_busy = False  # there was work left then
 
     @property
     def has_work(self) -> bool:
@@ -228,10 +231,9 @@ class EngineCore:
         except Exception as error:
             return outs + self._fail([], error)
         try:
+            self._draft()
             with measure.span(measure.SCHEDULE):
                 reach("engine.schedule")
-                if self.scheduler.speculator is not None and not self._in_flight:
-                    self.scheduler.speculator.draft(self.scheduler.running)
                 plan = self.scheduler.schedule()
         except InvariantError:
             raise
@@ -248,6 +250,14 @@ class EngineCore:
         except Exception as error:
             outs += self._fail([] if plan is None else [entry.request for entry in plan.entries], error)
         return outs
+
+    def _draft(self) -> None:
+        """Have tokens guessed for the next step, if all tokens are known."""
+        speculator = self.scheduler.speculator
+        if speculator is not None and not self._in_flight:
+            with measure.span(measure.DRAFT):
+                speculator.draft(self.scheduler.running)
+            self.clock.mark(DRAFT)
 
     def _collect_for_drafts(self, outs: list[TokenOut]) -> None:
         """Collect what is in flight if the next step cannot be planned before, because that has drafts, or this one is
@@ -284,7 +294,8 @@ class EngineCore:
                 request.passage.leave_queue()
         handle: Launched = self.runner.launch(plan)
         launch_s = clock.mark_divided(DECODE if plan.has_no_prompts else PREFILL, handle.pack_s, PACK)
-        step = LaunchedStep(plan, handle, schedule_s, launch_s, clock.now_s - launch_s)
+        launched_s = clock.now_s - launch_s
+        step = LaunchedStep(plan, handle, schedule_s, launch_s, launched_s, launched_s - handle.pack_s - schedule_s)
         with measure.span(measure.COMMIT):
             self.scheduler.advance(plan)
         clock.mark(COMMIT)
@@ -306,6 +317,7 @@ class EngineCore:
             self.scheduler.commit(step.plan, output, outs)
         commit_s = clock.mark(COMMIT)
         self._in_flight.popleft()
+        self._was_busy = self.has_work
         self._num_failures = 0
         stats = self._count(
             self.stats,
@@ -329,7 +341,8 @@ class EngineCore:
         if self.scheduler.pace is not None and num_rows and (step.plan.is_decode or not step.plan.has_no_prompts):
             self.scheduler.pace.note(num_rows, step.plan.is_decode, seconds)
         if self.scheduler.speculator is not None and num_rows:
-            self.scheduler.speculator.rule.note_step(step.plan, num_rows, seconds)
+            since_s = self._collected_s if self._was_busy else min(step.begun_s, now_s)
+            self.scheduler.speculator.rule.note_step(step.plan, num_rows, now_s - since_s)
         self._collected_s = now_s
 
     def check(self) -> None:
@@ -374,6 +387,17 @@ class EngineCore:
                 num_checkpoints=states.num_checkpoints,
                 num_checkpoint_hits=states.num_hits,
                 num_checkpoint_evictions=states.num_evictions,
+            )
+        speculator = self.scheduler.speculator
+        if speculator is not None:
+            counts = speculator.counts
+            num_unused = len(stats.accepted_per_position) - len(counts.per_position)
+            stats = dataclasses.replace(
+                stats,
+                num_drafts=counts.num_drafts,
+                num_draft_tokens=counts.num_draft_tokens,
+                num_accepted_tokens=counts.num_accepted_tokens,
+                accepted_per_position=(*counts.per_position, *[0] * num_unused),
             )
         self.stats = dataclasses.replace(
             stats,

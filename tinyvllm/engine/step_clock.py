@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 
 # Places in `StepClock.seconds`. Prefill: on the device, a step with prompts; decode: one without.
-SCHEDULE, PACK, PREFILL, DECODE, TOKENS, COMMIT, CAPTURE, LOOP = range(8)
+SCHEDULE, PACK, PREFILL, DECODE, TOKENS, COMMIT, CAPTURE, LOOP, DRAFT = range(9)
 
 
 class Parts(Struct, frozen=True, array_like=True, gc=False):
     """An interval of a request's time, divided by what the engine's thread did, in seconds. The sum is the interval."""
 
+    draft: float = 0.0  # guessing tokens for steps to verify, on the host or on the device
     schedule: float = 0.0
     pack: float = 0.0
     prefill: float = 0.0  # on the device, steps with a part of the request's own prompt
@@ -44,7 +45,7 @@ class StepClock:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self.now_s = now()  # at the latest mark
-        self.seconds = [0.0] * 8
+        self.seconds = [0.0] * 9
 
     def mark(self, stage: int) -> float:
         """Assign all time since the latest mark to `stage`. Returns that time in seconds."""
@@ -111,6 +112,7 @@ def _parts(before: tuple[float, ...], after: tuple[float, ...], own_s: list[floa
     own_prefill_s, own_decode_s = own_s or (0.0, 0.0)
     own_prefill_s, own_decode_s = min(own_prefill_s, passed[PREFILL]), min(own_decode_s, passed[DECODE])
     return Parts(
+        draft=passed[DRAFT],
         schedule=passed[SCHEDULE],
         pack=passed[PACK],
         prefill=own_prefill_s + own_decode_s,

@@ -24,12 +24,12 @@ from tinyvllm.errors import InvariantError, ProfilingError
 from tinyvllm.profiling.interpreter import Interpreter, Watch
 
 # The stages of a request and a step, in order. The engine, tables and traces use the same words. Admission: a request
-# is checked and passed to the engine; queue: it waits in the scheduler's queue; tokens: sampled rows become token ids
-# and logprobs.
+# is checked and passed to the engine; queue: it waits in the scheduler's queue; draft: tokens are guessed for the step
+# to verify; tokens: sampled rows become token ids and logprobs.
 ADMISSION = "admission"
-TOKENIZE, QUEUE, SCHEDULE, PACK = "tokenize", "queue", "schedule", "pack"
+TOKENIZE, QUEUE, DRAFT, SCHEDULE, PACK = "tokenize", "queue", "draft", "schedule", "pack"
 LAUNCH, WAIT, TOKENS, COMMIT, DETOKENIZE = "launch", "wait", "tokens", "commit", "detokenize"
-STAGES = (TOKENIZE, QUEUE, SCHEDULE, PACK, LAUNCH, WAIT, TOKENS, COMMIT, DETOKENIZE)
+STAGES = (TOKENIZE, QUEUE, DRAFT, SCHEDULE, PACK, LAUNCH, WAIT, TOKENS, COMMIT, DETOKENIZE)
 STEP = "step"  # one turn of the engine loop, around its stages; facts: kind (prefill, decode, mixed), bucket
 CAPTURE = "capture"  # part of capturing a graph between two steps, on the engine's thread
 

@@ -16,6 +16,7 @@ from tinyvllm.profiling.measure import (
     CAPTURE,
     COMMIT,
     DETOKENIZE,
+    DRAFT,
     LAUNCH,
     PACK,
     SCHEDULE,
@@ -29,7 +30,7 @@ from tinyvllm.profiling.verdict import HOST_SHARE, PREFILL_SHARE, Finding, judge
 
 CAPTURE_SHARE = 0.2  # of the time of steps and captures
 IDLE_SHARE = 0.5  # of the host's own time in which its thread did not run
-_HOST = (SCHEDULE, PACK, LAUNCH, TOKENS, COMMIT, DETOKENIZE)
+_HOST = (DRAFT, SCHEDULE, PACK, LAUNCH, TOKENS, COMMIT, DETOKENIZE)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ life into stages that do not overlap:
     hop        until the engine's loop takes the message: the engine reads between steps, so this contains the rest of
                the step that it was in
     queue      waits in the scheduler's queue, until a step includes the request
-    schedule, pack, prefill, decode, tokens, commit, capture, loop
-               what the engine's thread does until the request's last token is known. Prefill is the device's time until
+    draft, schedule, pack, prefill, decode, tokens, commit, capture, loop
+               what the engine's thread does until the request's last token is known. Draft guesses tokens for a step
+               to verify, on the host or with a draft model on the device; prefill is the device's other time until
                the first token, decode that after it; tokens turns sampled rows into token ids and logprobs; capture is
                work on a graph between two steps; loop is the time between the others, such as sending tokens
     hop back   until the front-end takes the message with the last token
@@ -37,6 +38,7 @@ from tinyvllm.profiling.measure import (
     CAPTURE,
     COMMIT,
     DETOKENIZE,
+    DRAFT,
     HOP_BACK,
     INBOX,
     LAUNCH,
@@ -64,12 +66,13 @@ TRANSFER = "transfer"
 OTHERS = "other prompts"  # on the device, steps for prompts of other requests: told apart by the engine's clock alone
 STAGES = (
     *(ACCEPT, PARSE, TEMPLATE, TOKENIZE, ADMISSION, HOP, QUEUE),
-    *(SCHEDULE, PACK, PREFILL, DECODE, TOKENS, COMMIT, CAPTURE, LOOP),
+    *(DRAFT, SCHEDULE, PACK, PREFILL, DECODE, TOKENS, COMMIT, CAPTURE, LOOP),
     *(HOP_BACK, DETOKENIZE, SERIALIZE, SEND, TRANSFER),
 )
 DEVICE = "device"  # prefill or decode, depending on when
 # The engine thread's spans, and the stages that they count as.
 _ENGINE_STAGES = {
+    DRAFT: DRAFT,
     SCHEDULE: SCHEDULE,
     PACK: PACK,
     LAUNCH: DEVICE,

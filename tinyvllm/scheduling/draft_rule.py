@@ -27,6 +27,8 @@ from statistics import median
 
 import numpy as np
 
+from tinyvllm.config import SpeculativeConfig
+from tinyvllm.scheduling.drafts import AlwaysDraft, Drafter, DraftRule
 from tinyvllm.scheduling.plan import StepPlan
 from tinyvllm.scheduling.request import MAX_REDONE, Request
 
@@ -40,6 +42,13 @@ PRIOR = 1.5  # drafts: the weight of all requests' estimate in that of each
 QUIET_STEPS = 8  # without a look at drafts in a large batch, after one that found none worth it
 FEW_SEQS = 4  # a batch of at most so many is looked at in every step
 PROBE_STEPS = 32  # at least, between two probes
+
+
+def make_rule(config: SpeculativeConfig, drafter: Drafter, verify_sizes: Sequence[int]) -> DraftRule:
+    """The rule that `config` asks for. verify_sizes: as MeasuredRule's."""
+    if not config.adaptive:
+        return AlwaysDraft(config.disable_by_batch_size)
+    return MeasuredRule(config.num_drafts, verify_sizes, is_free=drafter.is_free, max_seqs=config.disable_by_batch_size)
 
 
 class MeasuredRule:

@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import Struct
 from pydantic import BaseModel
 
-from tinyvllm.profiling.measure import CAPTURE, COMMIT, PACK, SCHEDULE, TOKENS
+from tinyvllm.profiling.measure import CAPTURE, COMMIT, DRAFT, PACK, SCHEDULE, TOKENS
 from tinyvllm.profiling.request_stages import DECODE, LOOP, OTHERS, PREFILL
 from tinyvllm.server.request_times import (
     ARRIVAL,
@@ -202,6 +202,7 @@ def judge_request(stages: Sequence[tuple[str, str, float]], total_s: float) -> R
         "other prompts": (spent_s(work, [OTHERS]), "steps for prompts of other requests came between its own"),
         "own prompt": (spent_s(work, [PREFILL]), "steps that computed its own prompt"),
         "decoding": (spent_s(work, [DECODE]), "steps that only decode, on the device"),
+        "drafting": (spent_s(work, [DRAFT]), "the engine guessed tokens for its steps to verify"),
         "capturing graphs": (spent_s(work, [CAPTURE]), "the engine traced and captured graphs between steps"),
         "host": (spent_s(work, _HOST), "the engine's own work around the steps: " + _longest(stages, *work)),
         "engine": (spent_s([RUN]), "the engine computed it"),

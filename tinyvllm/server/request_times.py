@@ -19,6 +19,7 @@ from tinyvllm.profiling.measure import (
     CAPTURE,
     COMMIT,
     DETOKENIZE,
+    DRAFT,
     HOP_BACK,
     PACK,
     QUEUE,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 RELAY, ENGINE = "relay", "engine"
 # The phases of a request. `RUN`: a request that the engine did not divide, such as an embedding.
 ARRIVAL, WAITING, FIRST, REST, RUN, DELIVERY = "arrival", "queue", "first token", "further tokens", "run", "delivery"
-_WORK = (SCHEDULE, PACK, PREFILL, OTHERS, DECODE, TOKENS, COMMIT, CAPTURE, LOOP)  # the fields of Parts
+_WORK = (DRAFT, SCHEDULE, PACK, PREFILL, OTHERS, DECODE, TOKENS, COMMIT, CAPTURE, LOOP)  # the fields of Parts
 # Every stage, in the order of time; within a phase of the engine the stages take turns.
 STAGES: tuple[tuple[str, str], ...] = (
     *((ARRIVAL, stage) for stage in (RELAY, PARSE, TEMPLATE, TOKENIZE, ADMISSION, HOP)),

@@ -630,6 +630,8 @@ class EngineConfig:
     decode_buckets: tuple[int, ...] = ()  # batch sizes of decode graphs; (): powers of two up to max_num_seqs
     # token counts of prefill and mixed graphs; (): powers of two from 16 up to max_num_batched_tokens
     token_buckets: tuple[int, ...] = ()
+    # row counts of graphs that verify drafts; (): up to those of all sequences with all their drafts, but 64 at most
+    verify_buckets: tuple[int, ...] = ()
     # full: capture all graphs before serving; background: serve as soon as some graphs can run any step, and capture
     # the others between steps; idle: as background, but only while no request runs
     warm_up: str = "full"

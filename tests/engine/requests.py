@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +13,7 @@ from tinyvllm.config import EngineConfig, ModelFiles, SamplingParams
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.scheduling.block_manager import BlockManager
+from tinyvllm.scheduling.drafts import Speculator
 from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.scheduler import Scheduler
 
@@ -26,7 +28,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_runner(files: ModelFiles, **settings: Any) -> ModelRunner:
-    runner = load_runner(files, EngineConfig("tiny", **SETTINGS, **settings))
+    runner = load_runner(files, EngineConfig("tiny", **{**SETTINGS, **settings}))
     runner.warm_up()
     return runner
 
@@ -75,14 +77,11 @@ def make_requests(num: int, is_processed: bool) -> list[Request]:
     return requests
 
 
-def run(runner: ModelRunner, *, is_processed: bool = False, num: int = 12) -> tuple[list[list[int]], EngineCore]:
-    capacity = runner.capacity
-    core = EngineCore(runner, Scheduler(BlockManager(capacity.groups, capacity.block_size), capacity))
+def run(
+    runner: ModelRunner, *, is_processed: bool = False, num: int = 12, speculator: Speculator | None = None
+) -> tuple[list[list[int]], EngineCore]:
     requests = make_requests(num, is_processed)
-    for request in requests:
-        core.add(request)
-    while core.has_work:
-        core.step()
+    core = answer(runner, requests, speculator)
     assert all(request.finish_reason in ("stop", "length") for request in requests)
     for request in requests:
         if request.constraint is not None:
@@ -90,3 +89,15 @@ def run(runner: ModelRunner, *, is_processed: bool = False, num: int = 12) -> tu
         if request.params.allowed_token_ids is not None:
             assert set(request.output_ids) <= {*request.params.allowed_token_ids, *request.eos_ids}
     return [request.output_ids for request in requests], core
+
+
+def answer(runner: ModelRunner, requests: Sequence[Request], speculator: Speculator | None = None) -> EngineCore:
+    """Run requests together, with the pools audited after every step."""
+    scheduler = Scheduler(BlockManager.of(runner.capacity), runner.capacity, speculator=speculator)
+    core = EngineCore(runner, scheduler)
+    for request in requests:
+        core.add(request)
+    while core.has_work:
+        core.step()
+        scheduler.audit()
+    return core

@@ -119,7 +119,7 @@ def test_rows_that_score_a_prompt_count() -> None:
 
 
 def test_a_plan_for_which_there_is_no_bucket_is_our_bug() -> None:
-    with pytest.raises(InvariantError, match=r"no bucket for a plan of 33 tokens .* among \['decode 1'"):
+    with pytest.raises(InvariantError, match=r"no bucket for a plan of 33 tokens, .* among \['decode 1'"):
         choose_bucket(BUCKETS, make_plan((33, 0)))
 
 
@@ -207,3 +207,48 @@ def test_a_limit_that_was_given_is_kept_and_the_other_fitted_to_it() -> None:
     assert resolve(max_num_seqs=4) == Limits(4, 256)
     assert resolve(max_num_batched_tokens=8) == Limits(8, 8)
     assert resolve(max_num_batched_tokens=64) == Limits(16, 64)
+
+
+def drafted(*entries: tuple[int, int], prompt: int = 0) -> StepPlan:
+    """A plan of requests with so many (pending tokens, drafts), and perhaps of a prompt."""
+    scheduled = []
+    for pending, num_drafts in entries:
+        request = make_request([1] * 20)
+        scheduled.append(Scheduled(request, 20 - pending, pending + num_drafts, (2,) * num_drafts))
+    if prompt:
+        scheduled.append(Scheduled(make_request([1] * prompt), 0, prompt))
+    return StepPlan(tuple(scheduled))
+
+
+SPECULATION = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}
+
+
+def test_steps_with_drafts_have_graphs_of_their_own() -> None:
+    buckets = buckets_of(8, 256, **SPECULATION)
+    assert [bucket.name for bucket in buckets if bucket.is_verify] == [
+        "verify 2", "verify 3", "verify 4", "verify 5", "verify 6", "verify 8", "verify 12", "verify 16", "verify 32",
+        "verify 40",
+    ]  # fmt: skip
+    assert not any(bucket.is_verify for bucket in buckets_of(8, 256))
+    assert [bucket.name for bucket in first_buckets(buckets)] == ["prefill 256", "decode 8", "verify 40"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "name"),
+    [
+        (drafted((1, 4)), "verify 5"),
+        (drafted((1, 2), (1, 0)), "verify 4"),
+        (drafted((3, 2)), "verify 5"),  # tokens computed again
+        (drafted((1, 0), (1, 0)), "decode 2"),
+        (drafted((1, 3), prompt=3), "verify 8"),
+        (drafted((1, 3), prompt=60), "prefill 64"),
+        (drafted((1, 0), prompt=3), "prefill 16"),
+    ],
+)
+def test_a_plan_with_drafts_runs_in_the_smallest_graph_for_it(plan: StepPlan, name: str) -> None:
+    assert choose_bucket(buckets_of(8, 256, **SPECULATION), plan).name == name
+
+
+def test_a_step_of_one_sequence_holds_all_its_drafts() -> None:
+    assert [bucket.name for bucket in buckets_of(1, 8, **SPECULATION) if bucket.is_verify][-1] == "verify 5"
+    assert [bucket.name for bucket in buckets_of(1, 3, **SPECULATION) if bucket.is_verify][-1] == "verify 3"

@@ -179,3 +179,19 @@ def test_each_sequence_has_slots_of_its_state_and_a_first_row() -> None:
     packer.pack(plan_of((decode, 1)))
     packed = {name: packer.views[name].tolist() for name in packed}
     assert packed == {"state_reads": [4, 0, 0], "state_writes": [4, 0, 0], "first_rows": [0, 1, 1, 1]}
+
+
+def test_drafts_follow_the_last_token_and_each_row_samples_its_own() -> None:
+    packer = make_packer(StepLayout(num_tokens=8, num_seqs=8, max_blocks=4, block_size=4))
+    drafting = running(5, [7, 2, 9], outputs=2, computed=6, temperature=0.5, seed=9, min_tokens=4, stop_token_ids=(3,))
+    again = running(5, [4, 5, 3], outputs=3, computed=6)  # its last two tokens are computed again
+    packer.pack(StepPlan((Scheduled(drafting, 6, 3, (31, 32)), Scheduled(again, 6, 4, (41, 42)))))
+    views = {name: view.tolist() for name, view in packer.views.items()}
+    assert views["token_ids"][:7] == [201, 31, 32, 201, 202, 41, 42]
+    assert views["positions"][:7] == [6, 7, 8, 6, 7, 8, 9]
+    assert views["seq_rows"][:7] == [0, 0, 0, 1, 1, 1, 1]
+    assert views["slots"][0][:3] == [2 * 4 + 2, 2 * 4 + 3, 9 * 4]
+    assert views["logit_rows"][:6] == [0, 1, 2, 4, 5, 6]
+    assert views["draw"][:6] == [2, 3, 4, 3, 4, 5]
+    assert views["seed"][:3] == [9, 9, 9] and packer.floats["temperature"][:3].tolist() == [0.5] * 3
+    assert [row[0] for row in views["suppressed_ids"][:6]] == [3, 3, -1, -1, -1, -1], "until min_tokens"

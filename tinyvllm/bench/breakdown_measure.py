@@ -100,7 +100,7 @@ def token_buckets(config: EngineConfig, totals: Sequence[int]) -> tuple[int, ...
     from tinyvllm.execution.limits import resolve_limits  # here: it imports tinygrad, which --device must come before
 
     limits = resolve_limits(config)
-    sizes = [bucket.num_tokens for bucket in make_buckets(limits, config) if not bucket.is_decode]
+    sizes = [bucket.num_tokens for bucket in make_buckets(limits, config) if bucket.is_for_prompts]
     rest = {total % limits.max_num_batched_tokens for total in totals} - {0}
     return tuple(sorted({min(size for size in sizes if size >= tokens) for tokens in rest} | {max(sizes)}))
 
@@ -316,7 +316,7 @@ def count_steps(driver: Driver, inspector: Inspector, case: Case, memory: Memory
             counts = account.take()
             if plan is None:
                 return
-            phase = DECODE if plan.is_decode else PREFILL
+            phase = DECODE if plan.has_no_prompts else PREFILL
             memory.end(f"{case.name}, {phase}")
             cost = inspector.cost(plan)
             bucket = by_name[cost.bucket]

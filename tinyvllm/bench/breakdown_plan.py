@@ -48,7 +48,7 @@ def forecast(
     """Forecast from the calls of each graph during the start. `num_tokens`: of all prompts of a case."""
     calls_s = {bucket.name: min(bucket.calls_s) for bucket in start.buckets if bucket.calls_s}
     decode = {bucket.num_seqs: calls_s.get(bucket.name, 0.0) for bucket in buckets if bucket.is_decode}
-    prefill = {bucket.num_tokens: calls_s.get(bucket.name, 0.0) for bucket in buckets if not bucket.is_decode}
+    prefill = {bucket.num_tokens: calls_s.get(bucket.name, 0.0) for bucket in buckets if bucket.is_for_prompts}
     round_s, profile_s = {}, {}
     for case in work.cases:
         whole, rest = divmod(num_tokens[case], max(prefill))

@@ -227,16 +227,19 @@ def _call(runner: ModelRunner, bucket: Bucket, start: BucketStart, num_calls: in
 def plans_for(
     bucket: Bucket, capacity: Capacity, context: int = 0, params: SamplingParams = GREEDY, vocab_size: int = 2
 ) -> list[StepPlan]:
-    """Plans that fill a bucket with as few sequences as possible. Sequences of a decode have `context` tokens already.
+    """Plans that fill a bucket with as few sequences as possible. Sequences of a decode have `context` tokens already;
+    so has the one of a verify bucket, whose other rows are its drafts.
     Token ids are random, and below `vocab_size`: rows that differ choose different experts.
 
     The sequences own blocks from the start of the pool, so it must hold nothing else."""
     size, limit = capacity.block_size, capacity.max_model_len
     if bucket.is_decode:
         lengths = [min(context, limit - 2) + 1] * bucket.num_tokens
+    elif bucket.is_verify:
+        lengths = [max(0, min(context, limit - 2 - bucket.num_drafts)) + 1]
     else:
         lengths = lengths_that_fill(bucket, limit)
-    tables = fixed_tables(capacity.groups, [-(-length // size) for length in lengths])
+    tables = fixed_tables(capacity.groups, [-(-(length + bucket.num_drafts) // size) for length in lengths])
     states = fixed_states(capacity, len(lengths))
     rng = random.Random(bucket.name)
     requests = [
@@ -245,4 +248,7 @@ def plans_for(
     ]
     if bucket.is_decode:
         return [StepPlan(tuple(Scheduled(request, request.num_tokens - 1, 1) for request in requests))]
+    if bucket.is_verify:
+        (request,), drafts = requests, tuple(rng.choices(range(vocab_size), k=bucket.num_drafts))
+        return [StepPlan((Scheduled(request, request.num_tokens - 1, bucket.num_tokens, drafts),))]
     return prefill_plans(requests, bucket.num_tokens)

@@ -124,7 +124,7 @@ def fit_config(config: EngineConfig, work: LatencyWork, model: ModelConfig) -> E
     num_seqs = max(case.batch for case in work.cases)
     limited = dataclasses.replace(config, max_num_seqs=num_seqs, max_model_len=longest)
     limits = resolve_limits(limited)
-    sizes = [bucket.num_tokens for bucket in make_buckets(limits, limited) if not bucket.is_decode]
+    sizes = [bucket.num_tokens for bucket in make_buckets(limits, limited) if bucket.is_for_prompts]
     budget = limits.max_num_batched_tokens
     totals = [case.batch * case.length for case in work.cases if case.phase == "prefill"]
     pieces = {min(budget, total) for total in totals} | {total % budget for total in totals} - {0}

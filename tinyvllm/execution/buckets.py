@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from tinyvllm.config import Capacity, EngineConfig, Limits
 from tinyvllm.errors import InvariantError, TinyvllmError
@@ -15,6 +16,9 @@ SMALLEST_TOKENS = 16
 # mean of bucket size over plan size if sizes are uniform in their logarithm: 31 % at 2, 54 % at 4. On a CPU too, where
 # time follows the rows, it saves a third of a prompt's time, for two more graphs of 0.05 s each (1.3 s if compiled).
 GROWTH = 2
+MOST_VERIFY_ROWS = 64  # token rows of the largest step with drafts alone
+# sizes of steps with drafts: with one sequence each row counts, since a token more costs little but is seldom accepted
+VERIFY_SIZES = (2, 3, 4, 6, 8, 12, 16, 32, 64)
 FEW_ROWS = 16  # sequences of a token bucket for one prompt or a few
 LOGITS_SHARE = 16  # a graph for few sequences pays if the logits of all are over 1/16 of a step's rows
 
@@ -22,19 +26,36 @@ LOGITS_SHARE = 16  # a graph for few sequences pays if the logits of all are ove
 @dataclass(frozen=True)
 class Bucket:
     """A graph's shape: `num_tokens` rows of at most `num_seqs` sequences, with one row of logits each. A decode bucket
-    has one token row per sequence."""
+    has one token row per sequence. A verify bucket is for steps with drafts: every row may have logits, and attention
+    is that of decodes, row by row, once the keys and values of all rows are in the pool."""
 
     num_tokens: int
     is_decode: bool
     num_seqs: int
     is_for_few: bool = False  # another bucket has as many tokens for more sequences
+    is_verify: bool = False
 
     @classmethod
     def decode(cls, num_seqs: int) -> Bucket:
         return cls(num_seqs, True, num_seqs)
 
+    @classmethod
+    def verify(cls, num_rows: int) -> Bucket:
+        return cls(num_rows, False, num_rows, is_verify=True)
+
+    @property
+    def is_for_prompts(self) -> bool:
+        return not self.is_decode and not self.is_verify
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafts of a plan that fills a verify bucket with one sequence; 0 for other buckets."""
+        return self.num_tokens - 1 if self.is_verify else 0
+
     @property
     def name(self) -> str:
+        if self.is_verify:
+            return f"verify {self.num_tokens}"
         if self.is_decode:
             return f"decode {self.num_tokens}"
         return f"prefill {self.num_tokens}" + (f" of {self.num_seqs}" if self.is_for_few else "")
@@ -51,24 +72,54 @@ class Bucket:
         )
 
     def holds(self, plan: StepPlan) -> bool:
-        """Whether the plan fits this shape. A token bucket can run decodes too."""
+        """Whether the plan fits this shape. A token bucket can run decodes and drafts too."""
         return (
             (plan.is_decode or not self.is_decode)
+            and (plan.num_drafts > 0 or not self.is_verify)
             and plan.num_tokens <= self.num_tokens
             and max(len(plan.entries), plan.num_logit_rows) <= self.num_seqs
         )
 
 
 def make_buckets(limits: Limits, config: EngineConfig) -> list[Bucket]:
-    """Decode buckets by batch, then token buckets, for prefill and mixed steps, by tokens and sequences. The last of
-    each kind holds all that the limits allow of that kind; the very last holds any plan."""
+    """Decode buckets by batch, then verify buckets by rows, then token buckets, for prefill and mixed steps, by tokens
+    and sequences. The last of each kind holds all that the limits allow of that kind; the very last holds any plan
+    without drafts."""
     max_num_seqs, max_num_batched_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
     decode = config.decode_buckets or _series(1, max_num_seqs)
     tokens = config.token_buckets or _series(SMALLEST_TOKENS, max_num_batched_tokens)
     _check("decode-buckets", decode, "max-num-seqs", max_num_seqs)
     _check("token-buckets", tokens, "max-num-batched-tokens", max_num_batched_tokens)
     by_tokens = [bucket for n in sorted(set(tokens)) for bucket in _token_buckets(n, max_num_seqs)]
-    return [Bucket.decode(n) for n in sorted(set(decode))] + by_tokens
+    verify = [Bucket.verify(n) for n in _verify_sizes(limits, config)]
+    return [Bucket.decode(n) for n in sorted(set(decode))] + verify + by_tokens
+
+
+def max_verify_rows(limits: Limits, config: EngineConfig) -> int:
+    """The most token rows of a step with drafts alone; 0 if there are no drafts. With more rows, a step would take so
+    much longer that drafts would not pay."""
+    if config.speculative_config is None:
+        return 0
+    if config.verify_buckets:
+        return max(config.verify_buckets)
+    most = limits.max_num_seqs * (1 + config.speculative_config.num_drafts)
+    return min(most, MOST_VERIFY_ROWS, limits.max_num_batched_tokens)
+
+
+def _verify_sizes(limits: Limits, config: EngineConfig) -> list[int]:
+    """The sizes of verify buckets: among them that of one sequence with all its drafts."""
+    most = max_verify_rows(limits, config)
+    if most < 2 or config.speculative_config is None:
+        return []
+    if config.verify_buckets:
+        if not 2 <= min(config.verify_buckets) <= most <= limits.max_num_batched_tokens:
+            raise TinyvllmError(
+                f"--verify-buckets is {config.verify_buckets}: give sizes from 2 to --max-num-batched-tokens "
+                f"({limits.max_num_batched_tokens})"
+            )
+        return sorted(set(config.verify_buckets))
+    of_one = min(most, 1 + config.speculative_config.num_drafts)
+    return sorted({size for size in VERIFY_SIZES if size < most} | {of_one, most})
 
 
 def _token_buckets(num_tokens: int, max_num_seqs: int) -> list[Bucket]:
@@ -95,14 +146,19 @@ def _check(flag: str, sizes: tuple[int, ...], limit_flag: str, limit: int) -> No
 
 
 def choose_bucket(buckets: Iterable[Bucket], plan: StepPlan) -> Bucket:
-    """The smallest bucket that holds the plan; decode buckets come first."""
+    """The smallest bucket that holds the plan; decode buckets come first, then verify buckets."""
     fitting = [bucket for bucket in buckets if bucket.holds(plan)]
     if not fitting:
         raise InvariantError(
-            f"no bucket for a plan of {plan.num_tokens} tokens of {len(plan.entries)} sequences with "
-            f"{plan.num_logit_rows} rows of logits ({plan.is_decode=}) among {[b.name for b in buckets]}"
+            f"no bucket for a plan of {plan.num_tokens} tokens, {plan.num_drafts} of them drafts, of "
+            f"{len(plan.entries)} sequences with {plan.num_logit_rows} rows of logits ({plan.is_decode=}) among "
+            f"{[b.name for b in buckets]}"
         )
-    return min(fitting, key=lambda bucket: (not bucket.is_decode, bucket.num_tokens, bucket.num_seqs))
+    return min(fitting, key=_rank)
+
+
+def _rank(bucket: Bucket) -> tuple[bool, bool, int, int]:
+    return not bucket.is_decode, not bucket.is_verify, bucket.num_tokens, bucket.num_seqs
 
 
 def lengths_that_fill(bucket: Bucket, max_model_len: int) -> list[int]:
@@ -115,5 +171,10 @@ def lengths_that_fill(bucket: Bucket, max_model_len: int) -> list[int]:
 
 
 def first_buckets(buckets: Sequence[Bucket]) -> list[Bucket]:
-    """The minimum that serves everything: a bucket for any plan, and one in which any batch decodes."""
-    return [buckets[-1], next(bucket for bucket in reversed(buckets) if bucket.is_decode)]
+    """The minimum that serves everything: a bucket for any plan, one in which any batch decodes, and one for all drafts
+    if there are any."""
+    of_kinds = (
+        next((bucket for bucket in reversed(buckets) if is_kind(bucket)), None)
+        for is_kind in (attrgetter("is_decode"), attrgetter("is_verify"))
+    )
+    return [buckets[-1], *[bucket for bucket in of_kinds if bucket is not None]]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from tinyvllm.config import BlockGroup, Capacity, ConvKind, EngineConfig, LayerKind, Limits, MemoryUse, ModelConfig
 from tinyvllm.errors import CapacityError, TinyvllmError
-from tinyvllm.execution.buckets import Bucket
+from tinyvllm.execution.buckets import Bucket, max_verify_rows
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -94,6 +94,7 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
         other_groups=tuple(others),
         num_state_slots=split.num_state_slots(num_blocks),
         checkpoint_interval=split.checkpoint_interval,
+        max_verify_rows=max_verify_rows(limits, config),
         memory=_memory_use(split, memory, num_blocks),
     )
     max_model_len = min(split.longest, capacity.num_tokens)

@@ -145,26 +145,38 @@ class InputPacker:
         views, size, stop = self.views, self.layout.block_size, entry.start + entry.count
         rows = slice(row, row + entry.count)
         positions = np.arange(entry.start, stop, dtype=np.int32)
-        views["token_ids"][rows] = known_or_fed(entry.request, entry.start, stop)
+        known = known_or_fed(entry.request, entry.start, stop - len(entry.drafts))
+        views["token_ids"][rows] = [*known, *entry.drafts] if entry.drafts else known
         views["positions"][rows] = positions
         for _, (slots, tables) in self._groups:
             slots[rows] = tables[index, positions // size] * size + positions % size
         views["seq_rows"][rows] = index
 
     def _pack_samples(self, plan: StepPlan) -> None:
-        """Sampling parameters of each sampled sequence, in the order of `plan.sampled`."""
+        """Sampling parameters of each sampled row, in the order of `plan.sampled`: of drafts too."""
         views, samplers = self.views, self._samplers
-        sampled, num = plan.sampled, len(plan.sampled)
-        requests = [entry.request for entry in sampled]
+        requests, places = sampled_rows(plan)
+        num = len(requests)
         ends = accumulate(entry.count for entry in plan.entries)
-        views["logit_rows"][:num] = [end - 1 for end, entry in zip(ends, plan.entries, strict=True) if entry.samples]
-        views["draw"][:num] = [request.num_output_tokens for request in requests]
+        if plan.num_drafts:
+            firsts = [end - entry.num_sampled for end, entry in zip(ends, plan.entries, strict=True) if entry.samples]
+            own = [entry.num_sampled for entry in plan.sampled]
+            views["logit_rows"][:num] = [
+                first + i for first, count in zip(firsts, own, strict=True) for i in range(count)
+            ]
+        else:
+            views["logit_rows"][:num] = [
+                end - 1 for end, entry in zip(ends, plan.entries, strict=True) if entry.samples
+            ]
+        views["draw"][:num] = [
+            request.num_output_tokens + place for request, place in zip(requests, places, strict=True)
+        ]
         self._pack_settings(
             [index for index, request in enumerate(requests) if samplers[index] is not request], requests
         )
         for index, request in enumerate(requests):
             if request.params.min_tokens or index in self._suppressing:
-                suppressed_ids = request.suppressed_ids
+                suppressed_ids = request.suppressed_after(places[index])
                 if suppressed_ids or index in self._suppressing:
                     self._pack_suppressed(index, suppressed_ids)
         if plan.scored:
@@ -224,6 +236,14 @@ class InputPacker:
         self.floats["temperature"][index] = 0.0
         self.views["num_logprobs"][index] = -1
         self._pack_suppressed(index, ())
+
+
+def sampled_rows(plan: StepPlan) -> tuple[list[Request], Sequence[int]]:
+    """(the request of each sampled row, how many drafts the token of the row follows)."""
+    if not plan.num_drafts:
+        return [entry.request for entry in plan.sampled], (0,) * len(plan.sampled)
+    requests = [entry.request for entry in plan.sampled for _ in range(entry.num_sampled)]
+    return requests, [place for entry in plan.sampled for place in range(entry.num_sampled)]
 
 
 def single_token(entry: Scheduled) -> int:

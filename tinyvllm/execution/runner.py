@@ -13,14 +13,14 @@ from typing import Protocol
 import numpy as np
 from tinygrad import dtypes
 
-from tinyvllm.config import Capacity, EngineConfig, KVFormats, ModelConfig, ModelFiles, default_cores
+from tinyvllm.config import Capacity, EngineConfig, KVFormats, Limits, ModelConfig, ModelFiles, default_cores
 from tinyvllm.device.handle import open_device
 from tinyvllm.device.hardware import hardware_name, processor_name
 from tinyvllm.device.jit_replay import check_environment, choose_capture
 from tinyvllm.device.mapping import OutputReader
 from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
 from tinyvllm.errors import DeviceError
-from tinyvllm.execution.buckets import Bucket, make_buckets
+from tinyvllm.execution.buckets import Bucket, make_buckets, max_verify_rows
 from tinyvllm.execution.capacity import (
     NO_DRAFT,
     DraftMemory,
@@ -133,13 +133,13 @@ def make_runner(
     model = make_model(model_config, source, backend, positions, lambda done, total: report("load", done, total))
     share = config.gpu_memory_utilization or device.default_share()
     device.check_share(share)
+    num_rows = padded_rows(max(limits.max_num_seqs, max_verify_rows(limits, config)))
     memory = MemoryFacts(
         free_bytes=free_bytes,
         share=share,
         max_share=device.max_share,
-        weight_bytes=weight_facts(model).nbytes
-        + state_bytes(padded_rows(limits.max_num_seqs), model_config.vocab_size),
-        scratch_bytes=scratch_bytes(limits, model_config)
+        weight_bytes=weight_facts(model).nbytes + state_bytes(num_rows, model_config.vocab_size),
+        scratch_bytes=max(scratch_bytes(limits, model_config), scratch_bytes(Limits(num_rows, num_rows), model_config))
         if capture == "replay"
         else jit_scratch_bytes(buckets, num_instances, model_config),
         kv_groups=tuple(KVGroup(group.token_bytes(formats), group.window) for group in model.pool_groups),
@@ -201,7 +201,7 @@ class ModelRunner:
         max_in_flight: int = 1,
         capture: str = "replay",
     ) -> None:
-        device, num_rows = backend.device, padded_rows(capacity.max_num_seqs)
+        device, num_rows = backend.device, padded_rows(max(capacity.max_num_seqs, capacity.max_verify_rows))
         self.outputs = [device.zeros(num_rows * OUT_WIDTH, dtypes.int) for _ in range(max_in_flight)]
         self._readers = [device.output_reader(output) for output in self.outputs]
         self._num_launched = 0
@@ -370,21 +370,20 @@ class ModelRunner:
         self.backend.device.wait()
 
 
-def padded_rows(max_num_seqs: int) -> int:
-    """Rows of a step's output and of the sampling state for `max_num_seqs` sequences."""
-    return -(-max_num_seqs // ROW_STEP) * ROW_STEP
+def padded_rows(num_logit_rows: int) -> int:
+    """Rows of a step's output and of the sampling state for so many rows of logits."""
+    return -(-num_logit_rows // ROW_STEP) * ROW_STEP
 
 
 def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: float) -> StepOutput:
-    """Unpack the graph's (R, OUT_WIDTH) int32 rows: first the plan's sampled entries, then the scores."""
-    sampled = plan.sampled
-    tokens = tuple(rows[: len(sampled), OUT_TOKEN].tolist())
-    logprobs: tuple[TokenLogprobs | None, ...] = (None,) * len(sampled)
-    if any(entry.request.params.logprobs is not None for entry in sampled):
-        logprobs = tuple(
-            read_logprobs(row, entry.request.params.logprobs) for row, entry in zip(rows, sampled, strict=False)
-        )
-    scores, start = [], len(sampled)
+    """Unpack the graph's (R, OUT_WIDTH) int32 rows: first those that sample, then the scores."""
+    num_sampled = plan.num_sampled_rows
+    tokens = tuple(rows[:num_sampled, OUT_TOKEN].tolist())
+    logprobs: tuple[TokenLogprobs | None, ...] = (None,) * num_sampled
+    if any(entry.request.params.logprobs is not None for entry in plan.sampled):
+        counts = [entry.request.params.logprobs for entry in plan.sampled for _ in range(entry.num_sampled)]
+        logprobs = tuple(read_logprobs(row, count) for row, count in zip(rows, counts, strict=False))
+    scores, start = [], num_sampled
     for entry in plan.scored:
         of_entry = rows[start : start + entry.num_scored]
         scores.append(tuple(read_scores(of_entry, entry.request.num_prompt_logprobs or 0)))

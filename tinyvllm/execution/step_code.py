@@ -110,7 +110,15 @@ class StepCode:
     def forward(self) -> Tensor:
         """The logits, which are kept."""
         context = self.context
-        logits = context.model(Step(self.layout, self.inputs, context.pool, self.bucket.is_decode, self.outputs[-1]))
+        step = Step(
+            self.layout,
+            self.inputs,
+            context.pool,
+            self.bucket.is_decode,
+            self.outputs[-1],
+            verifies=self.bucket.is_verify,
+        )
+        logits = context.model(step)
         keep(logits)
         return logits
 

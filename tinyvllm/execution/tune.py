@@ -165,22 +165,24 @@ def time_step(runner: ModelRunner, bucket: Bucket, plan: StepPlan) -> tuple[floa
 
 
 def make_plan(runner: ModelRunner, bucket: Bucket) -> StepPlan:
-    """A full step: a decode bucket's sequences at half the longest context for which the pool has room, or prompts that
-    fill a token bucket."""
+    """A full step: a decode bucket's sequences, or a verify bucket's only one, at half the longest context for which
+    the pool has room; or prompts that fill a token bucket."""
     capacity, rng = runner.capacity, np.random.default_rng(FILL_TOKEN_SEED)
-    if bucket.is_decode:
-        room = (capacity.num_blocks - 1) // bucket.num_seqs * capacity.block_size
-        lengths = [max(1, min(capacity.max_model_len // 2, room // 2, MOST_CONTEXT))] * bucket.num_seqs
+    if not bucket.is_for_prompts:
+        num_seqs = bucket.num_seqs if bucket.is_decode else 1
+        room = (capacity.num_blocks - 1) // num_seqs * capacity.block_size - bucket.num_drafts
+        lengths = [max(1, min(capacity.max_model_len // 2, room // 2, MOST_CONTEXT))] * num_seqs
     else:
         lengths = lengths_that_fill(bucket, min(capacity.max_model_len, capacity.num_tokens))
-    tables = fixed_tables(capacity.groups, [-(-length // capacity.block_size) for length in lengths])
+    num_drafts, vocab_size = bucket.num_drafts, runner.model_config.vocab_size
+    tables = fixed_tables(capacity.groups, [-(-(length + num_drafts) // capacity.block_size) for length in lengths])
     states, entries = fixed_states(capacity, len(lengths)), []
     for index, length in enumerate(lengths):
-        prompt = rng.integers(0, runner.model_config.vocab_size, length).tolist()
+        prompt, drafts = (rng.integers(0, vocab_size, count).tolist() for count in (length, num_drafts))
         params, state = SamplingParams(temperature=0.0), states[index]
         request = Request(f"tune-{index}", prompt, params, tables=tables[index], state=state)
-        start = len(prompt) - 1 if bucket.is_decode else 0
-        entries.append(Scheduled(request, start, len(prompt) - start))
+        start = 0 if bucket.is_for_prompts else len(prompt) - 1
+        entries.append(Scheduled(request, start, len(prompt) + num_drafts - start, tuple(drafts)))
     return StepPlan(tuple(entries))
 
 

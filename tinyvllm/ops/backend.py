@@ -225,6 +225,9 @@ class Step:
     inputs: Tensor  # int32, fields as in StepLayout
     pool: KVPool
     is_decode: bool  # every row is the last token of a sequence of its own
+    # a few rows, perhaps several of a sequence: attention works row by row as in a decode, but a row may attend to
+    # others of its step, so all keys and values are written first
+    verifies: bool = field(default=False, kw_only=True)
     previous_output: Tensor | None = None  # the previous step's, for tokens that the host does not know yet
     kept: dict[str, Tensor] = field(default_factory=dict, compare=False)
 

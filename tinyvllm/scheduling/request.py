@@ -140,7 +140,7 @@ class Request:
     def max_drafts(self) -> int:
         """How many tokens may be drafted for the next step, which samples one more. 0 while the prompt is computed or a
         token is in flight."""
-        if self.num_in_flight or not self.output_ids or self.num_pending > MAX_REDONE:
+        if self.num_in_flight or not self.output_ids or self.num_pending > MAX_REDONE or self.needs_logits_processing:
             return 0
         return self.max_tokens - len(self.output_ids) - 1
 

@@ -30,7 +30,8 @@ MAX_CHOICES = 128  # upper limit of `n`
 MIN_POSITIVE = 1e-30
 
 DTYPES = ("float32", "float16", "bfloat16")
-KV_ALIASES = {"fp8": "fp8_e4m3"}  # vLLM's other names of formats of the KV cache
+# other names of formats of the KV cache: vLLM's, and llama.cpp's
+KV_ALIASES = {"fp8": "fp8_e4m3", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 WARM_UPS = ("background", "full", "idle")
 CAPTURES = ("replay", "tinyjit")
 MAX_SPECULATIVE_TOKENS = 32  # drafted tokens of a sequence in one step: as many counters of accepted ones per position
@@ -460,9 +461,9 @@ class ModelConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    def kv_bytes_per_token(self, itemsize: int) -> int:
+    def kv_bytes_per_token(self, itemsize: float) -> int:
         """Bytes that one token's keys and values, or its latents, take over all layers."""
-        return itemsize * sum(kind.stored_elements for kind in self.layers)
+        return round(itemsize * sum(kind.stored_elements for kind in self.layers))
 
     @property
     def states(self) -> dict[int, StateKind]:
@@ -673,7 +674,11 @@ class EngineConfig:
     @property
     def kv_types(self) -> tuple[str, str]:
         """What the formats of keys and of values are to be: "auto", or names of KV_TYPES."""
-        return self.kv_cache_dtype_k or self.kv_cache_dtype, self.kv_cache_dtype_v or self.kv_cache_dtype
+        keys, values = (
+            KV_ALIASES.get(name, name)
+            for name in (self.kv_cache_dtype_k or self.kv_cache_dtype, self.kv_cache_dtype_v or self.kv_cache_dtype)
+        )
+        return keys, values
 
     @property
     def planned_kv(self) -> KVFormats:
@@ -764,6 +769,7 @@ class Capacity:
     # the most token rows of a step with drafts alone, each with logits of its own; 0: no step has drafts
     max_verify_rows: int = 0
     memory: MemoryUse = MemoryUse()
+    kv_cache_dtype: str = FLOAT16_KV.name  # KVFormats.name of the pool
 
     @property
     def groups(self) -> tuple[BlockGroup, ...]:

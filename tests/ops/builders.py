@@ -110,7 +110,7 @@ def make_pool(
         stored, scales = quantize(plain, form) if form.is_quantized else (encode_floats(plain, form.name), None)
         backend.device.write(codes[0], _from_plain(backend, stored, block_size, is_key))
         if scales is not None:
-            backend.device.write(all_scales[0], _from_plain(backend, scales, block_size, is_key))
+            backend.device.write(all_scales[0], _from_plain(backend, scales, block_size, is_key=True))
     return pool
 
 
@@ -136,7 +136,7 @@ def read_pool(backend: Backend, kind: LayerKind, block_size: int, pool: KVPool) 
             continue
         stored = _to_plain(backend, codes.numpy().view(np.uint8), pool, block_size, heads, is_key)
         if scales is not None:
-            own = _to_plain(backend, scales.numpy(), pool, block_size, heads, is_key)
+            own = _to_plain(backend, scales.numpy(), pool, block_size, heads, is_key=True)
             plain.append(dequantize(np.ascontiguousarray(stored), own, form))
         else:
             plain.append(dequantize(np.ascontiguousarray(stored), None, form))

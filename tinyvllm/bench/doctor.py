@@ -141,7 +141,9 @@ def smoke(inspector: RunnerInspector, subject: Subject, config: EngineConfig, re
     except TinyvllmError as error:
         yield Check("smoke", BAD, type(error).__name__, f"please report this: {error}")
         return
-    expected = predict(subject.model_config, inspector.weights.dtype, chip, 1, context).tok_s
+    expected = predict(
+        subject.model_config, inspector.weights.dtype, chip, 1, context, inspector.runner.pool.formats
+    ).tok_s
     found = row.tok_s.mean
     value = f"{found:.1f} tok/s at context {context}, {expected:.1f} predicted for {chip.name}"
     if found >= SLOW * expected:

@@ -7,7 +7,17 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from tinyvllm.config import BlockGroup, Capacity, ConvKind, EngineConfig, LayerKind, Limits, MemoryUse, ModelConfig
+from tinyvllm.config import (
+    FLOAT16_KV,
+    BlockGroup,
+    Capacity,
+    ConvKind,
+    EngineConfig,
+    LayerKind,
+    Limits,
+    MemoryUse,
+    ModelConfig,
+)
 from tinyvllm.errors import CapacityError, TinyvllmError
 from tinyvllm.execution.buckets import Bucket, max_verify_rows
 
@@ -56,6 +66,7 @@ class MemoryFacts:
     scratch_bytes: int = 0  # intermediate values: of the largest step, or of all graphs together
     max_share: float = 1.0  # of free_bytes that weights and KV may take at most, whatever the user requests
     state_bytes: int = 0  # of one sequence's state in all recurrent layers; 0: there are none
+    kv_cache_dtype: str = FLOAT16_KV.name  # the formats that `kv_groups` count
     draft: DraftMemory = NO_DRAFT
 
     @property
@@ -96,6 +107,7 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
         checkpoint_interval=split.checkpoint_interval,
         max_verify_rows=max_verify_rows(limits, config),
         memory=_memory_use(split, memory, num_blocks),
+        kv_cache_dtype=memory.kv_cache_dtype,
     )
     max_model_len = min(split.longest, capacity.num_tokens)
     if config.max_model_len is not None and max_model_len < split.longest:
@@ -110,6 +122,7 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
         + ("" if first.window is None else f", of which a sequence keeps a window of {first.window}")
         + f"; max_model_len {max_model_len}"
         + (f" (the model's {split.longest} do not fit)" if max_model_len < split.longest else ""),
+        *([] if memory.kv_cache_dtype == FLOAT16_KV.name else [_formats_in_words(memory)]),
         *[split.explain(group, num_blocks) for group in range(1, len(split.kv_groups))],
         *([split.explain_states(num_blocks)] if split.state_bytes else []),
     )
@@ -325,6 +338,11 @@ def _in_words(split: PoolSplit, num_blocks: int) -> str:
     if split.state_bytes:
         text += f", and {split.num_state_slots(num_blocks)} state slots of {split.state_bytes / MIB:.2f} MiB"
     return text
+
+
+def _formats_in_words(memory: MemoryFacts) -> str:
+    kib = sum(group.bytes_per_token for group in memory.kv_groups) / 1024
+    return f"KV cache in {memory.kv_cache_dtype}: {kib:.1f} KiB a token in all layers"
 
 
 def _draft_in_words(draft: DraftMemory) -> str:

@@ -145,6 +145,7 @@ def make_runner(
         kv_groups=tuple(KVGroup(group.token_bytes(formats), group.window) for group in model.pool_groups),
         state_bytes=model_config.state_bytes,
         draft=draft,
+        kv_cache_dtype=formats.name,
     )
     capacity = plan_capacity(config, limits, model_config, memory)
     counts = [group.num_blocks for group in capacity.groups]

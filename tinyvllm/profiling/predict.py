@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, replace
 
-from tinyvllm.config import ModelConfig
+from tinyvllm.config import FLOAT16_KV, KVFormats, ModelConfig
 from tinyvllm.errors import ProfilingError
 from tinyvllm.profiling.apple import PromptArithmetic
 from tinyvllm.profiling.chips import CHIPS, GB, Chip
@@ -21,7 +21,6 @@ from tinyvllm.profiling.digits import rounded
 from tinyvllm.profiling.kernels import floor_s
 from tinyvllm.profiling.roofline import BYTES_PER_WEIGHT, WeightBytes, Work, count_work
 
-KV_ITEMSIZE = 2  # float16
 FEW_ROWS = 64  # steps of up to this many rows have kernels of their own; above, they use those of prompts
 
 
@@ -169,13 +168,20 @@ class Prediction:
         }
 
 
-def predict(config: ModelConfig, kind: str | WeightBytes, chip: Chip, batch: int, context: int) -> Prediction:
-    """Predict one decode step of `batch` sequences with `context` tokens each, weights in format `kind`, and a float16
-    KV cache. Raises ProfilingError for an unknown format."""
+def predict(
+    config: ModelConfig,
+    kind: str | WeightBytes,
+    chip: Chip,
+    batch: int,
+    context: int,
+    kv: KVFormats = FLOAT16_KV,
+) -> Prediction:
+    """Predict one decode step of `batch` sequences with `context` tokens each, weights in format `kind`, and keys and
+    values in `kv`. Raises ProfilingError for an unknown format."""
     weights = WeightBytes.of_kind(kind) if isinstance(kind, str) else kind
     if batch < 1 or context < 0:
         raise ProfilingError(f"a step needs at least one sequence and no negative context: {batch=}, {context=}")
-    work = count_work(config, weights, KV_ITEMSIZE, [(context, 1)] * batch)
+    work = count_work(config, weights, kv.bytes_per_element, [(context, 1)] * batch)
     factors = FACTORS[chip.device]
     matrix_flops = work.matrix_flops * (batch - 1) / batch
     share = factors.compute_share if batch <= FEW_ROWS else factors.prompt_share
@@ -193,6 +199,7 @@ def predict_prompt(
     step_tokens: int,
     num_rows: int = 1,
     arithmetic: PromptArithmetic | None = None,
+    kv: KVFormats = FLOAT16_KV,
 ) -> Prediction:
     """Predict a single prompt of `num_tokens`, computed `step_tokens` at a time. `num_rows`: rows of logits in each
     step, one for each sequence that the engine allows; `arithmetic`: the shares of the peak by counts, instead of the
@@ -201,7 +208,7 @@ def predict_prompt(
         raise ProfilingError(f"counts of a prompt must be at least 1, but {num_tokens=}, {step_tokens=}, {num_rows=}")
     spans = [(start, min(step_tokens, num_tokens - start)) for start in range(0, num_tokens, step_tokens)]
     weights = WeightBytes.of_kind(kind) if isinstance(kind, str) else kind
-    steps = [count_work(config, weights, KV_ITEMSIZE, [span], num_rows) for span in spans]
+    steps = [count_work(config, weights, kv.bytes_per_element, [span], num_rows) for span in spans]
     work = Work(*(sum(values) for values in zip(*map(astuple, steps), strict=True)))
     matrix_flops = sum(step.matrix_flops * (count - 1) / count for step, (_, count) in zip(steps, spans, strict=True))
     share = FACTORS[chip.device].prompt_share

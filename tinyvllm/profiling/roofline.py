@@ -148,12 +148,13 @@ def earlier_keys(start: int, window: int | None = None) -> int:
 def count_work(
     config: ModelConfig,
     weights: WeightBytes | float,
-    kv_itemsize: int,
+    kv_itemsize: float,
     entries: Iterable[tuple[int, int]],
     num_sampled: int | None = None,
 ) -> Work:
     """Count the work of a step from the model's sizes. `entries`: (tokens before this step, tokens computed in it) for
-    each sequence. `weights`: bytes of one. `num_sampled`: rows of logits; by default one per sequence."""
+    each sequence. `weights`: bytes of one; `kv_itemsize`: of an element of keys and values, with its share of a scale.
+    `num_sampled`: rows of logits; by default one per sequence."""
     entries = list(entries)
     layer_size, table_size = (weights, weights) if isinstance(weights, float) else (weights.layers, weights.table)
     num_tokens = sum(count for _, count in entries)

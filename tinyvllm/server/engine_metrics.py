@@ -169,7 +169,7 @@ class EngineCollector(Collector):
         config, capacity = self._engine.config, self._engine.capacity
         labels = {
             "block_size": capacity.block_size,
-            "cache_dtype": config.kv_cache_dtype,
+            "cache_dtype": capacity.kv_cache_dtype,
             "enable_prefix_caching": config.enable_prefix_caching,
             "engine": 0,
             "gpu_memory_utilization": config.gpu_memory_utilization,

@@ -27,6 +27,7 @@ class LiveLimits(BaseModel):
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    kv_cache_dtype: str
     num_blocks: int  # of all groups of layers, without block 0, which is for padding
 
 
@@ -118,6 +119,7 @@ async def engine_state(state: ServerState) -> EngineState:
         max_num_seqs=capacity.max_num_seqs * engine.num_engines,
         max_num_batched_tokens=capacity.max_num_batched_tokens,
         block_size=capacity.block_size,
+        kv_cache_dtype=capacity.kv_cache_dtype,
         num_blocks=capacity.num_usable_blocks * engine.num_engines,
     )
     shown.counts = _counts(state)

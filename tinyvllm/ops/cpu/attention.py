@@ -7,12 +7,22 @@ consecutive memory and neither needs a horizontal sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 
 from tinygrad import UOp
 
-from tinyvllm.ops.attention_spec import KEYS, QUERIES, VALUES, AttentionSpec
+from tinyvllm.ops.attention_spec import KEYS, QUERIES, VALUES, AttentionSpec, PoolPlanes
+from tinyvllm.ops.cpu.attention_quantized import (
+    HeadPlace,
+    QuantizedBlock,
+    add_values,
+    multiply_keys,
+    scale_weights,
+    store_head,
+    unit_of,
+)
 from tinyvllm.ops.kernel.body import (
     F32,
     I32,
@@ -54,6 +64,16 @@ class CpuAttentionSpec(AttentionSpec):
         return (0, heads, heads + self.num_kv_heads)[section] * self.head_dim
 
     @property
+    def key_unit(self) -> float:
+        """What products with keys are multiplied by."""
+        return unit_of(self.kv.keys) if self.kv.keys.is_quantized else 1.0
+
+    @property
+    def value_unit(self) -> float:
+        """What sums of values are multiplied by."""
+        return unit_of(self.kv.values) if self.kv.values.is_quantized else 1.0
+
+    @property
     def block_elements(self) -> int:
         """Elements of one key (or value) block."""
         return self.slot_elements * self.layout.block_size
@@ -73,7 +93,7 @@ class _Row:
     """One token row inside a kernel: its inputs, and its q, k, v before they are normed and rotated."""
 
     def __init__(
-        self, spec: CpuAttentionSpec, row: UOp, inputs: UOp, operands: tuple[UOp, ...], *, with_sinks: bool
+        self, spec: CpuAttentionSpec, row: UOp, inputs: UOp, operands: Sequence[UOp], *, with_sinks: bool
     ) -> None:
         """`operands`: the layer's tables, and the parts of qkv."""
         layout, rest = spec.layout, list(operands)
@@ -166,11 +186,13 @@ class _Row:
         assert self.tables.rope is not None
         return self.tables.rope[self.position * spec.rope_cols + spec.rotary].load() * spec.query_scale
 
-    def write(self, body: Body, keys: UOp, values: UOp) -> UOp:
+    def write(self, body: Body, planes: PoolPlanes) -> UOp:
         """Stores of the row's rotated keys and its values at its slot."""
         spec, block_size = self.spec, self.spec.layout.block_size
         head = body.loop(spec.num_kv_heads)
-        groups = []
+        if spec.kv.is_quantized:
+            return self._write_quantized(body, planes, head)
+        keys, values, groups = planes.keys, planes.values, []
         for pair in self.pairs(body):
             block, offset = self.slot // block_size, self.slot % block_size
             base = block * spec.block_elements + head * (spec.head_dim * block_size)
@@ -188,6 +210,45 @@ class _Row:
             groups.append((UOp.group(*stores), pair.i))
         return _end_pairs(groups, head)
 
+    def _write_quantized(self, body: Body, planes: PoolPlanes, head: UOp) -> UOp:
+        """`write` of keys or values that are quantized, or both: a group's scale depends on all of its elements, so a
+        head is computed in registers first."""
+        spec, size, kv = self.spec, self.spec.layout.block_size, self.spec.kv
+        dim, stores = spec.head_dim, []
+        block, offset = self.slot // size, self.slot % size
+        place = block * spec.num_kv_heads + head
+        halves = (
+            (KEYS, kv.keys, planes.keys, planes.key_scales),
+            (VALUES, kv.values, planes.values, planes.value_scales),
+        )
+        for section, form, codes, scales in halves:
+            own, is_key = self._head(body, section, head), section == KEYS
+            start, stride = (offset, size) if is_key else (offset * form.code_bytes(dim), 1)
+            if form.is_quantized:
+                start = place * (form.code_bytes(dim) * size) + start
+                at = HeadPlace(start, stride, place * (form.num_scales(dim) * size) + offset, size)
+                stores.append(store_head(body, form, own, dim, (codes, scales), at))
+                continue
+            start = place * (dim * size) + (offset if is_key else offset * dim)
+            d = body.loop(dim)
+            stores.append(codes[start + d * stride].store(own[d].load().cast(codes.dtype)).end(d))
+        return UOp.group(*stores).end(head)
+
+    def _head(self, body: Body, section: int, head: UOp) -> UOp:
+        """The row's rotated key, or its value, of one head in registers."""
+        own, groups = body.registers(self.spec.head_dim), []
+        target = own.after(self.row, head)
+        for pair in self.pairs(body):
+            scale = self.head_scale(body, section, head, self.row, head)
+            if section == KEYS:
+                low, high = self.rotated(KEYS, head, pair, scale)
+            else:
+                low, high = (self.qkv(VALUES, head, at) for at in (pair.low, pair.high))
+                if scale is not None:
+                    low, high = low * scale[0].load(), high * scale[0].load()
+            groups.append(UOp.group(target[pair.low].store(low), target[pair.high].store(high)).end(pair.i))
+        return own.after(*groups)
+
 
 def _end_pairs(groups: list[tuple[UOp, UOp]], outer: UOp) -> UOp:
     """The stores of each loop over pairs, and the loop around them, ended."""
@@ -199,43 +260,46 @@ def _end_pairs(groups: list[tuple[UOp, UOp]], outer: UOp) -> UOp:
 
 @cached_kernel
 def write_kv_kernel(spec: CpuAttentionSpec) -> KernelFn:
-    """fn(keys, values, inputs, *tables without sinks, *qkv parts): writes every row's rotated key and its value to the
-    row's slot."""
+    """fn(*planes of the pool, inputs, *tables without sinks, *qkv parts): writes every row's rotated key and its value
+    to the row's slot."""
 
-    def kernel(keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
-        body = Body()
+    def kernel(*operands: UOp) -> UOp:
+        body, rest = Body(), list(operands)
+        planes, inputs = spec.take_planes(rest), rest.pop(0)
         row = body.loop(spec.layout.num_tokens)
-        stores = _Row(spec, row, inputs, operands, with_sinks=False).write(body, keys, values).end(row)
+        stores = _Row(spec, row, inputs, rest, with_sinks=False).write(body, planes).end(row)
         tokens, width = spec.layout.num_tokens, spec.num_kv_heads * spec.head_dim
-        return finish(stores, f"write_kv_{tokens}x{width}", ops=6 * tokens * width, nbytes=12 * tokens * width)
+        nbytes = tokens * (8 * width + spec.kv.num_bytes(width))
+        return finish(stores, f"write_kv_{tokens}x{width}", ops=6 * tokens * width, nbytes=nbytes)
 
     return kernel
 
 
 @cached_kernel
 def attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, *tables, *qkv parts): causal attention of each row over its own blocks.
+    """fn(out (T, H * D), *planes of the pool, inputs, *tables, *qkv parts): causal attention of each row over its own
+    blocks.
 
     Online softmax by block (Milakov & Gimelshein 2018). A row's cost depends on its own context, or on its window. With
     `fused_write`, keys and values are written too (they are outputs of the kernel then).
     """
 
-    def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
-        body, tokens = Body(), spec.layout.num_tokens
+    def kernel(out: UOp, *operands: UOp) -> UOp:
+        body, tokens, rest = Body(), spec.layout.num_tokens, list(operands)
+        planes, inputs = spec.take_planes(rest), rest.pop(0)
         # the rows are the only GLOBAL axis (each is one command of a worker): codegen cannot put a loop whose length is
         # data into a LOOP axis that the length depends on
         axis = body.grid(tokens) if tokens > 1 else body.loop(1)
-        row = _Row(spec, axis, inputs, operands, with_sinks=True)
+        row = _Row(spec, axis, inputs, rest, with_sinks=True)
         if spec.fused_write:
-            written = row.write(body, keys, values)
-            keys, values = keys.after(written), values.after(written)
+            planes = planes.after(row.write(body, planes))
         head = body.loop(spec.num_kv_heads)
-        stores = _attend(body, row, head, out, keys, values)
+        stores = _attend(body, row, head, out, planes)
         width = spec.num_kv_heads * spec.head_dim
         context = spec.layout.max_blocks * spec.layout.block_size  # the longest; the true one is data
         name = f"attention_{tokens}x{spec.num_heads}x{spec.head_dim}"
         ops = 4 * tokens * spec.num_heads * spec.head_dim * context
-        return finish(stores.end(head, axis), name, ops=ops, nbytes=2 * tokens * width * context * 2)
+        return finish(stores.end(head, axis), name, ops=ops, nbytes=tokens * spec.kv.num_bytes(width) * context)
 
     return kernel
 
@@ -246,31 +310,36 @@ class _Block:
 
     loop: UOp
     number: UOp  # in the sequence
-    base: UOp  # where the KV head's keys (or values) of the block begin in the pool
+    place: UOp  # the block's number in the pool times the KV heads, plus the KV head
+    base: UOp  # where the KV head's keys (or values) of the block begin in the pool, if they are not quantized
 
 
-def _attend(body: Body, row: _Row, head: UOp, out: UOp, keys: UOp, values: UOp) -> UOp:
+def _attend(body: Body, row: _Row, head: UOp, out: UOp, planes: PoolPlanes) -> UOp:
     """Stores of the G query heads that share KV head `head`."""
     spec, axis = row.spec, row.row
     dim, group = spec.head_dim, spec.group
-    query = _load_queries(body, row, head, keys)
+    query = _load_queries(body, row, head, planes.keys)
     best, total = _start(body, row, head)
     acc = fill(body, body.registers(group * dim), 0.0, axis, head)
     block = _next_block(body, row, head)
-    scores = _scores(body, row, query, keys, block, [best, total, acc])
+    scores = _scores(body, row, query, planes, block, [best, total, acc])
     weights, decay, done = _weigh(body, row, scores, block, best, total)
     d = body.loop(group * dim)
     target = acc.after(block.loop, done)
     acc_done = target[d].store(target[d].load() * decay[d // dim].load()).end(d)
-    weighted = _WeightedValues(acc, weights, values)
-    for g in range(group):
-        for start in range(0, dim, VALUE_CHUNK):
-            acc_done = weighted.add(body, row, block, (g, start), acc_done)
+    if spec.kv.values.is_quantized:
+        acc_done = _add_quantized(body, row, block, acc, weights, planes, acc_done)
+    else:
+        weighted = _WeightedValues(acc, weights, planes.values)
+        for g in range(group):
+            for start in range(0, dim, VALUE_CHUNK):
+                acc_done = weighted.add(body, row, block, (g, start), acc_done)
     end = acc_done.end(block.loop)
     acc, total = acc.after(end), total.after(end)
     g, d = body.loop(group), body.loop(dim)
     index = axis * (spec.num_heads * dim) + (head * group + g) * dim + d
-    return out[index].store(acc[g * dim + d].load() / total[g].load()).end(d, g)
+    result = acc[g * dim + d].load() / total[g].load()
+    return out[index].store(result if spec.value_unit == 1.0 else result * spec.value_unit).end(d, g)
 
 
 def _start(body: Body, row: _Row, head: UOp) -> tuple[UOp, UOp]:
@@ -295,13 +364,16 @@ def _next_block(body: Body, row: _Row, head: UOp) -> _Block:
         number = loop + (first // size).cast(loop.dtype)
     else:
         loop = number = body.fold_while(last + 1)
-    return _Block(loop, number, row.block(number) * spec.block_elements + head * (spec.head_dim * size))
+    block = row.block(number)
+    base = block * spec.block_elements + head * (spec.head_dim * size)
+    return _Block(loop, number, block * spec.num_kv_heads + head, base)
 
 
 def _load_queries(body: Body, row: _Row, head: UOp, keys: UOp) -> UOp:
     """G rotated queries in registers, times `_Row.query_scale`."""
     spec = row.spec
     dim, scale = spec.head_dim, row.query_scale()
+    scale = scale if spec.key_unit == 1.0 else scale * spec.key_unit
     query = body.registers(spec.group * dim)
     g = body.loop(spec.group)
     query_head = head * spec.group + g
@@ -339,22 +411,43 @@ def _weigh(body: Body, row: _Row, scores: UOp, block: _Block, best: UOp, total: 
     return weights, decay, UOp.group(*stores)
 
 
-def _scores(body: Body, row: _Row, query: UOp, keys: UOp, block: _Block, ready: list[UOp]) -> UOp:
-    """[G][block_size] scores of one block, LOWEST where the row does not attend. A key is loaded once for all G."""
+def _multiply_keys(body: Body, row: _Row, query: UOp, keys: UOp, block: _Block, sums: UOp) -> UOp:
+    """`sums` [G][block_size] plus the products of the queries with a block's keys."""
     spec = row.spec
     size, group = spec.layout.block_size, spec.group
-    sums = fill(body, body.registers(group * size), 0.0, block.loop, query, *ready)
     d = body.fold(spec.head_dim)
     inner = sums.after(d)
     queries = [query[g * spec.head_dim + d].load() for g in range(group)]
     x = body.loop(size)
     key = keys[block.base + d * size + x].load().cast(F32)
     stores = [inner[g * size + x].store(inner[g * size + x].load() + key * q) for g, q in enumerate(queries)]
-    sums = sums.after(UOp.group(*stores).end(x, d))
+    return sums.after(UOp.group(*stores).end(x, d))
+
+
+def _scores(body: Body, row: _Row, query: UOp, planes: PoolPlanes, block: _Block, ready: list[UOp]) -> UOp:
+    """[G][block_size] scores of one block, LOWEST where the row does not attend. A key is loaded once for all G."""
+    spec = row.spec
+    size, group, form = spec.layout.block_size, spec.group, spec.kv.keys
+    sums = fill(body, body.registers(group * size), 0.0, block.loop, query, *ready)
+    if form.is_quantized:
+        own = QuantizedBlock(form, planes.keys, planes.key_scales, block.place, spec.head_dim, size)
+        sums = multiply_keys(body, own, query, sums, group)
+    else:
+        sums = _multiply_keys(body, row, query, planes.keys, block, sums)
     g, x = body.loop(group), body.loop(size)
     is_seen = spec.is_seen(block.number.cast(I32) * size + x, row.position)
     at = g * size + x
     return sums.after(sums[at].store(is_seen.where(spec.score(sums[at].load(), exp2), LOWEST)).end(x, g))
+
+
+def _add_quantized(body: Body, row: _Row, block: _Block, acc: UOp, weights: UOp, planes: PoolPlanes, done: UOp) -> UOp:
+    """The stores that add a block's quantized values to the sums, after `done`."""
+    spec, size = row.spec, row.spec.layout.block_size
+    own = QuantizedBlock(spec.kv.values, planes.values, planes.value_scales, block.place, spec.head_dim, size)
+    if own.scales is not None:
+        last = row.position - block.number.cast(I32) * size
+        weights = scale_weights(body, own, weights, last, spec.group, block.loop)
+    return add_values(body, own, acc, weights, spec.group, done)
 
 
 @dataclass(frozen=True)

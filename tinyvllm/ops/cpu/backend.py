@@ -219,8 +219,6 @@ class CpuBackend(DeviceSampling):
         """float16 for "auto": half the bytes of float32, and at long contexts decoding is bound by them.
 
         Raises DeviceError for bfloat16, which not every C compiler has (clang 14 on x86 does not)."""
-        if wanted in ("fp8", "fp8_e4m3", "q8_0", "q4_0"):
-            raise DeviceError(f"--kv-cache-dtype is {wanted!r}, which the CPU device does not have yet")
         if wanted == "bfloat16":
             raise DeviceError(
                 "--kv-cache-dtype is 'bfloat16', which the CPU device does not have: give float16 or float32"

@@ -32,6 +32,7 @@ class Case:
     normed: bool = False
     features: tuple[tuple[str, Any], ...] = ()  # fields of LayerKind beyond these
     padding: int = 0
+    verifies: bool = False  # rows of few sequences, by the kernels of decodes
 
     @property
     def kind(self) -> LayerKind:
@@ -47,7 +48,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        step = f"{'decode' if self.is_decode else 'mixed'}{self.layout.num_tokens}"
+        step = f"{'decode' if self.is_decode else 'verify' if self.verifies else 'mixed'}{self.layout.num_tokens}"
         names = ["normed"] if self.normed else []
         names += [f"{name}={'rope' if name == 'rope' else value}" for name, value in self.features]
         kind = "-".join([self.dtype, *names])
@@ -140,7 +141,7 @@ def attend(ops: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarr
     before = read_pool(ops, case.kind, size, pool)
     qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
     parts = [ops.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
-    step = make_step_of(ops, case.layout, buffer, pool, is_decode=case.is_decode)
+    step = make_step_of(ops, case.layout, buffer, pool, is_decode=case.is_decode, verifies=case.verifies)
     out = ops.attend(parts, make_layer(ops, case), step)
     parts_out = [part.numpy().reshape(case.layout.num_tokens, -1) for part in ops.parts_of(out)]
     rows = np.concatenate(parts_out, axis=1).reshape(-1, case.heads, case.dim)

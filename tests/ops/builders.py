@@ -188,11 +188,19 @@ def make_step_of(
     pool: KVPool | None = None,
     *,
     is_decode: bool = False,
+    verifies: bool = False,
     previous_output: Tensor | None = None,
 ) -> Step:
     """A step on a device; without a pool, of operations that need none."""
     inputs = backend.device.upload(buffer) if isinstance(buffer, np.ndarray) else buffer
-    return Step(layout, inputs, pool or KVPool({}, {}, {}, KVFormats.of("float16")), is_decode, previous_output)
+    return Step(
+        layout,
+        inputs,
+        pool or KVPool({}, {}, {}, KVFormats.of("float16")),
+        is_decode,
+        previous_output,
+        verifies=verifies,
+    )
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

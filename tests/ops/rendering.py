@@ -71,6 +71,7 @@ def plan_layer(
     formats: tuple[str, str],
     *,
     is_decode: bool,
+    verifies: bool = False,
     normed: bool = False,
     features: tuple[tuple[str, Any], ...] = (),
     epilogue: Epilogue = PLAIN,
@@ -83,7 +84,7 @@ def plan_layer(
     kind = replace(kind, **dict(features))
     norm = Norm(unwritten(backend, hidden), 1e-5)
     pool = backend.make_pool(pool_groups([kind]), 5, layout.block_size, "float16")
-    step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode)
+    step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode, verifies=verifies)
     qkv = backend.stacked([make_host(most, 512, hidden), make_host(most, 128, hidden), make_host(few, 128, hidden)], 2)
     (out,) = backend.stacked([make_host(most, hidden, 512)])
     gate_up = backend.gate_up(make_host(most, 256, hidden), make_host(most, 256, hidden))

@@ -28,6 +28,7 @@ from tests.ops.attention import (
     make_layer,
     random_case,
 )
+from tests.ops.attention import attend as attend_and_read
 from tests.ops.builders import (
     QUANTIZED,
     Piece,
@@ -102,6 +103,20 @@ def test_a_recorded_layer_launches_nothing_that_nobody_reads(kind: str, tokens: 
     traced = trace_step(lambda: plan_layer(backend, layout, ("float16", "float16"), is_decode=True)[0].realize())
     ours = [target for target, _ in traced.launches if target.op is Ops.SINK and target.tag == 1]
     assert 0 < len(ours) <= inside + outside
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_verifies_drafts_takes_one_kernel_more_than_one_that_decodes(kind: str) -> None:
+    """It writes all keys and values before. Once a step, the rows with logits are gathered, and then normed."""
+    backend, layout = rendered(kind), StepLayout(5, 5, 200, 16)
+    own: dict[str, Any] = {"layout": layout, "formats": ("float16", "float16")}
+    decode = kernels_of(plan_layer(backend, is_decode=True, **own))
+    verify = kernels_of(plan_layer(backend, is_decode=False, verifies=True, **own))
+    assert len(verify) == len(decode) + 1 + 2
+    names = {kernel.arg.name.split("_5")[0] for kernel in verify}
+    assert {"decode_attention", "store_kv", "take_rows"} <= names
+    for kernel in verify:
+        check_limits(kernel, KINDS[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -578,6 +593,36 @@ def test_a_layer_reads_the_keys_of_another(
         found.append(read(ops, ops.attend([query], reader, step), tokens)[: sum(piece.count for piece in pieces)])
     assert not backend.coverage.lines()
     assert largest_difference(*found) < TOLERANCE["float16"]
+
+
+VERIFYING = [
+    Case(9, 3, 64, StepLayout(4, 4, 12, 16), False, "float16", (12, 3)),
+    Case(8, 2, 64, StepLayout(5, 5, 200, 16), False, "float16", (8, 2, 2)),  # split on CUDA
+    Case(16, 8, 128, StepLayout(6, 6, 12, 32), False, "float16", normed=True),
+    *[fused_case(name, StepLayout(4, 4, 12, 16), is_decode=False) for name in ("gemma 3", "glm 4", "all")],
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [replace(case, verifies=True) for case in VERIFYING], ids=lambda case: case.name)
+def test_rows_that_verify_drafts_attend_to_each_other(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, case: Case
+) -> None:
+    """Across a block's border, beside another sequence, and alone; their slots alone are written."""
+    backend, size, tokens = FusedGpuBackend(device, "float16", lanes), case.layout.block_size, case.layout.num_tokens
+    longest = case.layout.max_blocks * size
+    batches = [[Piece(size - 2, tokens - 1), Piece(70)], [Piece(longest - tokens, tokens)], [Piece(0, 2), Piece(90)]]
+    for seed, pieces in enumerate(batches):
+        buffer, history = make_step(case.layout, pieces, seed=seed), make_history(case)
+        got, expected = (attend_and_read(ops, case, buffer, history) for ops in (backend, reference))
+        assert not backend.coverage.lines()
+        live = sum(piece.count for piece in pieces)
+        assert largest_difference(got.out[:live], expected.out[:live]) < TOLERANCE["float16"]
+        slots = case.layout.views(buffer)["slots"][0, :live]
+        others = np.setdiff1d(np.arange(size, len(history[0])), slots)
+        for now, then, wanted in zip(got.after, got.before, expected.after, strict=True):
+            np.testing.assert_allclose(now[slots], wanted[slots], rtol=1e-3, atol=1e-3)
+            np.testing.assert_array_equal(now[others], then[others])
 
 
 @pytest.mark.gpu

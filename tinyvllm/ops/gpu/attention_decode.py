@@ -3,8 +3,9 @@
 A threadgroup serves one token row, one KV head and one split of the context (Dao et al. 2023, "Flash-Decoding"). The
 query heads that share the KV head, up to eight, are the rows of a matrix tile, so keys and values are loaded once for
 all of them, straight into the fragments of the matrix unit. The row's own key and value are never read back: they are
-the initial state of the online softmax (Milakov & Gimelshein 2018), unless another layer wrote them. Only for rows that
-are each the last token of their sequence.
+the initial state of the online softmax (Milakov & Gimelshein 2018), unless another layer wrote them. So rows must each
+be the last token of their sequence. Rows that verify drafts attend to each other: their keys and values are written by
+another kernel first (`DecodeSpec.reads_own`).
 """
 
 from __future__ import annotations
@@ -39,11 +40,14 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         context = _Context(row, buffers)
         # the tokens before this step's were written by earlier steps: their loads need not wait for its kernels
         early = context.load(0) if spec.loads_early else []
-        row.wait([value for tile in early for value in tile.loaded])
+        written = () if spec.adds_own else (buffers.keys, buffers.values)  # perhaps by the previous kernel
+        written = row.wait([value for tile in early for value in tile.loaded], written)
+        if written:
+            buffers = context.buffers = replace(buffers, keys=written[0], values=written[1])
         early = [tile.or_zeros(context.low < context.high) for tile in early]
 
         query = _load_query(row)
-        own = _OwnToken(row, buffers, query) if spec.writes_kv else None
+        own = _OwnToken(row, buffers, query) if spec.adds_own else None
         softmax = _Softmax(row, context, query, own)
         state, passes = softmax.start(), context.passes
         if early:

@@ -37,7 +37,15 @@ Runs = list[list[list[UOp]]]  # a lane's values of one head: by chunk of the mat
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeSpec(FusedAttentionSpec, Tunable):
-    """Attention of rows that are each the last token of a sequence of its own."""
+    """Attention row by row: of rows that are each the last token of a sequence of its own, or whose keys and values are
+    all in the pool."""
+
+    reads_own: bool = False  # the step's keys and values were written before: rows attend to other rows of the step
+
+    @property
+    def adds_own(self) -> bool:
+        """Whether the kernel computes the row's own key and value, and writes them."""
+        return self.writes_kv and not self.reads_own
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         knobs: dict[str, tuple[int, ...]] = {"num_warps": (1, 2, 4, 8, 16), "tiles_ahead": (1, 2)}
@@ -103,7 +111,7 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
     @property
     def split(self) -> SplitHeads:
         heads = (self.num_heads, self.head_dim)
-        return SplitHeads(self.layout, *heads, self.num_splits, self.window, has_own_token=not self.writes_kv)
+        return SplitHeads(self.layout, *heads, self.num_splits, self.window, has_own_token=not self.adds_own)
 
     @property
     def is_split(self) -> bool:
@@ -149,7 +157,7 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
     def loads_early(self) -> bool:
         """Whether a warp loads its first tiles while the previous kernel still runs: if it has registers for them, and
         no kernel of the step has written any of their tokens."""
-        return self.lanes.is_chained and self.writes_kv and not self.is_wide
+        return self.lanes.is_chained and self.adds_own and not self.is_wide
 
     @property
     def tiles_ahead(self) -> int:
@@ -266,21 +274,23 @@ class Row:
         self.head = spec.mma.head(group.lane)
         self.column = spec.mma.column(group.lane)
 
-    def wait(self, ahead: Sequence[UOp]) -> None:
+    def wait(self, ahead: Sequence[UOp], pool: Sequence[UOp]) -> tuple[UOp, ...]:
         """Wait for the previous kernels. `ahead`, and cosines and sines if there are registers for them, are loaded
-        meanwhile."""
+        meanwhile. Returns the buffers of `pool`, as they are after that."""
         factors = []
         if self.tables.rope is not None and not self.spec.is_wide:
             pairs = [
                 self.spec.rope_factors(self.tables.rope, self.past, d) for runs in self.query_dims for d, _ in runs
             ]
             factors = [value for pair in pairs for values in pair for value in values]
-        self.qkv = list(await_previous(self.spec.lanes, *self.qkv, ahead=[*factors, *ahead]))
+        ready = await_previous(self.spec.lanes, *self.qkv, *pool, ahead=[*factors, *ahead])
+        self.qkv = list(ready[: len(self.qkv)])
+        return ready[len(self.qkv) :]
 
     @property
     def end(self) -> UOp:
         """The tokens that are read from the pool are those before this one."""
-        return self.past if self.spec.writes_kv else self.past + 1
+        return self.past if self.spec.adds_own else self.past + 1
 
     def loaded(self, section: int, head: UOp | int, dim: UOp, count: int = RUN) -> list[UOp]:
         """Dimensions [dim, dim + count) of a head of queries, keys or values, with their biases."""

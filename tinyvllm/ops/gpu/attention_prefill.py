@@ -25,7 +25,7 @@ from tinyvllm.ops.gpu.attention_rotate import rotate
 from tinyvllm.ops.gpu.tile_map import tile_map_kernel
 from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.hopper import has_wgmma
-from tinyvllm.ops.kernel.lanes import axes_of, grid
+from tinyvllm.ops.kernel.lanes import await_previous, axes_of, grid
 from tinyvllm.ops.kernel.tiles import PIECE
 from tinyvllm.ops.kernel.tuning import choose
 
@@ -47,12 +47,12 @@ def attend_tiles(
         read = [maps, _tile_map(spec, step), step.inputs, *sinks, queries, *pool]
         return run_kernel(hopper_kernel(spec), [out], read)[0]
     if spec.writes_kv:
-        pool = _write(spec, pool, layer, step, qkv)
+        pool = store_rows(spec, pool, layer, step, qkv)
     read = [*pool, _tile_map(spec, step), step.inputs, *layer.tables, *[qkv[i] for i in spec.parts(QUERIES)]]
     return run_kernel(prefill_kernel(spec), [out], read)[0]
 
 
-def _write(
+def store_rows(
     spec: PrefillSpec, pool: tuple[Tensor, Tensor], layer: AttentionLayer, step: Step, qkv: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The pool's keys and values with those of the step."""
@@ -78,6 +78,7 @@ def store_kernel(spec: PrefillSpec) -> KernelFn:
     def kernel(keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
         body, half = Body(), spec.head_dim // 2
         step = Inputs(spec, inputs, operands, KEYS, VALUES)
+        step.qkv = dict(zip(step.qkv, await_previous(spec.lanes, *step.qkv.values()), strict=True))
         per_row = spec.num_kv_heads * half // PIECE
         count, threads = spec.layout.num_tokens * per_row, 128
         group, thread = grid(body, -(-count // threads)), body.threads(threads)

@@ -27,7 +27,7 @@ from tinyvllm.ops.formats.runs import covers
 from tinyvllm.ops.gpu.attention_decode import decode_kernel
 from tinyvllm.ops.gpu.attention_decode_hopper import StreamedAttentionSpec, attend_streamed
 from tinyvllm.ops.gpu.attention_decode_row import GROUPS_WANTED, DecodeSpec
-from tinyvllm.ops.gpu.attention_prefill import attend_tiles
+from tinyvllm.ops.gpu.attention_prefill import attend_tiles, store_rows
 from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
 from tinyvllm.ops.gpu.attention_split import SplitHeads, combine_kernel
 from tinyvllm.ops.gpu.backend import GpuBackend, embed_kernel
@@ -289,12 +289,13 @@ class FusedGpuBackend(GpuBackend):
     def attend(self, qkv: Sequence[Tensor], layer: AttentionLayer, step: Step) -> Tensor:
         qkv, layer = self._with_whole_norm(qkv, layer, step)
         counts, parts = self._as_partials(qkv)
-        kind = DecodeSpec if step.is_decode else PrefillSpec
+        by_rows = step.is_decode or step.verifies
+        kind = DecodeSpec if by_rows else PrefillSpec
         pool_reason = _uncovered_pool(step.pool)
         mma = None if pool_reason else self._mma(dtypes.half)
         reason = pool_reason or "no matrix unit for float16"
         if mma is not None:
-            lanes = self._lanes_between(step.num_tokens) if step.is_decode else self.lanes
+            lanes = self._lanes_between(step.num_tokens) if by_rows else self.lanes
             own = dict(lanes=lanes, mma=mma, qkv_partials=counts)
             spec = kind.of(layer, step.layout, step.pool.num_blocks[layer.pool_layer], **own)
             reason = spec.uncovered_shape()
@@ -302,7 +303,7 @@ class FusedGpuBackend(GpuBackend):
             self.coverage.take_general("attention", reason, layer.index)
             return super().attend([self.whole(part) for part in qkv], layer, step)
         pool = (step.pool.keys[layer.pool_layer], step.pool.values[layer.pool_layer])
-        if step.is_decode and self.has_wgmma:
+        if by_rows and self.has_wgmma:
             stream = StreamedAttentionSpec.of(
                 layer, step.layout, step.pool.num_blocks[layer.pool_layer], has_wgmma=True, **own
             )
@@ -312,6 +313,13 @@ class FusedGpuBackend(GpuBackend):
         if isinstance(spec, PrefillSpec):
             rows = self._empty(step.num_tokens * spec.num_heads * spec.head_dim)
             return attend_tiles(spec, rows, pool, layer, step, parts)
+        if step.verifies and spec.writes_kv:
+            store = PrefillSpec.of(layer, step.layout, step.pool.num_blocks[layer.pool_layer], **own)
+            if reason := store.uncovered_shape():
+                self.coverage.take_general("attention that verifies drafts", reason, layer.index)
+                return super().attend([self.whole(part) for part in qkv], layer, step)
+            pool = store_rows(store, pool, layer, step, parts)
+            spec, parts = replace(spec, reads_own=True), parts[spec.query_parts]
         return self._decode(choose(spec), pool, [step.inputs, *layer.tables, *parts], step)
 
     def recur(self, projections: Sequence[Tensor], layer: RecurrentLayer, step: Step) -> Tensor:
@@ -335,7 +343,7 @@ class FusedGpuBackend(GpuBackend):
     def _decode(self, spec: DecodeSpec, pool: tuple[Tensor, Tensor], read: list[Tensor], step: Step) -> Tensor:
         """Attention of rows that are each the last token of their sequence."""
         split = spec.split
-        written, read = ([*pool], read) if spec.writes_kv else ([], [*pool, *read])
+        written, read = ([*pool], read) if spec.adds_own else ([], [*pool, *read])
         if not spec.is_split:
             out = self._empty(step.num_tokens * split.num_cols)
             return run_kernel(decode_kernel(spec), [out, *written], read)[0]

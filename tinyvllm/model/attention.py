@@ -9,7 +9,9 @@ from tinygrad import Tensor
 
 from tinyvllm.arrays import HostMatrix, take_rows
 from tinyvllm.config import LayerKind
+from tinyvllm.model.adapted import adapted_product
 from tinyvllm.model.loading import Loader
+from tinyvllm.ops.adapter_spec import AdapterSite
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import Epilogue, Norm, Operations, Step
 from tinyvllm.ops.formats.matrix import Matrix
@@ -35,6 +37,8 @@ class Attention:
     attention_post_norm: Norm | None  # of the output, before it is added to the residual
     residual_scale: float
     output_gate: OutputGate | None = None
+    qkv_adapters: AdapterSite | None = None  # of q, k, v and the output gate
+    out_adapters: AdapterSite | None = None
 
     @property
     def matrices(self) -> dict[str, tuple[Matrix, ...]]:
@@ -45,13 +49,15 @@ class Attention:
         tokens, gate = step.num_tokens, self.output_gate
         matrices = self.qkv if gate is None else (*self.qkv, gate.matrix)
         qkv = ops.linear("qkv", x, matrices, tokens, self.attention_norm)  # (T * (H + 2K) * D,) in all, and the gate's
+        if self.qkv_adapters is not None and step.layout.has_adapters:
+            qkv = ops.adapt(x, qkv, self.qkv_adapters, step, self.attention_norm)
         heads = ops.attend(qkv[: len(self.qkv)], self.attention, step)  # (T * H * D,)
         if gate is not None:
             heads = ops.gate_columns(qkv[-1], heads, gate.start, tokens, "sigmoid")
         epilogue = Epilogue(
             bias=self.out_bias, post_norm=self.attention_post_norm, scale=self.residual_scale, residual=x
         )
-        return ops.linear("attention_out", heads, [self.attention_out], tokens, None, epilogue)[0]
+        return adapted_product(ops, "attention_out", heads, self.attention_out, self.out_adapters, step, epilogue)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from tinygrad import Tensor
 
+from tinyvllm.model.adapted import adapted_product
 from tinyvllm.model.loading import Loader
+from tinyvllm.ops.adapter_spec import AdapterSite
 from tinyvllm.ops.backend import Epilogue, Norm, Operations, Step
 from tinyvllm.ops.formats.matrix import Matrix
 
@@ -21,6 +23,8 @@ class DenseFeedForward:
     down_bias: Tensor | None
     ffn_post_norm: Norm | None  # of the output, before it is added to the residual
     residual_scale: float
+    gate_up_adapters: AdapterSite | None = None
+    down_adapters: AdapterSite | None = None
 
     @property
     def matrices(self) -> dict[str, tuple[Matrix, ...]]:
@@ -33,8 +37,7 @@ class DenseFeedForward:
         self, ops: Operations, x: Tensor, step: Step, residual: Tensor | None, out_scale: Tensor | None = None
     ) -> Tensor:
         """(T * hidden,): `residual` plus the output for x."""
-        tokens, gate = step.num_tokens, Epilogue(bias=self.gate_up_bias, activation=self.activation)
-        (hidden,) = ops.linear("gate_up", x, [self.gate_up], tokens, self.ffn_norm, gate)  # (T * ffn,)
+        hidden = self._gate(ops, x, step)
         epilogue = Epilogue(
             bias=self.down_bias,
             post_norm=self.ffn_post_norm,
@@ -42,7 +45,17 @@ class DenseFeedForward:
             residual=residual,
             out_scale=out_scale,
         )
-        return ops.linear("down", hidden, [self.down], tokens, None, epilogue)[0]
+        return adapted_product(ops, "down", hidden, self.down, self.down_adapters, step, epilogue)
+
+    def _gate(self, ops: Operations, x: Tensor, step: Step) -> Tensor:
+        """(T * ffn,): activation(gate) * up. What adapters add to both comes before the activation, which is then not
+        part of the product's kernel."""
+        tokens, norm = step.num_tokens, self.ffn_norm
+        if self.gate_up_adapters is None or not step.layout.has_adapters:
+            gate = Epilogue(bias=self.gate_up_bias, activation=self.activation)
+            return ops.linear("gate_up", x, [self.gate_up], tokens, norm, gate)[0]
+        (both,) = ops.linear("gate_up", x, [self.gate_up], tokens, norm)
+        return ops.adapt_gated(x, both, self.gate_up_adapters, step, norm, self.activation, self.gate_up_bias)
 
 
 def load_dense(load: Loader, index: int, norm: str | None, post_norm: str | None) -> DenseFeedForward:

@@ -52,7 +52,7 @@ def read_safetensors(directory: Path) -> dict[str, StoredTensor]:
     weight_map = {} if is_present(directory / SINGLE_NAME) else _read_index(directory)
     tensors: dict[str, StoredTensor] = {}
     for path in _weight_files(directory, weight_map):
-        for name, tensor in _read_file(directory, path).items():
+        for name, tensor in read_file(directory, path).items():
             if name not in tensors or weight_map.get(name) == path.relative_to(directory).as_posix():
                 tensors[name] = tensor
             elif name not in weight_map:
@@ -99,7 +99,9 @@ def _weight_files(directory: Path, weight_map: dict[str, str]) -> list[Path]:
     return files
 
 
-def _read_file(directory: Path, path: Path) -> dict[str, StoredTensor]:
+def read_file(directory: Path, path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file in `directory`, by name. Raises ModelError for a damaged file or a link that leads out of
+    the directory; reading a tensor raises UnsupportedModelError if its type is unknown."""
     check_inside(directory, path)
     header = read_header(path)
     data = np.asarray(np.memmap(path, np.uint8, "r"))

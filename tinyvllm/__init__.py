@@ -10,14 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinyvllm.config import EngineConfig, SamplingParams
+    from tinyvllm.config import EngineConfig, LoRARequest, SamplingParams
     from tinyvllm.engine.llm import LLM
 
     __version__: str
 
-__all__ = ["LLM", "EngineConfig", "SamplingParams", "__version__"]
+__all__ = ["LLM", "EngineConfig", "LoRARequest", "SamplingParams", "__version__"]
 
-_MODULES = {"LLM": "tinyvllm.engine.llm", "EngineConfig": "tinyvllm.config", "SamplingParams": "tinyvllm.config"}
+_MODULES = {
+    "LLM": "tinyvllm.engine.llm",
+    "EngineConfig": "tinyvllm.config",
+    "LoRARequest": "tinyvllm.config",
+    "SamplingParams": "tinyvllm.config",
+}
 
 
 def __getattr__(name: str) -> Any:

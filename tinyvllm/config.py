@@ -604,6 +604,50 @@ DEFAULT_LOOKUP = (2, 4)  # tokens of the shortest and of the longest n-gram (Sax
 MAX_LOOKUP = 16
 
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of --max-lora-rank
+
+
+@dataclass(frozen=True)
+class LoRARequest:
+    """An adapter for prompts of `LLM`, as in vLLM: a name, which identifies it (`lora_int_id` has no meaning here), and
+    the adapter's directory."""
+
+    lora_name: str
+    lora_int_id: int = 1
+    lora_path: str = ""
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """An adapter of --lora-modules: the name that requests give as `model`, and its directory."""
+
+    name: str
+    path: str
+
+    @classmethod
+    def of(cls, value: str | Mapping[str, Any] | LoraModule) -> LoraModule:
+        """From name=path, or vLLM's JSON object with the keys name and path. Raises TinyvllmError."""
+        if isinstance(value, LoraModule):
+            return value
+        form = "give name=path, or an object with the keys name and path"
+        if isinstance(value, str) and value.lstrip().startswith("{"):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise TinyvllmError(f"--lora-modules is not JSON ({error}): {form}") from None
+        if isinstance(value, str):
+            parts = value.partition("=")
+            value = {"name": parts[0], "path": parts[2]}
+        if not isinstance(value, Mapping):
+            raise TinyvllmError(f"--lora-modules is {value!r:.100}: {form}")
+        if unknown := sorted(set(value) - {"name", "path", "base_model_name"}):
+            raise TinyvllmError(f"--lora-modules has the unknown key {unknown[0]!r:.100}: {form}")
+        name, path = value.get("name"), value.get("path")
+        if not isinstance(name, str) or not isinstance(path, str) or not name or not path:
+            raise TinyvllmError(f"--lora-modules is {value!r:.100}: {form}")
+        return cls(name, path)
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How the engine runs a model. Names follow vLLM's flags."""
@@ -643,6 +687,11 @@ class EngineConfig:
     max_step_stretch: float = 0.0
     # drafts that steps verify (speculative decoding); None: none. A mapping or JSON is converted
     speculative_config: SpeculativeConfig | None = None
+    enable_lora: bool = False  # low-rank adapters beside the model (docs/ADAPTERS.md)
+    max_loras: int = 1  # different adapters in one step, which the device holds
+    max_lora_rank: int = 16  # the largest rank of an adapter; device memory is reserved for it
+    max_cpu_loras: int | None = None  # adapters in host memory; None: as many as max_loras
+    lora_modules: tuple[LoraModule, ...] = ()  # adapters to load at the start
     # plan and enqueue a step while the previous one runs; None: on every device but a CPU, where it does not pay
     async_scheduling: bool | None = None
     # how a step is captured and run: replay: by our own code; tinyjit: by tinygrad's TinyJit (docs/CAPTURE.md)
@@ -656,6 +705,8 @@ class EngineConfig:
     reasoning_parser: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_modules", tuple(map(LoraModule.of, self.lora_modules)))
+        self._check_adapters()
         if self.speculative_config is not None:
             object.__setattr__(self, "speculative_config", SpeculativeConfig.of(self.speculative_config))
         self._check_limits()
@@ -684,6 +735,24 @@ class EngineConfig:
     def planned_kv(self) -> KVFormats:
         """The formats of keys and values as far as they are known without the device: of "auto", float16."""
         return KVFormats.of(*["float16" if name == "auto" else name for name in self.kv_types])
+
+    def _check_adapters(self) -> None:
+        names = [module.name for module in self.lora_modules]
+        if names and not self.enable_lora:
+            raise TinyvllmError(f"--lora-modules names {names[0]!r}, but adapters are off: give --enable-lora")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise TinyvllmError(f"--lora-modules names {twice[0]!r} twice: each adapter needs a name of its own")
+        if self.max_lora_rank not in LORA_RANKS:
+            raise TinyvllmError(
+                f"--max-lora-rank is {self.max_lora_rank}: choose one of {', '.join(map(str, LORA_RANKS))}"
+            )
+        if self.max_loras < 1:
+            raise TinyvllmError(f"--max-loras is {self.max_loras}: give at least 1")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise TinyvllmError(
+                f"--max-cpu-loras is {self.max_cpu_loras}: give at least --max-loras ({self.max_loras}), because what "
+                "the device holds comes from host memory"
+            )
 
     def _check_limits(self) -> None:
         def refuse(flag: str, value: object, remedy: str) -> None:

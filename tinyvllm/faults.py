@@ -74,6 +74,7 @@ POINTS: dict[str, Point] = {
     "device.copy_out": Point("a step's output is read back", STEP),
     "device.logits": Point("the logits of a sequence are not finite", REQUEST),
     "device.pool": Point("the hidden states of a prompt are read back and pooled", STEP),
+    "adapter.write": Point("an adapter is written to a slot of the device", STEP),
     "runner.pack": Point("a plan is packed into a graph's inputs", STEP),
     "runner.capture": Point("a graph is captured while the engine serves", NOTHING),
     "trace.worker": Point("a step is traced in another process", NOTHING),

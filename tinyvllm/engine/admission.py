@@ -47,12 +47,14 @@ class RequestFactory:
         priority: int = 0,
         grammar: Grammar | None = None,
         cache_salt: str | None = None,
+        adapter: str = "",
     ) -> list[NewRequest]:
         """One request per choice, params.n in all; choice i has the seed of choice 0 plus i.
 
         grammar: params.grammar, compiled. cache_salt: the prefix cache is shared only with requests of the same salt.
-        Raises RequestError for an empty prompt, ids outside the vocabulary or an empty salt, and ContextLengthError if
-        the prompt and max_tokens (or one token, if max_tokens is None) do not fit.
+        adapter: the key of the adapter to run with; "": none. Raises RequestError for an empty prompt, ids outside the
+        vocabulary or an empty salt, and ContextLengthError if the prompt and max_tokens (or one token, if max_tokens is
+        None) do not fit.
         """
         assert (grammar is None) == (params.grammar is None), "a grammar must be compiled first"
         prompt = self._check_ids(prompt_ids, "prompt")
@@ -68,7 +70,7 @@ class RequestFactory:
             raise RequestError(
                 "cache_salt must be a string that is not empty: leave it out to share", param="cache_salt"
             )
-        hash_seed = make_hash_seed(cache_salt)
+        hash_seed = make_hash_seed(cache_salt, adapter.rpartition(":")[2])
         seed = self._seeds.getrandbits(32) if params.seed is None else params.seed
         return [
             NewRequest(
@@ -84,6 +86,7 @@ class RequestFactory:
                 bad_words_ids=bad_words_ids,
                 num_prompt_logprobs=None if index else params.prompt_logprobs,  # all choices share the prompt
                 hash_seed=hash_seed,
+                adapter=adapter,
             )
             for index in range(params.n)
         ]
@@ -96,9 +99,10 @@ class RequestFactory:
         priority: int = 0,
         grammar: Grammar | None = None,
         cache_salt: str | None = None,
+        adapter: str = "",
     ) -> list[Request]:
         """`make`, for a caller that steps the engine itself."""
-        new = self.make(request_id, prompt_ids, params, priority, grammar, cache_salt)
+        new = self.make(request_id, prompt_ids, params, priority, grammar, cache_salt, adapter)
         return [to_request(one, None if grammar is None else grammar.matcher()) for one in new]
 
     def _encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -151,4 +155,5 @@ def to_request(new: NewRequest, constraint: Constraint | None) -> Request:
         num_prompt_logprobs=new.num_prompt_logprobs,
         pooling=new.pooling,
         hash_seed=new.hash_seed,
+        adapter=new.adapter,
     )

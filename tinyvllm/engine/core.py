@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tinyvllm.config import Capacity, ModelConfig
+from tinyvllm.engine.adapters import EngineAdapters, require_adapters
 from tinyvllm.engine.step_clock import (
     CAPTURE,
     COMMIT,
@@ -141,12 +142,15 @@ class EngineCore:
         captures: Captures | None = None,
         *,
         captures_when_idle: bool = False,
+        adapters: EngineAdapters | None = None,
     ) -> None:
         """`captures` makes the graphs that the runner lacks; None if it has them all. captures_when_idle: the caller
-        is to call `advance_captures` only while no request runs."""
+        is to call `advance_captures` only while no request runs. adapters: those that requests may ask for; None: they
+        are off."""
         self.runner = runner
         self.scheduler = scheduler
         self.captures_when_idle = captures_when_idle
+        self.adapters = adapters
         self._captures = captures
         self.stats = StepStats(
             num_captures=runner.num_captures,
@@ -168,6 +172,8 @@ class EngineCore:
     def add(self, request: Request) -> None:
         """Queue a new request. Raises RequestError or ContextLengthError if it can never run."""
         self.clock.mark(LOOP)
+        if request.adapter:
+            require_adapters(self.adapters).require(request.adapter)
         request.queued_s, request.passage = self.clock.now_s, Passage.begin(self.clock)
         self.scheduler.add(request)
         self._publish(self.stats)
@@ -360,6 +366,8 @@ class EngineCore:
             with contextlib.suppress(Exception):  # what failed once may fail again
                 self.runner.wait()
         self._in_flight.clear()
+        if self.scheduler.adapters is not None:
+            self.scheduler.adapters.write_again()
         failed = dict.fromkeys(in_flight + requests)  # in order, without duplicates
         message = f"the step that computed this request failed with {_describe(error)}"
         outs = []

@@ -18,7 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.config import EngineConfig, LoRARequest, SamplingParams
+from tinyvllm.engine.adapters import require_adapters
 from tinyvllm.engine.admission import require_head
 from tinyvllm.engine.heap import collect_start
 from tinyvllm.engine.loading import Progress as LoadProgress
@@ -124,16 +125,18 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Generate for every prompt, batching as many as fit; outputs are in the order of the prompts.
 
         params: one for all, one per prompt, or None for the model's defaults. use_tqdm: show a progress bar, if stderr
-        is a terminal. Prompts with a "cache_salt" share cached prefixes only with those of the same salt. Raises
+        is a terminal. Prompts with a "cache_salt" share cached prefixes only with those of the same salt. lora_request:
+        the adapter of all prompts, or one (or None) per prompt; it is loaded if it is not yet, and stays loaded. Raises
         RequestError (ContextLengthError) before anything is computed if a prompt cannot run.
         """
         batch: Sequence[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         salts = [prompt.get("cache_salt") if isinstance(prompt, Mapping) else None for prompt in batch]
-        return self._run([self._tokenize(prompt) for prompt in batch], params, use_tqdm, salts)
+        return self._run([self._tokenize(prompt) for prompt in batch], params, use_tqdm, salts, lora_request)
 
     def chat(
         self,
@@ -141,6 +144,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         continue_final_message: bool = False,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         **template_arguments: Any,
     ) -> list[RequestOutput]:
         """Generate the next message of one conversation or several, formatted by the model's chat template.
@@ -154,7 +158,8 @@ class LLM:
         batch: Any = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         render = functools.partial(render_continued, template) if continue_final_message else template.render
         texts = [render(conversation, **template_arguments) for conversation in batch]
-        return self._run([(text, self._loaded.tokenizer.encode_chat(text)) for text in texts], params, use_tqdm)
+        encode = self._loaded.tokenizer.encode_chat
+        return self._run([(text, encode(text)) for text in texts], params, use_tqdm, lora_request=lora_request)
 
     def close(self) -> None:
         """Free the device's memory. The LLM cannot be used afterwards."""
@@ -181,6 +186,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
         cache_salts: Sequence[str | None] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Generate for prompts with their tokens. cache_salts: one per prompt; None: none has one."""
         if threading.get_ident() != self._thread_id:
@@ -189,16 +195,31 @@ class LLM:
         outputs: list[RequestOutput] = []
         requests: list[list[Request]] = []
         salts = cache_salts or [None] * len(prompts)
-        each = zip(prompts, self._params_per_prompt(params, len(prompts)), salts, strict=True)
-        for (text, prompt_ids), own, salt in each:
+        adapters = self._adapters_per_prompt(lora_request, len(prompts))
+        each = zip(prompts, self._params_per_prompt(params, len(prompts)), salts, adapters, strict=True)
+        for (text, prompt_ids), own, salt, adapter in each:
             request_id = str(next(self._numbers))
             grammar = None if own.grammar is None else self._loaded.grammars.compile_now(own.grammar)
-            choices = self._loaded.factory.make_requests(request_id, prompt_ids, own, grammar=grammar, cache_salt=salt)
+            choices = self._loaded.factory.make_requests(
+                request_id, prompt_ids, own, grammar=grammar, cache_salt=salt, adapter=adapter
+            )
             requests.append(choices)
             blank = [CompletionOutput.begin(index, own) for index in range(own.n)]
             outputs.append(RequestOutput(request_id, text, choices[0].prompt_ids, blank))
         self._generate(requests, outputs, use_tqdm)
         return outputs
+
+    def _adapters_per_prompt(
+        self, lora_request: LoRARequest | Sequence[LoRARequest | None] | None, count: int
+    ) -> list[str]:
+        """The key of each prompt's adapter, which is loaded if it is not yet; "": none."""
+        if lora_request is None:
+            return [""] * count
+        adapters = require_adapters(self._loaded.core.adapters)
+        each = [lora_request] * count if isinstance(lora_request, LoRARequest) else list(lora_request)
+        if len(each) != count:
+            raise RequestError(f"{len(each)} lora_requests for {count} prompts: give one for all, or one per prompt")
+        return ["" if one is None else adapters.find(one).key for one in each]
 
     def _params_per_prompt(
         self, params: SamplingParams | Sequence[SamplingParams] | None, count: int

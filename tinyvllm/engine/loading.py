@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig
+from tinyvllm.engine.adapters import Adapters, EngineAdapters
 from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.core import Captures, EngineCore, Runner
@@ -14,6 +15,7 @@ from tinyvllm.engine.drafters import CapturesInTurn, find_draft_files, load_draf
 from tinyvllm.engine.hosts import Loaded
 from tinyvllm.engine.output import TextEngine
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.scheduling.adapter_slots import AdapterSlots
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.drafts import AlwaysDraft, Drafter, Speculator
 from tinyvllm.scheduling.scheduler import Scheduler
@@ -130,7 +132,14 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         raise
     captures = None if config.warm_up == "full" else CapturesInTurn([runner.captures, *more_captures])
     return assemble_engine(
-        config, runner, text.tokenizer, text.chat_template, text.generation_defaults, captures, drafter
+        config,
+        runner,
+        text.tokenizer,
+        text.chat_template,
+        text.generation_defaults,
+        captures,
+        drafter,
+        adapters=runner.adapters,
     )
 
 
@@ -142,9 +151,10 @@ def assemble_engine(
     generation_defaults: GenerationDefaults,
     captures: Captures | None = None,
     drafter: Drafter | None = None,
+    adapters: Adapters | None = None,
 ) -> LoadedEngine:
     """Build scheduler, core and text engine around a runner. `captures` makes the graphs that the runner lacks.
-    `drafter`: what makes the drafts that steps verify; None: there are none."""
+    `drafter`: what makes the drafts that steps verify; None: there are none. `adapters`: the runner's; None: off."""
     capacity = runner.capacity
     block_manager = BlockManager.of(capacity, config.enable_prefix_caching)
     pace = StepPace(config.max_step_stretch) if config.max_step_stretch else None
@@ -152,9 +162,12 @@ def assemble_engine(
     speculator = None
     if drafter is not None and config.speculative_config is not None:
         speculator = Speculator(drafter, AlwaysDraft(), config.speculative_config.num_drafts)
-    scheduler = Scheduler(block_manager, capacity, config.scheduling_policy, name, pace, speculator)
+    slots = None if adapters is None else AdapterSlots(config.max_loras)
+    scheduler = Scheduler(block_manager, capacity, config.scheduling_policy, name, pace, speculator, slots)
     text = Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=generation_defaults)
     loaded = text.for_callers(runner.model_config, capacity, config.seed)
-    core = EngineCore(runner, scheduler, captures, captures_when_idle=config.warm_up == "idle")
+    own_adapters = None if adapters is None else EngineAdapters(adapters, scheduler)
+    is_idle = config.warm_up == "idle"
+    core = EngineCore(runner, scheduler, captures, captures_when_idle=is_idle, adapters=own_adapters)
     engine = TextEngine(core, tokenizer)
     return LoadedEngine(runner=runner, engine=engine, **vars(loaded))

@@ -35,6 +35,7 @@ class NewRequest(Struct, array_like=True, gc=False):
     num_prompt_logprobs: int | None = None
     pooling: str | None = None
     hash_seed: bytes = b""
+    adapter: str = ""
 
 
 class Hello(Struct, tag="hello", array_like=True):
@@ -60,6 +61,7 @@ class Ask(Struct, tag="ask", array_like=True):
 
     number: int
     question: str
+    arguments: list[str] = []
 
 
 class Goodbye(Struct, tag="goodbye", array_like=True):
@@ -141,6 +143,10 @@ class Answer(Struct, tag="answer", array_like=True):
     number: int
     value: Any = None
     error: str | None = None
+    # the caller's mistake: the fields are those of RequestError
+    is_refusal: bool = False
+    param: str | None = None
+    code: str | None = None
 
 
 class Lost(Struct, tag="lost", array_like=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from tinyvllm.config import Capacity, EngineConfig, Limits
@@ -34,6 +34,7 @@ class Bucket:
     num_seqs: int
     is_for_few: bool = False  # another bucket has as many tokens for more sequences
     is_verify: bool = False
+    has_adapters: bool = False  # its rows may have adapters; plans without any run in a bucket without
 
     @classmethod
     def decode(cls, num_seqs: int) -> Bucket:
@@ -54,11 +55,9 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        if self.is_verify:
-            return f"verify {self.num_tokens}"
-        if self.is_decode:
-            return f"decode {self.num_tokens}"
-        return f"prefill {self.num_tokens}" + (f" of {self.num_seqs}" if self.is_for_few else "")
+        kind = "verify" if self.is_verify else "decode" if self.is_decode else "prefill"
+        size = f"{self.num_tokens} of {self.num_seqs}" if self.is_for_few else f"{self.num_tokens}"
+        return f"{kind} {size}" + (" with adapters" if self.has_adapters else "")
 
     def layout(self, capacity: Capacity) -> StepLayout:
         max_blocks = -(-capacity.max_model_len // capacity.block_size)
@@ -69,6 +68,7 @@ class Bucket:
             block_size=capacity.block_size,
             num_groups=len(capacity.groups),
             has_states=capacity.num_state_slots > 0,
+            has_adapters=self.has_adapters,
         )
 
     def holds(self, plan: StepPlan) -> bool:
@@ -76,6 +76,7 @@ class Bucket:
         return (
             (plan.is_decode or not self.is_decode)
             and (plan.num_drafts > 0 or not self.is_verify)
+            and (self.has_adapters or not plan.has_adapters)
             and plan.num_tokens <= self.num_tokens
             and max(len(plan.entries), plan.num_logit_rows) <= self.num_seqs
         )
@@ -83,8 +84,8 @@ class Bucket:
 
 def make_buckets(limits: Limits, config: EngineConfig) -> list[Bucket]:
     """Decode buckets by batch, then verify buckets by rows, then token buckets, for prefill and mixed steps, by tokens
-    and sequences. The last of each kind holds all that the limits allow of that kind; the very last holds any plan
-    without drafts."""
+    and sequences. With adapters, each kind has its buckets a second time, after the others. The last of each kind holds
+    all that the limits allow of that kind; the very last holds any plan without drafts."""
     max_num_seqs, max_num_batched_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
     decode = config.decode_buckets or _series(1, max_num_seqs)
     tokens = config.token_buckets or _series(SMALLEST_TOKENS, max_num_batched_tokens)
@@ -92,7 +93,11 @@ def make_buckets(limits: Limits, config: EngineConfig) -> list[Bucket]:
     _check("token-buckets", tokens, "max-num-batched-tokens", max_num_batched_tokens)
     by_tokens = [bucket for n in sorted(set(tokens)) for bucket in _token_buckets(n, max_num_seqs)]
     verify = [Bucket.verify(n) for n in _verify_sizes(limits, config)]
-    return [Bucket.decode(n) for n in sorted(set(decode))] + verify + by_tokens
+    kinds = [[Bucket.decode(n) for n in sorted(set(decode))], verify, by_tokens]
+    if not config.enable_lora:
+        return [bucket for kind in kinds for bucket in kind]
+    with_adapters = [[*kind, *[replace(bucket, has_adapters=True) for bucket in kind]] for kind in kinds]
+    return [bucket for kind in with_adapters for bucket in kind]
 
 
 def max_verify_rows(limits: Limits, config: EngineConfig) -> int:
@@ -157,8 +162,8 @@ def choose_bucket(buckets: Iterable[Bucket], plan: StepPlan) -> Bucket:
     return min(fitting, key=_rank)
 
 
-def _rank(bucket: Bucket) -> tuple[bool, bool, int, int]:
-    return not bucket.is_decode, not bucket.is_verify, bucket.num_tokens, bucket.num_seqs
+def _rank(bucket: Bucket) -> tuple[bool, bool, int, int, bool]:
+    return not bucket.is_decode, not bucket.is_verify, bucket.num_tokens, bucket.num_seqs, bucket.has_adapters
 
 
 def lengths_that_fill(bucket: Bucket, max_model_len: int) -> list[int]:

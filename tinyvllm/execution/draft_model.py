@@ -71,6 +71,8 @@ def load_draft_model(
         max_num_batched_tokens=capacity.max_num_batched_tokens,
         num_gpu_blocks_override=capacity.num_blocks,
         speculative_config=None,
+        enable_lora=False,  # drafts are the draft model's own, whatever adapter a request has
+        lora_modules=(),
     )
     runner = load_runner(files, own, progress)
     drafter = DraftModel(runner, target.model_config.vocab_size, enable_prefix_caching=config.enable_prefix_caching)

@@ -75,6 +75,8 @@ class InputPacker:
             views[name][..., plan.num_tokens :] = value
         if layout.has_states:
             self._pack_states(plan)
+        if layout.has_adapters:
+            self._pack_adapters(plan)
         self._pack_samples(plan)
 
     def _pack_states(self, plan: StepPlan) -> None:
@@ -96,6 +98,14 @@ class InputPacker:
                 view[:num] = values
                 view[num:] = rest
                 self._of_states[name] = values
+
+    def _pack_adapters(self, plan: StepPlan) -> None:
+        """The slot of each token row's adapter. Padding has none."""
+        view, num = self.views["adapter_slots"], plan.num_tokens
+        slots = [entry.request.adapter_slot for entry in plan.entries]
+        is_one_each = num == len(slots)
+        view[:num] = slots if is_one_each else np.repeat(slots, [entry.count for entry in plan.entries])
+        view[num:] = 0
 
     def _pack_tables(self, index: int, entry: Scheduled) -> None:
         """Add the sequence's missing blocks to the block tables `index`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,6 +20,7 @@ from tinyvllm.device.jit_replay import check_environment, choose_capture
 from tinyvllm.device.mapping import OutputReader
 from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
 from tinyvllm.errors import DeviceError
+from tinyvllm.execution.adapters import AdapterTable
 from tinyvllm.execution.buckets import Bucket, make_buckets, max_verify_rows
 from tinyvllm.execution.capacity import (
     NO_DRAFT,
@@ -39,6 +40,7 @@ from tinyvllm.execution.logits_processing import SamplingRows
 from tinyvllm.execution.step_code import GraphContext, model_digest
 from tinyvllm.execution.tracing import prepare_tracing
 from tinyvllm.faults import is_poisoned, reach
+from tinyvllm.model.adapters import attach_adapters
 from tinyvllm.model.dry_load import require_tensors
 from tinyvllm.model.pooling import final_norm, pool
 from tinyvllm.model.registry import Model, complete_config, make_model
@@ -52,6 +54,7 @@ from tinyvllm.ops.kernel.tuning import choices_path, load_choices
 from tinyvllm.ops.sampling.logits_processing import SamplingState, state_bytes
 from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.profiling import measure
+from tinyvllm.scheduling.adapter_slots import SlotWrite
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.request import TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
@@ -131,6 +134,7 @@ def make_runner(
             model_config.max_position,
         )
     model = make_model(model_config, source, backend, positions, lambda done, total: report("load", done, total))
+    adapters = load_adapters(config, model, backend)
     share = config.gpu_memory_utilization or device.default_share()
     device.check_share(share)
     num_rows = padded_rows(max(limits.max_num_seqs, max_verify_rows(limits, config)))
@@ -138,7 +142,9 @@ def make_runner(
         free_bytes=free_bytes,
         share=share,
         max_share=device.max_share,
-        weight_bytes=weight_facts(model).nbytes + state_bytes(num_rows, model_config.vocab_size),
+        weight_bytes=weight_facts(model).nbytes
+        + state_bytes(num_rows, model_config.vocab_size)
+        + (0 if adapters is None else adapters.device_bytes),
         scratch_bytes=max(scratch_bytes(limits, model_config), scratch_bytes(Limits(num_rows, num_rows), model_config))
         if capture == "replay"
         else jit_scratch_bytes(buckets, num_instances, model_config),
@@ -152,7 +158,18 @@ def make_runner(
     pool = backend.make_pool(
         model.pool_groups, counts, capacity.block_size, formats, model_config.states, capacity.num_state_slots
     )
-    return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, capture)
+    return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, capture, adapters)
+
+
+def load_adapters(config: EngineConfig, model: Model, backend: Backend) -> AdapterTable | None:
+    """Slots for adapters, if they are on, and those of --lora-modules in host memory. Raises ModelError."""
+    if not config.enable_lora:
+        return None
+    sites = attach_adapters(model, backend, config.max_loras, config.max_lora_rank)
+    table = AdapterTable(sites, model.config, config.max_lora_rank, config.max_cpu_loras or config.max_loras)
+    for module in config.lora_modules:
+        table.add(module.name, module.path, table.read(module.path))
+    return table
 
 
 def kv_formats(config: EngineConfig, backend: Backend, model_config: ModelConfig) -> KVFormats:
@@ -201,6 +218,7 @@ class ModelRunner:
         store: ProgramStore | None = None,
         max_in_flight: int = 1,
         capture: str = "replay",
+        adapters: AdapterTable | None = None,
     ) -> None:
         device, num_rows = backend.device, padded_rows(max(capacity.max_num_seqs, capacity.max_verify_rows))
         self.outputs = [device.zeros(num_rows * OUT_WIDTH, dtypes.int) for _ in range(max_in_flight)]
@@ -212,6 +230,7 @@ class ModelRunner:
         context = GraphContext(model, backend, pool, capacity, tuple(self.outputs), self._state, capture)
         self.captures = Captures(buckets, context, store)
         self.capacity = capacity
+        self.adapters = adapters
         self.closed_with: list[Closable] = []  # a draft model
 
     @property
@@ -264,6 +283,8 @@ class ModelRunner:
         """Enqueue one step and the reading of its tokens; with logits processing, only the part before sampling. Raises
         DeviceError."""
         start = time.perf_counter()
+        if plan.slot_writes:
+            self._write_adapters(plan.slot_writes)
         graph, number = self.captures.graph_for(plan), self._num_launched % len(self.outputs)
         instance = graph.instances[number]
         with measure.span(measure.PACK):
@@ -282,6 +303,14 @@ class ModelRunner:
                 flight.reader.start()
         self._num_launched += 1
         return flight
+
+    def _write_adapters(self, writes: Sequence[SlotWrite]) -> None:
+        """Put adapters into slots. Waits for the steps in flight, which may read what the slots hold."""
+        assert self.adapters is not None, "plans with adapters come from an engine that has some"
+        self.wait()
+        for write in writes:
+            reach("adapter.write")
+            self.adapters.write(write)
 
     def sample(self, flight: Flight) -> None:
         """Enqueue the sampling of a step with logits processing, whose masks depend on the previous step's tokens: that

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyvllm.config import MAX_SPECULATIVE_TOKENS
+from tinyvllm.scheduling.adapter_slots import SlotWrite
 from tinyvllm.scheduling.request import Request, TokenLogprobs
 
 
@@ -66,6 +67,7 @@ class StepPlan:
     entries: tuple[Scheduled, ...]
     preempted: tuple[Request, ...] = ()
     admitted: tuple[Request, ...] = ()  # those of the entries that have just left the queue
+    slot_writes: tuple[SlotWrite, ...] = ()  # adapters to put on the device first
 
     @cached_property
     def num_tokens(self) -> int:
@@ -80,6 +82,10 @@ class StepPlan:
     def has_no_prompts(self) -> bool:
         """Every entry computes its request's last token, and perhaps drafts."""
         return all(entry.decodes for entry in self.entries) and not self.pooled
+
+    @cached_property
+    def has_adapters(self) -> bool:
+        return any(entry.request.adapter_slot for entry in self.entries)
 
     @cached_property
     def num_drafts(self) -> int:

@@ -79,6 +79,8 @@ class Request:
     max_tokens: int = 16  # resolved: params.max_tokens, or what max_model_len leaves
     seed: int = 0  # resolved: params.seed, or one drawn by the engine; 32 bits
     priority: int = 0  # lower runs first, under the priority policy
+    adapter: str = ""  # identifies the low-rank adapter (AdapterInfo.key) that it runs with; "": none
+    adapter_slot: int = 0  # on the device, while it runs; 0: none
     hash_seed: bytes = b""  # where `block_hashes` begin (block_hashes.make_hash_seed): others' blocks are not found
     constraint: Constraint | None = None  # a grammar's matcher
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # params.bad_words as tokens

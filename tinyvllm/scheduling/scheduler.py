@@ -19,12 +19,14 @@ from bisect import insort
 from tinyvllm.config import Capacity
 from tinyvllm.errors import ContextLengthError, InvariantError, RequestError
 from tinyvllm.faults import reach
+from tinyvllm.scheduling.adapter_slots import AdapterSlots
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.drafts import Speculator
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenOut
 from tinyvllm.scheduling.request import MAX_REDONE, Request, Status, TokenLogprobs
 from tinyvllm.scheduling.step_pace import StepPace
 
+MOST_PASSED = 64  # requests that wait for their adapter's slot and that a step looks past, at most
 NO_FINITE_LOGITS = "the model produced no finite logits"  # how such an error begins
 NOTHING_ALLOWED = (
     "no token is left to sample: allowed_token_ids, bad_words and the grammar together exclude every one, or "
@@ -114,9 +116,11 @@ class Scheduler:
         model: str = "the model",
         pace: StepPace | None = None,
         speculator: Speculator | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         """model: its name, for error messages. pace: limits the chunks of prompts in steps that decode; None: only
-        `capacity` does. speculator: what makes the drafts of `Request.drafts`; None: there are none."""
+        `capacity` does. speculator: what makes the drafts of `Request.drafts`; None: there are none.
+        adapters: the device's slots for low-rank adapters; None: it has none."""
         if capacity.max_num_batched_tokens < capacity.max_num_seqs:
             raise InvariantError(
                 f"a step of {capacity.max_num_batched_tokens} tokens cannot decode {capacity.max_num_seqs} sequences"
@@ -129,6 +133,7 @@ class Scheduler:
         self.prefix_hits = 0  # prompt tokens found there, since start
         self.pace = pace
         self.speculator = speculator
+        self.adapters = adapters
         self._had_prompts = False  # the latest step had tokens of prompts
         self._by_priority = policy == "priority"
         self._model = model
@@ -192,6 +197,7 @@ class Scheduler:
             return
         if request.status is Status.RUNNING:
             self.running.remove(request)
+            self._release_slot(request)
         request.status, request.drafts = Status.FINISHED, ()
         if self.speculator is not None:
             self.speculator.forget(request)
@@ -221,7 +227,8 @@ class Scheduler:
                 f"{self.block_manager.least_free} blocks free"
             )
         admitted = tuple(entry.request for entry in entries[num_continued:])
-        plan = StepPlan(tuple(in_stable_rows(entries)), tuple(preempted), admitted)
+        writes = () if self.adapters is None else self.adapters.take_writes()
+        plan = StepPlan(tuple(in_stable_rows(entries)), tuple(preempted), admitted, writes)
         self._had_prompts = not plan.is_decode
         return plan
 
@@ -410,6 +417,7 @@ class Scheduler:
         while not self.block_manager.grow(request, num_tokens):
             victim = self.running.pop()
             self.block_manager.free(victim)
+            self._release_slot(victim)
             victim.status, victim.drafts = Status.WAITING, ()
             victim.num_computed = 0
             victim.num_preemptions += 1
@@ -421,10 +429,17 @@ class Scheduler:
         return True
 
     def _admit_waiting(self, entries: list[Scheduled], budget: int) -> None:
+        passed: list[Request] = []  # those that wait for a slot of the device for their adapter
         while budget > 0 and len(self.running) < self.capacity.max_num_seqs and self._num_spare_rows > 0:
             request = self._first_waiting()
-            if request is None or not self._place(request, min(budget, self._max_chunk)):
-                return
+            if request is None or len(passed) > MOST_PASSED:
+                break
+            if not self._hold_slot(request, is_first=not passed):
+                passed.append(heapq.heappop(self._waiting)[1])
+                continue
+            if not self._place(request, min(budget, self._max_chunk)):
+                self._release_slot(request)
+                break
             heapq.heappop(self._waiting)
             request.status = Status.RUNNING
             request.scheduled_s = time.monotonic()
@@ -437,6 +452,22 @@ class Scheduler:
                 self._plan_state(request, request.num_computed + count)
             entries.append(Scheduled(request, request.num_computed, count))
             budget -= count
+        for request in passed:
+            self._queue(request)
+
+    def _hold_slot(self, request: Request, *, is_first: bool) -> bool:
+        """Have a request hold the slot of its adapter, if it has one. False if all slots are held by others. While a
+        request waits for one, only requests without adapters pass it, so that none waits forever."""
+        if not request.adapter:
+            return True
+        slot = self.adapters.acquire(request.adapter) if self.adapters is not None and is_first else None
+        request.adapter_slot = slot or 0
+        return slot is not None
+
+    def _release_slot(self, request: Request) -> None:
+        if request.adapter_slot and self.adapters is not None:
+            self.adapters.release(request.adapter)
+            request.adapter_slot = 0
 
     def _place(self, request: Request, max_count: int) -> bool:
         """Allocate blocks for all known tokens of a waiting request, or in a group with a window, which gives them back

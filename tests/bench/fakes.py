@@ -48,6 +48,7 @@ class FakeRunner:
         self.steps: list[list[tuple[tuple[int, ...], int, int, int]]] = []
 
     max_in_flight = 1
+    verify_sizes = ()
 
     @property
     def runner(self) -> FakeRunner:

@@ -38,6 +38,7 @@ class FakeRunner:
 
     num_captures = 3
     num_general_operations = 0
+    verify_sizes: tuple[int, ...] = (2, 4, 8, 16)
     max_in_flight = 1
 
     def __init__(self, block_size: int, vocab_size: int = VOCAB_SIZE, windows: Sequence[int | None] = (None,)) -> None:

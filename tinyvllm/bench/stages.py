@@ -83,6 +83,9 @@ class Runner(Protocol):
     def num_general_operations(self) -> int: ...
 
     @property
+    def verify_sizes(self) -> tuple[int, ...]: ...
+
+    @property
     def max_in_flight(self) -> int: ...
 
     def launch(self, plan: StepPlan) -> Any: ...
@@ -216,6 +219,7 @@ class StagedRunner:
     """A runner whose parts are timed. One step in flight; waits for the device before and after each step."""
 
     max_in_flight = 1
+    verify_sizes = ()
 
     def __init__(self, runner: Runner) -> None:
         self.model_config, self.capacity = runner.model_config, runner.capacity
@@ -361,6 +365,7 @@ class _PlanWatcher:
 
     def __init__(self, runner: Runner) -> None:
         self.model_config, self.capacity, self.max_in_flight = runner.model_config, runner.capacity, 1
+        self.verify_sizes = runner.verify_sizes
         self._runner = runner
         self._plan: StepPlan | None = None
 

@@ -73,6 +73,10 @@ class Runner(Protocol):
         """Operations, of all layers, in the general kernels because no fused kernel covers them."""
 
     @property
+    def verify_sizes(self) -> tuple[int, ...]:
+        """Token rows of the graphs for steps with drafts, ascending; () without any."""
+
+    @property
     def max_in_flight(self) -> int:
         """Steps that may be launched before the first of them is collected: 1, or MAX_IN_FLIGHT."""
 

@@ -17,7 +17,8 @@ from tinyvllm.engine.output import TextEngine
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.scheduling.adapter_slots import AdapterSlots
 from tinyvllm.scheduling.block_manager import BlockManager
-from tinyvllm.scheduling.drafts import AlwaysDraft, Drafter, Speculator
+from tinyvllm.scheduling.draft_rule import make_rule
+from tinyvllm.scheduling.drafts import Drafter, Speculator
 from tinyvllm.scheduling.scheduler import Scheduler
 from tinyvllm.scheduling.step_pace import StepPace
 from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
@@ -161,7 +162,8 @@ def assemble_engine(
     name = runner.model_config.name or "the model"
     speculator = None
     if drafter is not None and config.speculative_config is not None:
-        speculator = Speculator(drafter, AlwaysDraft(), config.speculative_config.num_drafts)
+        rule = make_rule(config.speculative_config, drafter, runner.verify_sizes)
+        speculator = Speculator(drafter, rule, config.speculative_config.num_drafts)
     slots = None if adapters is None else AdapterSlots(config.max_loras)
     scheduler = Scheduler(block_manager, capacity, config.scheduling_policy, name, pace, speculator, slots)
     text = Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=generation_defaults)

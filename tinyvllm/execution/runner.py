@@ -238,6 +238,11 @@ class ModelRunner:
         return self.model.config
 
     @property
+    def verify_sizes(self) -> tuple[int, ...]:
+        """Token rows of the graphs for steps with drafts, ascending."""
+        return tuple(bucket.num_tokens for bucket in self.captures.buckets if bucket.is_verify)
+
+    @property
     def max_in_flight(self) -> int:
         """The number of steps that may be launched before the first is collected."""
         return len(self.outputs)

@@ -1,4 +1,4 @@
-"""What speculative decoding gains and costs: the same requests with drafts and without, in turn, with equal tokens.
+"""What speculative decoding gains and costs: the same requests with drafts and without, in turn.
 
 Real tasks need a model's files. `ReplayDrafter` needs none: it drafts what the model has answered without drafts, each
 token with a given probability of being right, so the gain is known for any acceptance, even with random weights.
@@ -18,7 +18,7 @@ from tinyvllm.bench.trust import ConditionsWatch
 from tinyvllm.config import SamplingParams, SpeculativeConfig
 from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.core import EngineCore, Runner
-from tinyvllm.errors import DeviceError, InvariantError
+from tinyvllm.errors import DeviceError
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.draft_rule import make_rule
 from tinyvllm.scheduling.drafts import AlwaysDraft, Drafter, DraftRule, Speculator
@@ -113,7 +113,7 @@ class ReplayDrafter:
 def measure_speculation(
     runner: Runner, machine: Machine, cases: Sequence[SpeculationCase], work: SpeculationWork, report: Report
 ) -> list[Row]:
-    """A row for each case. Raises InvariantError if drafts change a token, DeviceError if a step fails."""
+    """A row for each case. Raises DeviceError if a step fails."""
     rows, num_runs = [], work.num_warmup + work.num_repeats
     for number, case in enumerate(cases):
         watch = ConditionsWatch()
@@ -125,8 +125,6 @@ def measure_speculation(
                 if isinstance(case.drafter, ReplayDrafter):
                     case.drafter.answers = dict(zip(case.prompts, plain[-1].outputs, strict=True))
                 drafted.append(run_case(runner, case, work, Speculator(case.drafter, case.rule, case.num_tokens)))
-                if drafted[-1].outputs != plain[-1].outputs:
-                    raise InvariantError(f"{case.name}: the tokens with drafts are not those without")
         rows.append(_row(case, machine, plain[work.num_warmup :], drafted[work.num_warmup :], watch))
     report("measure", len(cases) * num_runs, len(cases) * num_runs)
     return rows
@@ -199,6 +197,17 @@ def _row(case: SpeculationCase, machine: Machine, plain: list[Run], drafted: lis
             "accepted_tokens": num_accepted,
             "acceptance": num_accepted / num_drafted if num_drafted else None,
             "tokens_per_step": num_decoded / max(1, sum(run.num_steps for run in drafted)) / len(case.prompts),
-            "has_equal_tokens": True,  # else there would be no row
+            "equal_tokens": _equal_share(plain, drafted),
         },
     )
+
+
+def _equal_share(plain: Sequence[Run], drafted: Sequence[Run]) -> float:
+    """The share of the tokens before the first that differs with drafts. 1, unless two tokens are so close that kernels
+    for other numbers of rows, which round differently, prefer the other one."""
+    num_equal = num_all = 0
+    for before, after in zip(plain, drafted, strict=True):
+        for one, other in zip(before.outputs, after.outputs, strict=True):
+            num_equal += next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+            num_all += len(one)
+    return num_equal / max(1, num_all)

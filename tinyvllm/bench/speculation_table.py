@@ -12,15 +12,26 @@ from tinyvllm.bench.rows import Row
 from tinyvllm.bench.tables import doubts, format_number, make_title
 
 NOTE = (
-    "Plain and with drafts in turn, with equal tokens; from the first token on. Accepted: of the drafted tokens. "
-    "Tokens per step: of each sequence; 1 without drafts."
+    "Plain and with drafts in turn, from the first token on. Accepted: of the drafted tokens. Tokens per step: of each "
+    "sequence; 1 without drafts. Equal: tokens before the first that differs with drafts."
 )
 
 
 def speculation_table(rows: Sequence[Row]) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    columns = ("batch", "drafts", "plain tok/s", "tok/s", "speed-up", "accepted", "tokens/step", "plain ms", "ms")
+    columns = (
+        "batch",
+        "drafts",
+        "plain tok/s",
+        "tok/s",
+        "speed-up",
+        "accepted",
+        "tokens/step",
+        "plain ms",
+        "ms",
+        "equal",
+    )
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
@@ -37,5 +48,6 @@ def speculation_table(rows: Sequence[Row]) -> RenderableType:
             f"{more['tokens_per_step']:.2f}",
             format_number(more["plain_step_ms"].median),
             format_number(row.step_ms.median),
+            f"{more['equal_tokens']:.0%}",
         )
     return Group(Text(make_title(rows[0].machine), style="bold"), table, Text(NOTE, style="dim"), *doubts(rows))

@@ -78,7 +78,7 @@ def speculation(
     subject: SubjectFlags,
     runner: RunnerFlags,
 ) -> None:
-    """Time decoding with drafts and without, and check that the tokens are equal.
+    """Time decoding with drafts and without, and compare the tokens.
 
     The prefix cache is off, and prompts are not timed."""
     runner.apply()

@@ -25,6 +25,7 @@ MAX_BIAS = 100.0  # OpenAI's limit for the magnitude of a logit_bias
 MAX_STOP_CHARS = 8192  # of all stop strings together
 MAX_BAD_WORDS = 256
 MAX_BAD_WORDS_CHARS = 16_384  # of all together, each of which is encoded twice: 30 ms
+MAX_TIER_GIB = 1 << 20  # of KV blocks outside the pool
 MAX_CHOICES = 128  # upper limit of `n`
 # The least positive setting: divided by a smaller one, logits overflow in float32, and below 1e-45 it would be 0 there.
 MIN_POSITIVE = 1e-30
@@ -681,6 +682,10 @@ class EngineConfig:
     # the others between steps; idle: as background, but only while no request runs
     warm_up: str = "full"
     enable_prefix_caching: bool = True
+    # GiB of host memory for cached blocks that fall out of the pool; None: none
+    kv_offloading_size: float | None = None
+    kv_disk_cache: str | None = None  # a folder for cached blocks, which a restart finds; None: none
+    kv_disk_size: float = 16.0  # GiB of all files in it
     scheduling_policy: str = "fcfs"  # or "priority": lower numbers first
     # a step that decodes takes at most this many times as long as without prompts, whose chunks are chosen by measured
     # times; 0: no limit
@@ -710,6 +715,7 @@ class EngineConfig:
         if self.speculative_config is not None:
             object.__setattr__(self, "speculative_config", SpeculativeConfig.of(self.speculative_config))
         self._check_limits()
+        self._check_tiers()
         for flag, choice, known in (
             ("dtype", self.dtype, ("auto", *DTYPES)),
             ("kv-cache-dtype", self.kv_cache_dtype, ("auto", *KV_TYPES)),
@@ -753,6 +759,19 @@ class EngineConfig:
                 f"--max-cpu-loras is {self.max_cpu_loras}: give at least --max-loras ({self.max_loras}), because what "
                 "the device holds comes from host memory"
             )
+
+    @property
+    def has_kv_tiers(self) -> bool:
+        """Whether blocks that fall out of the pool are kept elsewhere."""
+        return bool(self.kv_offloading_size) or self.kv_disk_cache is not None
+
+    def _check_tiers(self) -> None:
+        for flag, value in (("kv-offloading-size", self.kv_offloading_size), ("kv-disk-size", self.kv_disk_size)):
+            if value is not None and not 0.0 <= value <= MAX_TIER_GIB:
+                raise TinyvllmError(f"--{flag} is {value}: give between 0 and {MAX_TIER_GIB} GiB")
+        if self.has_kv_tiers and not self.enable_prefix_caching:
+            flag = "--kv-offloading-size" if self.kv_offloading_size else "--kv-disk-cache"
+            raise TinyvllmError(f"{flag} keeps cached prefixes: leave out --no-enable-prefix-caching")
 
     def _check_limits(self) -> None:
         def refuse(flag: str, value: object, remedy: str) -> None:

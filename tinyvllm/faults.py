@@ -84,6 +84,13 @@ POINTS: dict[str, Point] = {
     "cache.open": Point("the folder of compiled programs is opened", NOTHING),
     "cache.read": Point("a compiled program or a recorded step is read from disk", NOTHING),
     "cache.write": Point("a compiled program or a recorded step is written to disk", NOTHING),
+    # -- the tiers below the pool --
+    "tier.allocate": Point("host memory for copies of blocks is allocated", NOTHING),
+    "tier.copy_out": Point("blocks are copied from the device to host memory", NOTHING),
+    "tier.copy_in": Point("blocks are copied from host memory to the device", STEP),
+    "tier.open": Point("the folder of blocks on disk is opened", NOTHING),
+    "tier.read": Point("a block is read from disk", NOTHING),
+    "tier.write": Point("a block is written to disk", NOTHING),
     # -- processes and files --
     "process.start": Point("a process of the server is started: at first, or again after its death", START),
     "control.tell": Point("the supervisor writes to a process", PROCESS),

@@ -223,6 +223,28 @@ class EngineFlags(RunnerFlags):
     enable_prefix_caching: Annotated[bool, Option(help="Reuse the KV blocks of prompts with a common beginning.")] = (
         _STANDARD.enable_prefix_caching
     )
+    kv_offloading_size: Annotated[
+        float | None,
+        Option(
+            metavar="GIB",
+            help="Host memory for cached KV blocks that fall out of the pool, per engine process. A prompt that begins "
+            "with them is copied back instead of computed. [default: none]",
+            show_default=False,
+        ),
+    ] = None
+    kv_disk_cache: Annotated[
+        str | None,
+        Option(
+            metavar="DIR",
+            help="Keep cached KV blocks in files under this folder, so that a prompt's beginning is not computed again "
+            "after a restart. Servers may share it. [default: none]",
+            show_default=False,
+        ),
+    ] = None
+    kv_disk_size: Annotated[
+        float,
+        Option(metavar="GIB", help="Maximum size of --kv-disk-cache; the files used least recently are deleted."),
+    ] = _STANDARD.kv_disk_size
     scheduling_policy: Annotated[
         str,
         Option(

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tinygrad.runtime import ops_cpu
 from tinygrad.uop.ops import buffers
 
 from tinyvllm.device import helper_programs
+from tinyvllm.device.block_copies import BlockCopies, MappedCopies, Plane, Rows
 from tinyvllm.device.kinds import DeviceKind, choice, kind_of
 from tinyvllm.device.mapping import OutputReader, is_mapped
 from tinyvllm.device.transfer import InputBuffer, copy_out, copy_out_floats, input_buffer, output_reader
@@ -129,6 +130,28 @@ class DeviceHandle:
         """A reader of a step's output that does not wait for later steps."""
         reader = output_reader(tensor, self._is_mapped, self.mark)
         return reader if self._is_mapped or not is_watched() else WatchedReader(reader, self.name, tensor.nbytes())
+
+    def block_copies(self, planes: Sequence[Plane]) -> BlockCopies:
+        """What copies blocks of these planes to host memory and back. Raises DeviceError where nothing does."""
+        if self._is_mapped:
+            return MappedCopies(planes)
+        copies = self.kind.block_copies(self.name, planes)
+        if copies is None:
+            raise DeviceError(
+                f"{self.name} cannot copy KV blocks to host memory yet: leave out --kv-offloading-size and "
+                "--kv-disk-cache, or use CPU, METAL or CUDA"
+            )
+        return copies
+
+    @property
+    def pins_host_memory(self) -> bool:
+        """Whether `host_rows` takes long: up to 0.4 s a GiB."""
+        return self.kind.pins_host_memory
+
+    def host_rows(self, num_rows: int, nbytes: int) -> Rows:
+        """Host memory that the device copies from and to fastest, pinned if need be. May be called from any thread."""
+        pinned = self.kind.host_bytes(self.name, num_rows * nbytes)
+        return (np.empty(num_rows * nbytes, np.uint8) if pinned is None else pinned).reshape(num_rows, nbytes)
 
     def write(self, tensor: Tensor, array: np.ndarray) -> None:
         """Overwrite the beginning of a realized tensor with an array's bytes. Waits for the device."""

@@ -43,6 +43,7 @@ MAX_CONSECUTIVE_FAILURES = 3  # one may be caused by its batch; this many in a r
 
 # since start; padded rows are the rows of a graph beyond its step's tokens
 COUNTERS = ("num_steps", "num_failed_steps", "num_computed_tokens", "num_padded_rows", "num_output_tokens")
+FETCH_POLL_S = 2e-3  # how long a step waits for the disk if no request can run before
 MAX_IN_FLIGHT = 2  # one that runs, and the next
 
 logger = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ class EngineCore:
         self._num_failures = 0  # consecutive
         self._collected_s = 0.0  # when the latest step was collected, by `clock`
         self._was_busy = False  # there was work left then
+        self._tiers = scheduler.block_manager.tiers
 
     @property
     def has_work(self) -> bool:
@@ -251,6 +253,8 @@ class EngineCore:
             return outs + self._fail(self.scheduler.requests, error)
         schedule_s = self.clock.mark(SCHEDULE)
         if plan is None and not self._in_flight:
+            if self._tiers is not None and self.scheduler.is_fetching:
+                self._tiers.poll(FETCH_POLL_S)
             return outs
         if measure.is_on():
             span.tell(**_facts(plan or self._in_flight[0].plan))
@@ -259,6 +263,9 @@ class EngineCore:
             self._run(plan, schedule_s, outs)
         except Exception as error:
             outs += self._fail([] if plan is None else [entry.request for entry in plan.entries], error)
+        if self._tiers is not None and not self.has_work:
+            self._tiers.flush()
+            self._publish(self.stats)
         return outs
 
     def _draft(self) -> None:
@@ -302,7 +309,11 @@ class EngineCore:
         for request in plan.admitted:
             if request.passage is not None:
                 request.passage.leave_queue()
+        if self._tiers is not None:
+            self._tiers.before_step()
         handle: Launched = self.runner.launch(plan)
+        if self._tiers is not None:
+            self._tiers.launched()
         launch_s = clock.mark_divided(DECODE if plan.has_no_prompts else PREFILL, handle.pack_s, PACK)
         launched_s = clock.now_s - launch_s
         step = LaunchedStep(plan, handle, schedule_s, launch_s, launched_s, launched_s - handle.pack_s - schedule_s)
@@ -321,7 +332,9 @@ class EngineCore:
         wait_s = clock.mark_divided(step.stage, output.tokens_s, TOKENS)
         if step.plan.admitted or not step.plan.has_no_prompts:
             _note_chunks(step, step.launch_s + wait_s)
-        self._note_pace(step, output.num_rows)
+        seconds = self._note_pace(step, output.num_rows)
+        if self._tiers is not None:
+            self._tiers.collected(0 if step.plan.has_no_prompts else step.plan.num_tokens, seconds)
         with measure.span(measure.COMMIT):
             num_before = len(outs)
             self.scheduler.commit(step.plan, output, outs)
@@ -343,9 +356,9 @@ class EngineCore:
         stats.num_tokens, stats.num_seqs = step.plan.num_tokens, len(step.plan.entries)
         self._publish(stats)
 
-    def _note_pace(self, step: LaunchedStep, num_rows: int) -> None:
+    def _note_pace(self, step: LaunchedStep, num_rows: int) -> float:
         """Tell the scheduler how long a step has taken that was collected now: since it was launched, or since the step
-        before it, which was in flight then, was collected."""
+        before it, which was in flight then, was collected. Returns the seconds."""
         now_s = self.clock.now_s
         seconds = now_s - max(step.launched_s, self._collected_s)
         if self.scheduler.pace is not None and num_rows and (step.plan.is_decode or not step.plan.has_no_prompts):
@@ -354,6 +367,7 @@ class EngineCore:
             since_s = self._collected_s if self._was_busy else min(step.begun_s, now_s)
             self.scheduler.speculator.rule.note_step(step.plan, num_rows, now_s - since_s)
         self._collected_s = now_s
+        return seconds
 
     def check(self) -> None:
         """After an unexpected error: raise EngineDeadError if the pool is inconsistent."""
@@ -372,6 +386,8 @@ class EngineCore:
         self._in_flight.clear()
         if self.scheduler.adapters is not None:
             self.scheduler.adapters.write_again()
+        if self._tiers is not None:
+            self._tiers.settled()
         failed = dict.fromkeys(in_flight + requests)  # in order, without duplicates
         message = f"the step that computed this request failed with {_describe(error)}"
         outs = []
@@ -400,6 +416,8 @@ class EngineCore:
                 num_checkpoint_hits=states.num_hits,
                 num_checkpoint_evictions=states.num_evictions,
             )
+        if self._tiers is not None:
+            stats = dataclasses.replace(stats, extra={**stats.extra, **self._tiers.counts()})
         speculator = self.scheduler.speculator
         if speculator is not None:
             counts = speculator.counts

@@ -21,6 +21,7 @@ from tinyvllm.scheduling.draft_rule import make_rule
 from tinyvllm.scheduling.drafts import Drafter, Speculator
 from tinyvllm.scheduling.scheduler import Scheduler
 from tinyvllm.scheduling.step_pace import StepPace
+from tinyvllm.scheduling.tiers import Tiers
 from tinyvllm.storage.model_config import read_generation_defaults, read_model_config
 from tinyvllm.storage.resolve import resolve_model
 from tinyvllm.text.chat import ChatTemplate, end_of_turn_ids, load_chat_template
@@ -121,6 +122,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
     draft_files = find_draft_files(config, files, text.tokenizer)
 
     from tinyvllm.execution.draft_model import measure_draft  # here, because they start the device
+    from tinyvllm.execution.kv_tiers.build import make_tiers
     from tinyvllm.execution.runner import load_runner
 
     beside = {} if draft_files is None else {"draft": measure_draft(draft_files, config)}
@@ -128,6 +130,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
     try:
         (runner.warm_up if config.warm_up == "full" else runner.warm_up_first)(progress)
         drafter, more_captures = load_drafter(config, draft_files, runner, progress)
+        tiers = make_tiers(config, runner, files)
     except BaseException:
         runner.close()
         raise
@@ -141,6 +144,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         captures,
         drafter,
         adapters=runner.adapters,
+        tiers=tiers,
     )
 
 
@@ -153,11 +157,15 @@ def assemble_engine(
     captures: Captures | None = None,
     drafter: Drafter | None = None,
     adapters: Adapters | None = None,
+    tiers: Tiers | None = None,
 ) -> LoadedEngine:
     """Build scheduler, core and text engine around a runner. `captures` makes the graphs that the runner lacks.
-    `drafter`: what makes the drafts that steps verify; None: there are none. `adapters`: the runner's; None: off."""
+    `drafter`: what makes the drafts that steps verify; None: there are none. `adapters`: the runner's; None: off.
+    `tiers`: where blocks are kept that fall out of the pool; None: nowhere."""
     capacity = runner.capacity
     block_manager = BlockManager.of(capacity, config.enable_prefix_caching)
+    if tiers is not None:
+        block_manager.attach(tiers)
     pace = StepPace(config.max_step_stretch) if config.max_step_stretch else None
     name = runner.model_config.name or "the model"
     speculator = None

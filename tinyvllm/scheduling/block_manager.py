@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 from tinyvllm.config import BlockGroup, Capacity
 from tinyvllm.errors import InvariantError
@@ -25,6 +26,7 @@ from tinyvllm.scheduling.block_hashes import hash_block, pack_tokens
 from tinyvllm.scheduling.group_pool import GroupPool
 from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.state_pool import MIN_SHARED_BLOCKS, SequenceState, StatePool
+from tinyvllm.scheduling.tiers import DISK, HOST, POOL, STATE, Fetch, Key, Tiers
 
 
 def fixed_tables(
@@ -72,12 +74,14 @@ class BlockManager:
         """`state_pool`: None if the model has no recurrent layers."""
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.pools = [GroupPool(group, block_size) for group in groups]
+        self.pools = [GroupPool(group, block_size, number) for number, group in enumerate(groups)]
         self.state_pool = state_pool
         if state_pool is not None:
             self.pools[0].on_hide = state_pool.drop
         self._windowed = [(index, pool) for index, pool in enumerate(self.pools) if pool.window is not None]
         self._holders: set[Request] = set()
+        self._tiers: Tiers | None = None
+        self._num_restored = 0
 
     @classmethod
     def of(cls, capacity: Capacity, enable_prefix_caching: bool = True) -> BlockManager:
@@ -110,6 +114,43 @@ class BlockManager:
         shares = [(first.num_blocks - 1) * pool.num_free // (pool.num_blocks - 1) for pool in others]
         return min([first.num_free, *shares])
 
+    @property
+    def tiers(self) -> Tiers | None:
+        """Where copies of blocks are kept that fall out of the pool."""
+        return self._tiers
+
+    def attach(self, tiers: Tiers) -> None:
+        """Keep copies of what falls out of the pool. Call it before the first request."""
+        self._tiers = tiers
+        tiers.attach(self)
+        for pool in self.pools:
+            pool.on_evict = partial(self._evict, pool.number)
+        if self.state_pool is not None:
+            self.state_pool.on_seal = lambda slot, block_hash: tiers.sealed(Key(STATE, block_hash), slot, b"")
+            self.state_pool.on_evict = lambda slot, block_hash: tiers.evict(Key(STATE, block_hash), slot, b"")
+
+    def is_sealed(self, key: Key, block_id: int) -> bool:
+        """As PoolView."""
+        if key.kind == STATE:
+            return self.state_pool is not None and self.state_pool.is_sealed_with(block_id, key.block_hash)
+        return self.pools[key.kind].is_sealed_with(block_id, key.block_hash)
+
+    def forget(self, key: Key) -> None:
+        """As PoolView."""
+        if key.kind == STATE and self.state_pool is not None:
+            self.state_pool.drop(key.block_hash)
+        elif key.kind != STATE:
+            self.pools[key.kind].hide_hash(key.block_hash)
+
+    def _evict(self, number: int, block_id: int, block_hash: bytes, tokens: bytes) -> None:
+        """A block of a group is about to be reallocated, and with the first group's its checkpoint."""
+        assert self._tiers is not None
+        self._tiers.evict(Key(number, block_hash), block_id, tokens)
+        if number == 0 and self.state_pool is not None:
+            slot = self.state_pool.slot_of(block_hash)
+            if slot is not None:
+                self._tiers.evict(Key(STATE, block_hash), slot, b"")
+
     def blocks_for(self, num_tokens: int) -> int:
         """Number of blocks for `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
@@ -125,9 +166,11 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return 0
         reach("pool.match")
-        num_blocks = self._longest_match(request)
+        self._num_restored = 0
+        depth = self._worthwhile_depth(request)
+        num_blocks = self._longest_match(request, depth)
         if self.state_pool is not None:
-            num_blocks = self._resume(request, self.state_pool, num_blocks)
+            num_blocks = self._resume(request, self.state_pool, num_blocks, depth)
         if num_blocks:
             request.tables = [self._share(pool, request, num_blocks) for pool in self.pools]
             request.room = num_blocks * self.block_size
@@ -196,6 +239,8 @@ class BlockManager:
             block_hash = self._hash(request, index, tokens)
             for pool, table in zip(self.pools, request.tables, strict=True):
                 pool.seal(table[index], block_hash, tokens)
+                if self._tiers is not None and table[index]:
+                    self._tiers.sealed(Key(pool.number, block_hash), table[index], tokens)
         request.num_sealed = num_full
         if self.state_pool is not None and request.state is not None:
             self.state_pool.seal(request.state, num_full, request.block_hashes)
@@ -216,7 +261,7 @@ class BlockManager:
         for pool, table in zip(self.pools, tables, strict=bool(tables)):
             if not keep:
                 for block_hash in request.block_hashes:
-                    pool.hide_hash(block_hash)
+                    self._hide(pool, block_hash)
             for block_id in reversed(table):
                 if block_id:
                     pool.release(block_id, request.request_id)
@@ -251,28 +296,42 @@ class BlockManager:
         """The blocks that are in tables of a group, and in how many."""
         return Counter(block_id for request in self._holders for block_id in request.tables[group] if block_id)
 
-    def _longest_match(self, request: Request) -> int:
+    def _hide(self, pool: GroupPool, block_hash: bytes) -> None:
+        """Drop a block with invalid content from the pool's cache, and its copies."""
+        pool.hide_hash(block_hash)
+        if self._tiers is not None:
+            self._tiers.drop(Key(pool.number, block_hash))
+            self._tiers.drop(Key(STATE, block_hash))
+
+    def _longest_match(self, request: Request, depth: int = POOL) -> int:
         """The number of blocks of the longest prefix of which every group still has what it needs."""
         num_blocks = (request.num_tokens - 1) // self.block_size
         for pool in self.pools:
             if pool.window is None:
-                num_blocks = next((i for i in range(num_blocks) if not self._has(pool, request, i)), num_blocks)
-        return self._last_covered_by_all(request, num_blocks)
+                num_blocks = next((i for i in range(num_blocks) if not self._has(pool, request, i, depth)), num_blocks)
+        return self._last_covered_by_all(request, num_blocks, depth)
 
-    def _last_covered_by_all(self, request: Request, num_blocks: int) -> int:
+    def _last_covered_by_all(self, request: Request, num_blocks: int, depth: int = POOL) -> int:
         """The longest prefix of at most `num_blocks` blocks of whose last window every group has every block."""
         before = -1
         while num_blocks != before:  # what one group lacks may end the prefix where another lacks something
             before = num_blocks
             for _, pool in self._windowed:
-                num_blocks = self._last_covered(pool, request, num_blocks)
+                num_blocks = self._last_covered(pool, request, num_blocks, depth)
         return num_blocks
 
-    def _resume(self, request: Request, states: StatePool, num_blocks: int) -> int:
+    def _resume(self, request: Request, states: StatePool, num_blocks: int, depth: int = POOL) -> int:
         """Give a request the last checkpoint in its first `num_blocks` blocks, which were found; return its blocks."""
         num_found = num_blocks
-        while num_blocks and not states.has(request.block_hashes[num_blocks - 1]):
-            num_blocks = self._last_covered_by_all(request, num_blocks - 1)
+        num_blocks = self._last_checkpoint(request, states, num_blocks, depth)
+        if num_blocks and not states.has(request.block_hashes[num_blocks - 1]):
+            assert self._tiers is not None
+            block_hash = request.block_hashes[num_blocks - 1]
+            slot = states.restore(block_hash)
+            if slot is None:
+                num_blocks = self.num_found(request, POOL)
+            else:
+                self._tiers.restore(Key(STATE, block_hash), slot)
         if num_blocks:
             request.state = states.resume(request.block_hashes[num_blocks - 1], num_blocks)
         else:
@@ -281,24 +340,132 @@ class BlockManager:
             request.state.branch = num_found
         return num_blocks
 
-    def _last_covered(self, pool: GroupPool, request: Request, end: int) -> int:
+    def _last_checkpoint(self, request: Request, states: StatePool, num_blocks: int, depth: int) -> int:
+        """The longest prefix of at most `num_blocks` blocks that ends at a checkpoint."""
+        while num_blocks:
+            block_hash = request.block_hashes[num_blocks - 1]
+            if states.has(block_hash):
+                break
+            # one that its sequence still writes from cannot be resumed, nor replaced by its copy
+            if depth > POOL and states.slot_of(block_hash) is None and self._has_copy(STATE, block_hash, b"", depth):
+                break
+            num_blocks = self._last_covered_by_all(request, num_blocks - 1, depth)
+        return num_blocks
+
+    def _last_covered(self, pool: GroupPool, request: Request, end: int, depth: int = POOL) -> int:
         """The longest prefix of at most `end` blocks of whose last window a group has every block."""
         place = end
         while place > max(0, end - pool.window_blocks):
             place -= 1
-            if not self._has(pool, request, place):
+            if not self._has(pool, request, place, depth):
                 end = place
         return end
 
-    def _has(self, pool: GroupPool, request: Request, index: int) -> bool:
-        """Whether a cached block has the same tokens and prefix as the request's block `index`."""
+    def _has(self, pool: GroupPool, request: Request, index: int, depth: int = POOL) -> bool:
+        """Whether a cached block, or a copy, has the same tokens and prefix as the request's block `index`."""
         tokens = self._block_tokens(request, index)
-        return pool.find(self._hash(request, index, tokens), tokens) is not None
+        block_hash = self._hash(request, index, tokens)
+        if pool.find(block_hash, tokens) is not None:
+            return True
+        return depth > POOL and self._has_copy(pool.number, block_hash, tokens, depth)
+
+    def _has_copy(self, kind: int, block_hash: bytes, tokens: bytes, depth: int) -> bool:
+        return self._tiers is not None and self._tiers.has(Key(kind, block_hash), tokens, depth)
 
     def _share(self, pool: GroupPool, request: Request, num_blocks: int) -> list[int]:
-        """A table of the cached blocks of a prefix that was found, from the first that is needed after it."""
-        first = pool.first_needed(num_blocks * self.block_size)
-        return [0] * first + [pool.take_found(block_hash) for block_hash in request.block_hashes[first:num_blocks]]
+        """A table of the cached blocks of a prefix that was found, from the first that is needed after it. Those that
+        only a tier has are copied to new blocks."""
+        first, table = pool.first_needed(num_blocks * self.block_size), []
+        for index in range(first, num_blocks):
+            tokens = self._block_tokens(request, index)
+            table.append(pool.take_if_found(request.block_hashes[index], tokens))
+        for index in range(first, num_blocks):
+            if not table[index - first]:
+                table[index - first] = self._restore(pool, request, index)
+        return [0] * first + table
+
+    def _restore(self, pool: GroupPool, request: Request, index: int) -> int:
+        """A new block for the request's block `index`, into which its copy goes before the next step."""
+        assert self._tiers is not None
+        block_hash = request.block_hashes[index]
+        block_id = pool.allocate()
+        pool.seal(block_id, block_hash, self._block_tokens(request, index))
+        if pool.number == 0:
+            self._num_restored += self.block_size
+        self._tiers.restore(Key(pool.number, block_hash), block_id)
+        return block_id
+
+    # -- the tiers -----------------------------------------------------------------------------------------------------
+
+    def missing(self, request: Request, num_blocks: int, depth: int) -> list[tuple[Key, bytes]]:
+        """What the pool and the tiers above `depth` lack of the first `num_blocks` blocks of a request, each with its
+        tokens."""
+        keys = []
+        for pool in self.pools:
+            for index in range(pool.first_needed(num_blocks * self.block_size), num_blocks):
+                if not self._has(pool, request, index, depth - 1):
+                    keys.append((Key(pool.number, request.block_hashes[index]), self._block_tokens(request, index)))
+        if self.state_pool is not None and num_blocks:
+            block_hash = request.block_hashes[num_blocks - 1]
+            if not self.state_pool.has(block_hash) and not self._has_copy(STATE, block_hash, b"", depth - 1):
+                keys.append((Key(STATE, block_hash), b""))
+        return keys
+
+    def num_found(self, request: Request, depth: int) -> int:
+        """The number of blocks of the longest prefix in the pool and the tiers down to `depth`. Nothing changes."""
+        num_blocks = self._longest_match(request, depth)
+        if self.state_pool is not None:
+            num_blocks = self._last_checkpoint(request, self.state_pool, num_blocks, depth)
+        return num_blocks
+
+    def begin_fetch(self, request: Request) -> Fetch | None:
+        """Begin to read what only the disk has of a request's prefix, if that is faster than computing it."""
+        tiers = self._tiers
+        if tiers is None or not tiers.has_disk or not self.enable_prefix_caching:
+            return None
+        num_blocks, num_here = self.num_found(request, DISK), self.num_found(request, HOST)
+        if num_blocks <= num_here:
+            return None
+        keys = self.missing(request, num_blocks, DISK)
+        num_tokens = (num_blocks - num_here) * self.block_size
+        return tiers.fetch(keys) if tiers.pays(num_tokens, [key for key, _ in keys], DISK) else None
+
+    def reset(self, *, with_tiers: bool) -> None:
+        """Forget all cached prefixes. Running requests keep their blocks. with_tiers: and the copies."""
+        for pool in self.pools:
+            for block_hash in pool.cached_hashes():
+                pool.hide_hash(block_hash)
+        if with_tiers and self._tiers is not None:
+            self._tiers.clear(with_disk=True)
+
+    @property
+    def num_restored(self) -> int:
+        """Tokens of the prefix that was matched last whose blocks the pool lacked."""
+        return self._num_restored
+
+    def _worthwhile_depth(self, request: Request) -> int:
+        """HOST if the tier in host memory makes a request's prefix longer, faster than computing it, and the pool has
+        room for it; else POOL."""
+        tiers = self._tiers
+        if tiers is None:
+            return POOL
+        num_blocks, num_here = self.num_found(request, HOST), self.num_found(request, POOL)
+        if num_blocks <= num_here:
+            return POOL
+        keys = [key for key, _ in self.missing(request, num_blocks, HOST)]
+        num_tokens = (num_blocks - num_here) * self.block_size
+        fits = all(self._has_room(pool, request, num_blocks) for pool in self.pools)
+        return HOST if fits and tiers.pays(num_tokens, keys, HOST) else POOL
+
+    def _has_room(self, pool: GroupPool, request: Request, num_blocks: int) -> bool:
+        """Whether a group has free blocks for what the pool lacks of a prefix, besides those that are found in it."""
+        num_taken = 0
+        for index in range(pool.first_needed(num_blocks * self.block_size), num_blocks):
+            block_id = pool.find(request.block_hashes[index], self._block_tokens(request, index))
+            num_taken += block_id is None or pool.is_free(block_id)
+        return num_taken <= pool.num_free
+
+    # -- the request's blocks ------------------------------------------------------------------------------------------
 
     def _hash(self, request: Request, index: int, tokens: bytes) -> bytes:
         """Hash of the request's full block `index`, which holds `tokens`. Computed once: `request.block_hashes`

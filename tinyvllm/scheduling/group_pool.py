@@ -17,10 +17,11 @@ class GroupPool:
     holders have finished. Blocks that cannot be found are allocated first, then the least recently used.
     """
 
-    def __init__(self, group: BlockGroup, block_size: int) -> None:
+    def __init__(self, group: BlockGroup, block_size: int, number: int = 0) -> None:
+        """`number`: the group's."""
         if group.num_blocks < 2:
             raise CapacityError(f"the KV pool has {group.num_blocks} blocks: it needs 2, because block 0 is a dummy")
-        self.num_blocks, self.window = group.num_blocks, group.window
+        self.number, self.num_blocks, self.window = number, group.num_blocks, group.window
         self._block_size = block_size
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, group.num_blocks))  # next to allocate first
         self._ref_counts = [0] * group.num_blocks
@@ -29,6 +30,8 @@ class GroupPool:
         self._findable: dict[bytes, int] = {}  # hash -> the one block found by it
         self._changes: dict[bytes, bool] | None = None  # hash -> whether it can be found now
         self.on_hide: Callable[[bytes], None] | None = None  # called with the hash of a block that is found no more
+        # called with the block, hash and tokens of one that can be found and is about to be reallocated
+        self.on_evict: Callable[[int, bytes, bytes], None] | None = None
 
     @property
     def num_free(self) -> int:
@@ -49,6 +52,8 @@ class GroupPool:
         block_id, _ = self._free.popitem(last=False)
         self._ref_counts[block_id] = 1
         if self._hashes[block_id]:
+            if self.on_evict is not None and self._is_findable(block_id):
+                self.on_evict(block_id, self._hashes[block_id], self._tokens[block_id])
             self.hide(block_id)
             self._hashes[block_id] = self._tokens[block_id] = b""
         return block_id
@@ -87,9 +92,11 @@ class GroupPool:
         block_id = self._findable.get(block_hash)
         return None if block_id is None or self._tokens[block_id] != tokens else block_id
 
-    def take_found(self, block_hash: bytes) -> int:
-        """Add a reference to the cached block of a hash that `find` has just found."""
-        block_id = self._findable[block_hash]
+    def take_if_found(self, block_hash: bytes, tokens: bytes) -> int:
+        """Add a reference to the cached block of a hash; 0 if there is none."""
+        block_id = self.find(block_hash, tokens)
+        if block_id is None:
+            return 0
         self.take(block_id)
         return block_id
 
@@ -126,6 +133,13 @@ class GroupPool:
         for block_id in held:
             letters[block_id] = ord("h") if self._ref_counts[block_id] == 1 else ord("s")
         return bytes(letters[1:])
+
+    def is_free(self, block_id: int) -> bool:
+        return self._ref_counts[block_id] == 0
+
+    def is_sealed_with(self, block_id: int, block_hash: bytes) -> bool:
+        """Whether a block still holds what was sealed with this hash."""
+        return self._hashes[block_id] == block_hash
 
     def is_shared(self, block_id: int) -> bool:
         return self._ref_counts[block_id] > 1

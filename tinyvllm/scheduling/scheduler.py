@@ -25,6 +25,7 @@ from tinyvllm.scheduling.drafts import Speculator
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenOut
 from tinyvllm.scheduling.request import MAX_REDONE, Request, Status, TokenLogprobs
 from tinyvllm.scheduling.step_pace import StepPace
+from tinyvllm.scheduling.tiers import Fetch
 
 MOST_PASSED = 64  # requests that wait for their adapter's slot and that a step looks past, at most
 NO_FINITE_LOGITS = "the model produced no finite logits"  # how such an error begins
@@ -143,6 +144,8 @@ class Scheduler:
         self._requests: dict[str, Request] = {}  # all unfinished ones
         # A heap by rank. Requests that end while they wait stay in it until they reach the top: removal would be O(n).
         self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._fetching: dict[Request, Fetch] = {}  # not in the queue yet: the disk has more of their prefixes
+        self._fetched: dict[Request, Fetch] = {}  # in the queue, or just scheduled: copies that must not give way yet
         self._num_arrived = 0
         # of the step being planned: logit rows that are not reserved for a sequence, and those that drafts may have
         self._num_spare_rows = self._num_draft_rows = 0
@@ -179,7 +182,11 @@ class Scheduler:
         request.arrival = self._num_arrived
         self._num_arrived += 1
         self._requests[request.request_id] = request
-        self._queue(request)
+        fetch = self.block_manager.begin_fetch(request) if self._is_cacheable(request) else None
+        if fetch is None:
+            self._queue(request)
+        else:
+            self._fetching[request] = fetch
 
     def abort(self, request_id: str) -> Request | None:
         """End a request now and free its blocks. None if it is unknown or has finished. Call it between steps only."""
@@ -202,6 +209,7 @@ class Scheduler:
         if self.speculator is not None:
             self.speculator.forget(request)
         del self._requests[request.request_id]
+        self._end_fetch(request)
         self.block_manager.free(request, keep=reason != "error")  # after a failure the blocks may hold NaN
 
     def schedule(self) -> StepPlan | None:
@@ -211,6 +219,8 @@ class Scheduler:
         """
         if not self._requests:
             return None
+        if self._fetching:
+            self._queue_fetched()
         if self._states is not None:
             self._states.begin_step()
         entries: list[Scheduled] = []
@@ -220,7 +230,7 @@ class Scheduler:
         if not preempted:  # otherwise the pool has just run out
             self._admit_waiting(entries, budget)
         if not entries:
-            if any(request.num_in_flight for request in self._requests.values()):
+            if self._fetching or any(request.num_in_flight for request in self._requests.values()):
                 return None
             raise InvariantError(
                 f"nothing can be scheduled: {self.num_running} running, {self.num_waiting} waiting, "
@@ -479,9 +489,7 @@ class Scheduler:
         manager, num_reserved = self.block_manager, len(self.running)
         if manager.least_free <= num_reserved or (self._states is not None and not self._states.has_room):
             return False
-        # prompt logprobs and embeddings need hidden states, which the pool does not hold: compute the whole prompt
-        is_cacheable = request.num_to_score <= 0 and request.pooling is None
-        num_cached = manager.match_prefix(request) if is_cacheable else 0
+        num_cached = manager.match_prefix(request) if self._is_cacheable(request) else 0
         request.num_computed = num_cached
         stop = min(request.num_tokens, num_cached + max_count)
         if not manager.grow(request, stop, ahead=request.num_tokens, num_spare=num_reserved):
@@ -492,7 +500,36 @@ class Scheduler:
             request.num_cached_tokens = num_cached
             self.prefix_queries += request.num_prompt_tokens
             self.prefix_hits += num_cached
+            if manager.tiers is not None:
+                manager.tiers.note_lookup(request.num_prompt_tokens - num_cached + manager.num_restored)
+        self._end_fetch(request)
         return True
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether requests wait for the disk, and may be all that there is."""
+        return bool(self._fetching)
+
+    def _queue_fetched(self) -> None:
+        """Queue the requests for which the disk has nothing more to give. They keep their rank."""
+        assert self.block_manager.tiers is not None
+        self.block_manager.tiers.poll()
+        for request in [request for request, fetch in self._fetching.items() if fetch.is_done]:
+            self._fetched[request] = self._fetching.pop(request)
+            self._queue(request)
+
+    def _end_fetch(self, request: Request) -> None:
+        """Let what was fetched for a request give way to other copies."""
+        for fetches in (self._fetching, self._fetched):
+            fetch = fetches.pop(request, None)
+            if fetch is not None:
+                fetch.release()
+
+    @staticmethod
+    def _is_cacheable(request: Request) -> bool:
+        """Prompt logprobs and embeddings need hidden states, which the pool does not hold: the whole prompt is computed
+        for them."""
+        return request.num_to_score <= 0 and request.pooling is None
 
     def _queue(self, request: Request) -> None:
         heapq.heappush(self._waiting, (self._rank(request), request))

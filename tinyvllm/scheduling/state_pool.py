@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tinyvllm.errors import CapacityError, InvariantError
@@ -88,6 +88,9 @@ class StatePool:
         # read by the step being planned, or planned last: not to be written in it
         self._pinned: dict[int, None] = {}
         self._rolling: set[bytes] = set()  # checkpoints that the next one of their sequence replaces
+        # called with a slot and its hash: when it is sealed to stay, and when it is about to be reallocated
+        self.on_seal: Callable[[int, bytes], None] | None = None
+        self.on_evict: Callable[[int, bytes], None] | None = None
 
     @property
     def has_room(self) -> bool:
@@ -114,6 +117,14 @@ class StatePool:
         slot = self._findable.get(block_hash)
         return slot is not None and (slot in self._cached or slot in self._pinned)
 
+    def slot_of(self, block_hash: bytes) -> int | None:
+        """The slot of the checkpoint of this hash."""
+        return self._findable.get(block_hash)
+
+    def is_sealed_with(self, slot: int, block_hash: bytes) -> bool:
+        """Whether a slot still holds the checkpoint of this hash."""
+        return self._hashes[slot] == block_hash
+
     # -- planning a step -----------------------------------------------------------------------------------------------
 
     def begin_step(self) -> None:
@@ -124,6 +135,18 @@ class StatePool:
             else:
                 self._free.append(slot)
         self._pinned.clear()
+
+    def restore(self, block_hash: bytes) -> int | None:
+        """A slot for a checkpoint that is copied into it before the next step, and can be found from now on: a free
+        slot, or that of the least recently used checkpoint. None if there is neither."""
+        if not self._free and self._cached:
+            self._evict(next(iter(self._cached)))
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        self._findable[block_hash], self._hashes[slot] = slot, block_hash
+        self._cached[slot] = None
+        return slot
 
     def resume(self, block_hash: bytes, num_blocks: int) -> SequenceState:
         """A sequence that continues from the checkpoint of this hash, which is `num_blocks` blocks long."""
@@ -211,6 +234,8 @@ class StatePool:
             if mark.is_rolling:
                 self._rolling.add(block_hash)
                 state.rolling_hash = block_hash
+            elif self.on_seal is not None:
+                self.on_seal(mark.slot, block_hash)
             if not is_current:
                 self._cached[mark.slot] = None
 
@@ -220,6 +245,8 @@ class StatePool:
         for slot in (state.slot, state.base_slot):
             if slot and slot not in self._pinned:
                 slots[slot] = None
+        if self.on_seal is not None and state.rolling_hash in self._rolling:  # nothing replaces it any more
+            self.on_seal(self._findable[state.rolling_hash], state.rolling_hash)
         for slot in slots:
             if self._hashes[slot]:
                 self._cached[slot] = None
@@ -290,9 +317,15 @@ class StatePool:
         if not self._free and self._cached:
             old = self._findable[state.rolling_hash] if state.rolling_hash in self._rolling else 0
             slot = old if old in self._cached else next(iter(self._cached))
-            self._free_cached(self._hashes[slot])
-            self.num_evictions += 1
+            self._evict(slot, keeps=slot != old)
         return self._free.pop() if self._free else 0
+
+    def _evict(self, slot: int, *, keeps: bool = True) -> None:
+        """Free the slot of a checkpoint that nobody owns. keeps: it may be needed again."""
+        if keeps and self.on_evict is not None:
+            self.on_evict(slot, self._hashes[slot])
+        self._free_cached(self._hashes[slot])
+        self.num_evictions += 1
 
     def _mark(self, state: SequenceState, num_blocks: int, num_before_last: int) -> None:
         """Keep the state after `num_blocks` blocks, if a checkpoint belongs there. Of the known tokens,

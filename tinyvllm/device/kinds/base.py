@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from tinygrad.device import Buffer
 
+    from tinyvllm.device.block_copies import BlockCopies, Plane
     from tinyvllm.device.mapping import HostArray, OutputReader, RowWriter
     from tinyvllm.device.recording import RecordedStep
 
@@ -34,6 +35,7 @@ class DeviceKind:
     default_share: ClassVar[float] = 0.9  # of the free memory, for weights and KV cache
     has_kernels: ClassVar[bool] = False  # the operations in ops have kernels for it
     program_limits: ClassVar[ProgramLimits | None] = None
+    pins_host_memory: ClassVar[bool] = False  # `host_bytes` has a result
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -85,6 +87,14 @@ class DeviceKind:
 
     def row_writer(self, buffer: Buffer, row_size: int) -> RowWriter | None:
         """A writer of single rows; None: use the allocator's copy at an offset."""
+        return None
+
+    def block_copies(self, name: str, planes: Sequence[Plane]) -> BlockCopies | None:
+        """What copies blocks to the host's memory and back; None: nothing does, unless the memory is mapped."""
+        return None
+
+    def host_bytes(self, name: str, nbytes: int) -> np.ndarray | None:
+        """Bytes of host memory that the device copies from and to by itself; None: any memory will do."""
         return None
 
     def make_replay(self, name: str, step: RecordedStep) -> Callable[[], Any] | None:

@@ -6,7 +6,7 @@ import ctypes
 import ctypes.util
 import functools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ from tinyvllm.errors import DeviceError
 if TYPE_CHECKING:
     from tinygrad.device import Buffer
 
+    from tinyvllm.device.block_copies import BlockCopies, Plane
     from tinyvllm.device.mapping import HostArray
     from tinyvllm.device.recording import RecordedStep
 
@@ -32,6 +33,7 @@ class Cuda(DeviceKind):
     # loads of 16 bytes of float16; METAL has no such vectors
     settings: ClassVar[Mapping[str, str]] = {"ALLOW_HALF8": "1"}
     has_kernels = True
+    pins_host_memory = True
     # CUDA C++ Programming Guide, "technical specifications per compute capability": static shared memory, parameters of
     # 8 bytes
     program_limits = ProgramLimits(arguments=512, threads=1024, shared_bytes=48 << 10)
@@ -83,6 +85,16 @@ class Cuda(DeviceKind):
 
     def output_reader(self, buffer: Buffer) -> CudaReader:
         return CudaReader(buffer)
+
+    def block_copies(self, name: str, planes: Sequence[Plane]) -> BlockCopies:
+        from tinyvllm.device.cuda_blocks import CudaCopies  # loads the driver
+
+        return CudaCopies(name, planes)
+
+    def host_bytes(self, name: str, nbytes: int) -> np.ndarray:
+        from tinyvllm.device.cuda_blocks import pinned_bytes  # loads the driver
+
+        return pinned_bytes(name, nbytes)
 
     def make_replay(self, name: str, step: RecordedStep) -> Callable[[], Any] | None:
         from tinyvllm.device.cuda_graph import ChainReplay, fits_chain  # loads the driver

@@ -1,0 +1,253 @@
+"""Copies of blocks on disk. One thread writes and deletes files, others read them; the engine's thread does neither.
+
+Servers may share a folder, with the same model or others: each model and format has a folder of its own in it. Whoever
+finds that all of them together exceed the limit deletes the files that were used least recently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import stat
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinyvllm.errors import CacheError
+from tinyvllm.execution.kv_tiers.files import SUFFIX, Block, key_of, read_block, write_block
+from tinyvllm.faults import reach
+from tinyvllm.scheduling.tiers import Key
+
+logger = logging.getLogger(__name__)
+
+NUM_READERS = 4
+RESCAN_S = 30.0  # how often files of other servers are looked for
+PAUSE_S = 30.0  # after a failure to write
+TRIMMED = 0.9  # of the limit that is left after deleting
+STALE_S = 3600.0  # age of an unfinished file whose writer must be dead
+CLOSE_S = 10.0  # how long the end of the server waits for blocks to be written
+
+Done = Callable[[bool], None]  # called on another thread: whether it succeeded
+
+
+@dataclass(frozen=True)
+class _Write:
+    block: Block
+    data: NDArray[np.uint8]
+    done: Done
+    wait: Callable[[], None]  # for the data
+
+
+class DiskTier:
+    """Owns the folder of one model and format within `root`."""
+
+    def __init__(self, root: Path, digest: bytes, max_bytes: int, max_queued_bytes: int) -> None:
+        """max_bytes: of all files under `root`. max_queued_bytes: of copies that wait to be written. Never raises: an
+        unusable folder is logged, and nothing is read or written."""
+        self._root, self._digest = root, digest
+        self._folder = root / digest.hex()
+        self.max_bytes, self._max_queued_bytes = max_bytes, max_queued_bytes
+        self.used_bytes = 0  # of all files under the root, when they were last counted, and since
+        self.queued_bytes = 0
+        self.num_failed = 0  # files that could not be read or written, or were damaged
+        self._known: dict[Key, int] = {}  # the files, with their sizes
+        self._jobs: queue.SimpleQueue[_Write | Callable[[], None] | None] = queue.SimpleQueue()
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="tinyvllm-kv-read")
+        self._lock = threading.Lock()
+        self._paused_until_s, self._has_warned = 0.0, False
+        self._scanned_s = 0.0
+        self.is_usable = self._open()
+        self._thread = threading.Thread(target=self._run, name="tinyvllm-kv-write", daemon=True)
+        self._thread.start()
+
+    # -- on the engine's thread ----------------------------------------------------------------------------------------
+
+    def has(self, key: Key) -> bool:
+        """Whether there was a file when the folder was last read."""
+        return key in self._known
+
+    @property
+    def num_files(self) -> int:
+        return len(self._known)
+
+    def can_write(self, nbytes: int) -> bool:
+        """Whether a block may be handed over now. Copies that come faster than the disk writes are left out."""
+        return (
+            self.is_usable
+            and self.queued_bytes + nbytes <= self._max_queued_bytes
+            and time.monotonic() >= self._paused_until_s
+        )
+
+    def write(
+        self, key: Key, tokens: bytes, data: NDArray[np.uint8], done: Done, wait: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write a block. Its data is there when `wait` has returned, and stays as it is until `done` is called."""
+        with self._lock:
+            self.queued_bytes += data.nbytes
+        self._jobs.put(_Write(Block(self._digest, key, tokens), data, done, wait))
+
+    def read(self, key: Key, tokens: bytes, data: NDArray[np.uint8], done: Done) -> None:
+        """Read a block into `data`, which nobody else uses until `done` is called."""
+        self._readers.submit(self._read, Block(self._digest, key, tokens), data, done)
+
+    def drop(self, key: Key) -> None:
+        """Delete a block's file."""
+        if self._known.pop(key, None) is not None:
+            self._jobs.put(lambda: self._delete(key))
+
+    def clear(self) -> None:
+        """Delete the files of this model and format."""
+        self._known = {}
+        self._jobs.put(self._delete_all)
+
+    def close(self) -> None:
+        """Write what is queued, for a while, and stop."""
+        self._jobs.put(None)
+        self._thread.join(CLOSE_S)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def wait_idle(self) -> None:
+        """Return when everything that was handed over is written or deleted."""
+        passed = threading.Event()
+        self._jobs.put(passed.set)
+        passed.wait()
+
+    # -- on other threads ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """The writing thread's main function."""
+        while True:
+            try:
+                job = self._jobs.get(timeout=RESCAN_S)
+            except queue.Empty:
+                self._scan()
+                continue
+            if job is None:
+                return
+            if isinstance(job, _Write):
+                self._write(job)
+                continue
+            try:
+                job()
+            except Exception:
+                logger.exception("the KV blocks on disk cannot be put in order")
+
+    def _write(self, job: _Write) -> None:
+        is_written = False
+        try:
+            job.wait()
+            if time.monotonic() >= self._paused_until_s and job.block.key not in self._known:
+                size = write_block(self._folder, job.block, job.data)
+                self._known[job.block.key] = size
+                self.used_bytes += size
+                is_written = True
+                if self.used_bytes > self.max_bytes:
+                    self._trim()
+        except Exception as error:
+            self.num_failed += 1
+            self._paused_until_s = time.monotonic() + PAUSE_S
+            self._warn("KV blocks cannot be written to %s: %s. Trying again every %.0f s", self._folder, error, PAUSE_S)
+        finally:
+            with self._lock:
+                self.queued_bytes -= job.data.nbytes
+            job.done(is_written)
+
+    def _read(self, block: Block, data: NDArray[np.uint8], done: Done) -> None:
+        is_read = False
+        try:
+            read_block(self._folder, block, data)
+            is_read = True
+        except FileNotFoundError:  # another server has deleted it
+            self._known.pop(block.key, None)
+        except CacheError as error:
+            self.num_failed += 1
+            logger.warning("%s is not used and deleted: %s", self._folder / block.name, error)
+            self._known.pop(block.key, None)
+            self._delete(block.key)
+        except Exception as error:
+            self.num_failed += 1
+            self._known.pop(block.key, None)
+            self._warn("KV blocks cannot be read from %s: %s", self._folder, error)
+        finally:
+            done(is_read)
+
+    def _warn(self, message: str, *values: object) -> None:
+        """Log a failure, once: on a full disk, each of many blocks fails."""
+        if not self._has_warned:
+            logger.warning(message, *values)
+        self._has_warned = True
+
+    def _open(self) -> bool:
+        try:
+            reach("tier.open")
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            info = os.lstat(self._folder)
+            if info.st_uid != os.getuid() or stat.S_ISLNK(info.st_mode) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise CacheError("it must be a folder of this user that nobody else can write")
+            self._scan()
+        except (OSError, CacheError, MemoryError, RuntimeError) as error:
+            logger.warning("KV blocks are not kept on disk: %s cannot be used: %s", self._folder, error)
+            return False
+        return True
+
+    def _scan(self) -> None:
+        """Learn which files there are, those of other servers included."""
+        known, total = {}, 0
+        for path, info in _files(self._root):
+            total += info.st_size
+            if path.parent == self._folder and (key := key_of(path.name)) is not None:
+                known[key] = info.st_size
+        self._known, self.used_bytes = known, total
+        if total > self.max_bytes:
+            self._trim()
+
+    def _trim(self) -> None:
+        """Delete the least recently used files until the rest is well below the limit."""
+        oldest_first = sorted(_files(self._root), key=lambda file: file[1].st_mtime_ns)
+        total = sum(info.st_size for _, info in oldest_first)
+        for path, info in oldest_first:
+            if total <= TRIMMED * self.max_bytes:
+                break
+            with contextlib.suppress(OSError):
+                path.unlink()
+            total -= info.st_size
+            if path.parent == self._folder and (key := key_of(path.name)) is not None:
+                self._known.pop(key, None)
+        self.used_bytes = total
+        for folder in self._root.iterdir():
+            with contextlib.suppress(OSError):  # not empty, or not a folder
+                if folder != self._folder:
+                    folder.rmdir()
+
+    def _delete(self, key: Key) -> None:
+        with contextlib.suppress(OSError):
+            (self._folder / Block(self._digest, key, b"").name).unlink()
+
+    def _delete_all(self) -> None:
+        for path, info in _files(self._folder):
+            with contextlib.suppress(OSError):
+                path.unlink()
+                self.used_bytes -= info.st_size
+
+
+def _files(root: Path) -> list[tuple[Path, os.stat_result]]:
+    """The files of this tier under a folder, whatever the model. Unfinished ones are deleted if they are old."""
+    found = []
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = Path(folder, name)
+            with contextlib.suppress(OSError):
+                info = os.lstat(path)
+                if name.startswith(".") and SUFFIX in name and time.time() - info.st_mtime > STALE_S:
+                    path.unlink()
+                elif key_of(name) is not None:
+                    found.append((path, info))
+    return found

@@ -50,8 +50,13 @@ class Alternate:
     def __init__(self) -> None:
         self.ids: list[int] = []
 
-    def fill_mask(self, out: np.ndarray) -> None:
-        out.view(np.uint32)[:] = 0x55555555 << (len(self.ids) and 1 - self.ids[-1] % 2)
+    def fill_mask(self, out: np.ndarray, after: Sequence[int] = ()) -> None:
+        ids = [*self.ids, *after]
+        out.view(np.uint32)[:] = 0x55555555 << (len(ids) and 1 - ids[-1] % 2)
+
+    def count_allowed(self, drafts: Sequence[int]) -> int:
+        ids = [*self.ids[-1:], *drafts] if self.ids else [1, *drafts]
+        return next((i for i, (a, b) in enumerate(pairwise(ids)) if a % 2 == b % 2), len(drafts))
 
     def accept(self, token_id: int) -> bool:
         self.ids.append(token_id)

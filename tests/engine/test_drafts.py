@@ -50,9 +50,11 @@ def check_drafts(runner: ModelRunner, requests: dict[str, list[Request]], right:
     return speculator
 
 
+@pytest.mark.parametrize("is_processed", [False, True], ids=["plain", "processed"])
 @pytest.mark.parametrize("right", [0.0, 0.7, 1.0])
-def test_answers_are_those_without_drafts(runner: ModelRunner, right: float) -> None:
-    requests = {name: make_requests(12, is_processed=False) for name in ("without", "with")}
+def test_answers_are_those_without_drafts(runner: ModelRunner, right: float, is_processed: bool) -> None:
+    requests = {name: make_requests(12, is_processed=is_processed) for name in ("without", "with")}
     counts = check_drafts(runner, requests, right).counts
     assert counts.num_drafts > 5
+    assert not is_processed or any(request.num_drafted for request in requests["with"] if request.constraint)
     assert (counts.num_accepted_tokens == counts.num_draft_tokens) == (right == 1.0)

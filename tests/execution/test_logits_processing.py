@@ -132,8 +132,11 @@ def test_a_grammars_mask_is_cut_by_what_else_is_allowed() -> None:
     class Odd:
         is_finished, error = False, None
 
-        def fill_mask(self, out: np.ndarray) -> None:
+        def fill_mask(self, out: np.ndarray, after: Sequence[int] = ()) -> None:
             out.view(np.uint32)[:] = 0xAAAAAAAA
+
+        def count_allowed(self, drafts: Sequence[int]) -> int:
+            return 0
 
         def accept(self, token_id: int) -> bool:
             return True

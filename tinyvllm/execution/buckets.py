@@ -69,6 +69,7 @@ class Bucket:
             num_groups=len(capacity.groups),
             has_states=capacity.num_state_slots > 0,
             has_adapters=self.has_adapters,
+            has_drafts=capacity.max_verify_rows > 0,
         )
 
     def holds(self, plan: StepPlan) -> bool:

@@ -34,6 +34,11 @@ ROW_FIELDS = {
     "is_counted": 1,  # 1: the penalties below apply, and the token is counted
     "is_masked": 1,  # 1: only the ids of the state row's mask may be sampled
     "num_bias": 1,  # entries of the state row's logit bias
+    "mask_rows": 1,  # the row of the state's masks
+    # drafts: a request's rows lie one after another, each of a draft after the one of its last known token
+    "draft": 1,  # the draft that the row computes; -1: its token is known
+    "num_before": 1,  # drafts up to the row's own
+    "num_after": 1,  # drafts after a row without one
 }  # and PROCESSING_FLOATS, as float bits
 
 
@@ -72,6 +77,7 @@ class StepLayout:
     block_size: int
     num_groups: int = 1  # G
     has_states: bool = field(default=False, kw_only=True)  # the model has recurrent layers
+    has_drafts: bool = field(default=False, kw_only=True)  # steps may have drafts
     has_adapters: bool = field(default=False, kw_only=True)  # some rows have an adapter (ops/adapter_spec.py)
 
     @cached_property

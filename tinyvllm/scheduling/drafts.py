@@ -146,7 +146,7 @@ class Speculator:
         if not self.drafter.is_free:
             guesses = self._propose(asked)
         for request, count in asked:
-            request.drafts = tuple(guesses[request][:count])
+            request.drafts = _allowed(request, guesses[request][:count])
         return sum(len(request.drafts) for request, _ in asked)
 
     def _propose(self, asked: Sequence[tuple[Request, int]]) -> dict[Request, list[int]]:
@@ -245,3 +245,10 @@ class AlwaysDraft:
     def note_step(self, plan: StepPlan, num_rows: int, seconds: float) -> None: ...
 
     def forget(self, request: Request) -> None: ...
+
+
+def _allowed(request: Request, drafts: Sequence[int]) -> tuple[int, ...]:
+    """The drafts up to the first that the request's grammar does not allow, which cannot be sampled."""
+    if request.constraint is not None and drafts:
+        drafts = drafts[: request.constraint.count_allowed(drafts)]
+    return tuple(drafts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,8 +33,9 @@ class Constraint(Protocol):
     Used on the engine's thread only. A preempted request keeps its constraint, as it keeps its output.
     """
 
-    def fill_mask(self, out: NDArray[np.int32]) -> None:
-        """Set the bits of the ids that may come next. Never raises.
+    def fill_mask(self, out: NDArray[np.int32], after: Sequence[int] = ()) -> None:
+        """Set the bits of the ids that may come next, or would come next after the drafts `after`, of which
+        `count_allowed` allows all; if these complete the output, any bits. Never raises.
 
         out: (ceil(V/32),) int32 or uint32, C-contiguous; bit i%32 of word i//32 is id i. At least one bit is set, and
         EOS's if the output may end here.
@@ -42,6 +44,9 @@ class Constraint(Protocol):
     def accept(self, token_id: int) -> bool:
         """Advance by a sampled token. False if it is not allowed or a limit was hit; `error` says which, and the
         request must end with finish_reason "error"."""
+
+    def count_allowed(self, drafts: Sequence[int]) -> int:
+        """How many of these ids may come next, one after another. Changes nothing, and never raises."""
 
     @property
     def is_finished(self) -> bool:
@@ -142,7 +147,7 @@ class Request:
     def max_drafts(self) -> int:
         """How many tokens may be drafted for the next step, which samples one more. 0 while the prompt is computed or a
         token is in flight."""
-        if self.num_in_flight or not self.output_ids or self.num_pending > MAX_REDONE or self.needs_logits_processing:
+        if self.num_in_flight or not self.output_ids or self.num_pending > MAX_REDONE:
             return 0
         return self.max_tokens - len(self.output_ids) - 1
 
@@ -184,9 +189,9 @@ class Request:
         """Whether the next token's mask depends on the tokens before it, all of which must then be known."""
         return self.constraint is not None or any(len(word) > 1 for word in self.bad_words_ids)
 
-    def banned_ids(self) -> list[int]:
-        """Ids that would complete a bad word if sampled next."""
-        output = self.output_ids
+    def banned_ids(self, after: Sequence[int] = ()) -> list[int]:
+        """Ids that would complete a bad word if sampled next, or after some drafts."""
+        output = [*self.output_ids, *after] if after else self.output_ids
         return [
             word[-1]
             for word in self.bad_words_ids

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,20 +138,37 @@ class Matcher:
         self._num_words = -(-vocab_size // 32)
         self._failure: Exception | None = None  # of the library: it ends this output only
 
-    def fill_mask(self, out: NDArray[np.int32]) -> None:
-        """Set the bits of the ids that may come next. out: (ceil(V/32),), four bytes per item, C-contiguous.
+    def fill_mask(self, out: NDArray[np.int32], after: Sequence[int] = ()) -> None:
+        """Set the bits of the ids that may come next, or would come next after tokens that are all allowed. out:
+        (ceil(V/32),), four bytes per item, C-contiguous.
 
         If a limit is hit, all bits are set: whatever is sampled, `accept` refuses it and `error` gives the reason.
         """
         assert out.shape == (self._num_words,) and out.itemsize == 4, f"{out.shape=} {out.dtype=} {self._num_words=}"
         assert out.flags.c_contiguous and out.flags.writeable, f"{out.flags=}"
+        matcher = self._matcher
         try:
             reach("grammar.mask")
-            self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+            if after:
+                num_taken = matcher.try_consume_tokens(list(after))
+            if after and (num_taken < len(after) or matcher.is_stopped()):
+                out.fill(-1)
+            else:
+                matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+            if after and num_taken:
+                matcher.rollback(num_taken)
         except Exception as error:
             self._failure = error
-        if self._failure is not None or self._matcher.is_error():
+        if self._failure is not None or matcher.is_error():
             out.fill(-1)
+
+    def count_allowed(self, drafts: Sequence[int]) -> int:
+        """How many of these ids may come next, one after another. Changes nothing."""
+        try:
+            return 0 if self._failure is not None else self._matcher.validate_tokens(list(drafts))
+        except Exception as error:
+            self._failure = error
+            return 0
 
     def accept(self, token_id: int) -> bool:
         """Advance by a sampled token. False if it is not allowed or a limit was hit; then nothing more is accepted."""

@@ -72,6 +72,7 @@ class Bench:
             columns.setdefault(column, [getattr(wish, name) for wish in wishes])
         has_state = np.array([wish is not None for wish in self.wishes])
         columns["state_rows"] = np.where(has_state, self.num_rows - 1 - np.arange(seqs), -1)
+        columns["mask_rows"] = columns["state_rows"]
         columns["is_counted"] = [wish is None or wish.is_counted for wish in self.wishes]
         columns["is_masked"] = [wish is None or wish.allowed is not None for wish in self.wishes]
         columns["num_bias"] = [7 if wish is None else len(wish.bias) for wish in self.wishes]
@@ -132,6 +133,38 @@ def test_processed_rows_equal_the_reference(device: DeviceHandle, kind: str, voc
         np.testing.assert_array_equal(got.top_ids[:, :3], expected.top_ids[:, :3])
         np.testing.assert_allclose(got.logprobs, expected.logprobs, atol=1e-5)
         np.testing.assert_array_equal(bench.counts, bench.host.counts[:, :vocab])
+
+
+def test_rows_of_drafts_count_the_drafts_before_them_and_only_right_ones_stay_counted(
+    device: DeviceHandle, kind: str
+) -> None:
+    """A row that follows drafts draws the token that it would draw if they were in the output."""
+    wish, vocab, state_row = WISHES["all"], 50, 3
+    logits = 2 * normal(5, vocab, seed=1)
+
+    def alone(place: int, *drafts: int) -> int:
+        bench = Bench(device, [replace(wish, output=(*wish.output, *drafts))], vocab)
+        return int(bench.sample(logits[place : place + 1], seed=[9], draw=[4 + place]).tokens[0])
+
+    first = alone(0)
+    drafts = [first, alone(1, first), 2, 2]  # the third is wrong, so the last row's token does not count
+    expected = [alone(place, *drafts[:place]) for place in range(5)]
+    assert expected[:2] == drafts[:2] and expected[2] != 2
+    bench = Bench(device, [None, *[wish] * 5], vocab)
+    layout, buffer = bench.pack(seed=[1, *[9] * 5], draw=[0, 4, 5, 6, 7, 8])
+    views = layout.views(buffer)
+    views["state_rows"][1:] = views["state_rows"][state_row]
+    views["draft"][:], views["num_before"][:] = [-1, -1, *drafts], [0, 0, 1, 2, 3, 4]
+    views["num_after"][1] = 4
+    tensor = upload_logits(device, np.concatenate([logits[:1], logits]))
+    layout = replace(layout, has_drafts=True)
+    spec = SampleSpec(layout, vocab, tensor.numel() // layout.num_seqs, device.has_threads)
+    before = bench.counts
+    got = read_sampled(sample_processed(spec, tensor, device.upload(buffer), bench.state))
+    assert got.tokens[1:].tolist() == expected
+    added = np.zeros_like(before)
+    np.add.at(added[views["state_rows"][1]], expected[:3], 1)
+    np.testing.assert_array_equal(bench.counts, before + added)
 
 
 WISHES = {

@@ -14,6 +14,10 @@ logprobs are reported, and samples from a processed copy. The order is vLLM's
 What a request needs for this stays on the device, in a row of the sampling state that the request has while it runs.
 Only a mask that changed is sent for a step. The step itself counts the tokens that it samples.
 
+A request with drafts has several rows in a step. Each counts the drafts before its token as if they were in the output
+already, and has a mask of its own if the mask depends on them. Of the tokens sampled, those are counted that follow
+right drafts: the others are not the request's.
+
 counts (S, V) uint16: how often the id was generated (at most 32767); bit 15 is set if it is in the prompt
 mask (S, W) uint32: bit i % 32 of word i // 32 is set if id i is allowed
 bias (S, 2 * MAX_LOGIT_BIAS) int32: ids, then the bits of the floats to add
@@ -28,7 +32,7 @@ from functools import partial
 import numpy as np
 from tinygrad import Tensor, UOp, dtypes
 
-from tinyvllm.config import MAX_LOGIT_BIAS
+from tinyvllm.config import MAX_LOGIT_BIAS, MAX_SPECULATIVE_TOKENS
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.row_writer import row_writer
 from tinyvllm.ops.kernel.body import (
@@ -41,6 +45,7 @@ from tinyvllm.ops.kernel.body import (
     KernelFn,
     cached_kernel,
     empty,
+    fill,
     finish,
     run_row_kernel,
 )
@@ -117,6 +122,7 @@ class ProcessingSpec:
 
     sample: SampleSpec
     num_rows: int  # S
+    has_drafts: bool = False  # as in StepLayout
 
     @property
     def words(self) -> int:
@@ -130,7 +136,7 @@ def sample_processed(
     seqs, device = spec.num_rows, str(inputs.device)
     raw = find_leaders(LeadersSpec(spec, draws=False), logits, inputs)
     spec = replace(spec, is_processed=True)
-    processing = ProcessingSpec(spec, state.num_rows)
+    processing = ProcessingSpec(spec, state.num_rows, spec.layout.has_drafts)
     tables = [state.counts, state.mask, state.bias]
 
     def run(
@@ -143,6 +149,8 @@ def sample_processed(
 
     processed = empty(seqs * spec.stride, F32, device)
     processed = run(process_kernel, [processed], [inputs, state.counts, state.mask, logits])
+    if processing.has_drafts:
+        processed = run(drafts_kernel, [processed], [inputs, state.counts, state.mask, logits])
     processed = run(bias_kernel, [processed], [inputs, *tables, logits])
     for kernel in FILTERS:
         processed = run(partial(_of_sample, kernel), [processed], [inputs])
@@ -162,6 +170,7 @@ class _LogitsProcessor:
 
     def __init__(self, spec: ProcessingSpec, row: UOp, inputs: UOp, counts: UOp, mask: UOp) -> None:
         self._counts, self._mask, self.words = counts, mask, spec.words
+        self._spec, self._row, self._inputs = spec, row, inputs
 
         def param(name: str) -> UOp:
             return inputs[row_word(name, row)].load()
@@ -169,6 +178,7 @@ class _LogitsProcessor:
         # a row without state reads row 0 of the state, and ignores it
         self.state_row = param("state_rows").maximum(0).minimum(spec.num_rows - 1).cast(dtypes.weakint)
         has_state = param("state_rows") >= 0
+        self.mask_row = param("mask_rows").maximum(0).minimum(spec.num_rows - 1).cast(dtypes.weakint)
         self.is_counted = has_state & (param("is_counted") > 0)
         self.is_masked = has_state & (param("is_masked") > 0)
         self.num_bias = has_state.where(param("num_bias").maximum(0).minimum(MAX_LOGIT_BIAS), UOp.const(0, I32))
@@ -177,13 +187,37 @@ class _LogitsProcessor:
         self._presence = param("presence_penalty").bitcast(F32)
 
     def word_of(self, word: UOp) -> UOp:
-        return self._mask[self.state_row * self.words + word].load()
+        return self._mask[self.mask_row * self.words + word].load()
 
-    def apply(self, logit: UOp, word: UOp, lane: UOp, bits: UOp) -> UOp:
-        """The processed logit of id word * 32 + lane. `bits`: the mask's word `word`."""
+    @property
+    def num_drafts(self) -> UOp:
+        """Drafts that count as output before the row's token."""
+        num = self._inputs[row_word("num_before", self._row)].load().maximum(0).minimum(MAX_SPECULATIVE_TOKENS)
+        return self.is_counted.where(num, UOp.const(0, I32))
+
+    def draft(self, place: UOp) -> UOp:
+        """The id of the draft number `place` of these."""
+        row = (self._row + place.cast(dtypes.weakint) + 1 - self.num_drafts.cast(dtypes.weakint)).maximum(0)
+        return self._inputs[row_word("draft", row)].load()
+
+    def times_drafted(self, body: Body, index: UOp, *outer: UOp) -> UOp | None:
+        """How often an id is among the drafts before the row's token. `outer`: the loops around."""
+        if not self._spec.has_drafts:
+            return None
+        times = fill(body, body.registers(1), 0.0, *outer)
+        place = body.fold_while(self.num_drafts)
+        inner = times.after(place)
+        is_same = self.draft(place).eq(index.cast(I32))
+        added = inner[0].store(inner[0].load() + is_same.where(UOp.const(1.0, F32), UOp.const(0.0, F32)))
+        return times.after(added.end(place))[0].load().cast(I32)
+
+    def apply(self, logit: UOp, word: UOp, lane: UOp, bits: UOp, drafted: UOp | None = None) -> UOp:
+        """The processed logit of id word * 32 + lane. `bits`: the mask's word `word`; `drafted`: `times_drafted`."""
         count = self._counts[self.state_row * (self.words * WORD) + word * WORD + lane].load().cast(I32)
         count = self.is_counted.where(count, UOp.const(0, I32))
         times = count & MAX_COUNT
+        if drafted is not None:
+            count, times = count + drafted, times + drafted
         factor = (logit > 0.0).where(self._repetition.reciprocal(), self._repetition)
         logit = (count > 0).where(logit * factor, logit)
         logit = logit - self._frequency * times.cast(F32) - (times > 0).where(self._presence, 0.0)
@@ -210,6 +244,28 @@ def process_kernel(spec: ProcessingSpec) -> KernelFn:
         store = processed[at if is_padded else at.valid(index < vocab)].store(value).end(*ends)
         name = f"process_{seqs}x{vocab}"
         return finish(UOp.group(store).end(row), name, ops=8 * seqs * vocab, nbytes=10 * seqs * vocab)
+
+    return kernel
+
+
+@cached_kernel
+def drafts_kernel(spec: ProcessingSpec) -> KernelFn:
+    """fn(processed, inputs, counts, mask, logits): the ids of the drafts before each row's token again, from the raw
+    logits, without their bias."""
+    seqs, stride, vocab = spec.sample.num_rows, spec.sample.stride, spec.sample.vocab_size
+
+    def kernel(processed: UOp, inputs: UOp, counts: UOp, mask: UOp, logits: UOp) -> UOp:
+        body = Body()
+        row = body.grid(seqs) if seqs > 1 or spec.sample.has_threads else body.loop(1)
+        processor = _LogitsProcessor(spec, row, inputs, counts, mask)
+        place = body.fold_while(processor.num_drafts)
+        index = processor.draft(place).maximum(0).minimum(vocab - 1).cast(dtypes.weakint)
+        word, lane = index // WORD, index % WORD
+        drafted = processor.times_drafted(body, index, row, place)
+        logit = row_slice(spec.sample, logits, row).value_of(index)
+        value = processor.apply(logit, word, lane, processor.word_of(word), drafted)
+        store = processed[row * stride + index].store(value)
+        return finish(store.end(place, row), f"drafts_{seqs}x{vocab}", nbytes=8 * seqs)
 
     return kernel
 
@@ -244,7 +300,9 @@ def bias_kernel(spec: ProcessingSpec) -> KernelFn:
         added = bias[at + MAX_LOGIT_BIAS].load().bitcast(F32)
         word, lane = index // WORD, index % WORD
         logit = row_slice(spec.sample, logits, row).value_of(index)
-        value = processor.apply(logit + added, word, lane, processor.word_of(word))
+        outer = (row, chunk) if thread is None else (row, thread, chunk)
+        drafted = processor.times_drafted(body, index, *outer)
+        value = processor.apply(logit + added, word, lane, processor.word_of(word), drafted)
         target = row * stride + index
         store = processed[target if thread is None else target.valid(entry.cast(I32) < processor.num_bias)].store(value)
         axes = (chunk, row) if thread is None else (chunk, thread, row)
@@ -265,6 +323,10 @@ def count_kernel(spec: ProcessingSpec) -> KernelFn:
         def param(name: str) -> UOp:
             return inputs[row_word(name, row)].load()
 
+        if spec.has_drafts:
+            return finish(
+                _count_right(spec, body, row, (out, counts, inputs)), f"count_{seqs}x{vocab}", nbytes=8 * seqs
+            )
         token = out[row * OUT_WIDTH + OUT_TOKEN].load()
         state_row = param("state_rows")
         is_counted = (state_row >= 0) & (state_row < spec.num_rows) & (param("is_counted") > 0) & (token >= 0)
@@ -276,3 +338,32 @@ def count_kernel(spec: ProcessingSpec) -> KernelFn:
         return finish(store.end(row), f"count_{seqs}x{vocab}", nbytes=8 * seqs)
 
     return kernel
+
+
+def _count_right(spec: ProcessingSpec, body: Body, row: UOp, buffers: tuple[UOp, UOp, UOp]) -> UOp:
+    """Stores of the counts of a request's tokens, from its first row on, as far as the drafts after them are the same.
+
+    One work item counts them one after another, since some may be the same id. Others of its rows count nothing."""
+    (out, counts, inputs), seqs, vocab = buffers, spec.sample.num_rows, spec.sample.vocab_size
+
+    def param(name: str, at: UOp) -> UOp:
+        return inputs[row_word(name, at)].load()
+
+    state_row = param("state_rows", row)
+    is_first = param("num_before", row) < 1
+    is_counted = (state_row >= 0) & (state_row < spec.num_rows) & (param("is_counted", row) > 0) & is_first
+    start = state_row.maximum(0).minimum(spec.num_rows - 1).cast(dtypes.weakint) * (spec.words * WORD)
+    num_rows = param("num_after", row).maximum(0).minimum(MAX_SPECULATIVE_TOKENS) + 1
+    is_right = fill(body, body.registers(1), 1.0, row)
+    place = body.fold_while(is_counted.where(num_rows, UOp.const(0, I32)))
+    at = (row + place.cast(dtypes.weakint)).minimum(seqs - 1)
+    token = out[at * OUT_WIDTH + OUT_TOKEN].load()
+    inner, counted = is_right.after(place), counts.after(place)
+    index = start + token.maximum(0).minimum(vocab - 1).cast(dtypes.weakint)
+    count = counted[index].load().cast(I32)
+    more = count + ((count & MAX_COUNT) < MAX_COUNT).where(UOp.const(1, I32), UOp.const(0, I32))
+    was_right = inner[0].load()
+    store = counted[index.valid((was_right > 0.5) & (token >= 0))].store(more.cast(U16))
+    is_next = param("draft", (at + 1).minimum(seqs - 1)).eq(token)
+    updated = is_right.after(store)[0].store(is_next.where(was_right, UOp.const(0.0, F32)))
+    return updated.end(place, row)

@@ -80,7 +80,7 @@ def process_row(logits: np.ndarray, views: dict[str, np.ndarray], row: int, stat
         repeated = np.where(processed > 0, processed / repetition, processed * repetition)
         processed = np.where(counts > 0, repeated, processed) - frequency * times - presence * (times > 0)
     if views["is_masked"][row]:
-        processed[~allowed_ids(state.mask[state_row], len(logits))] = -np.inf
+        processed[~allowed_ids(state.mask[views["mask_rows"][row]], len(logits))] = -np.inf
     return processed
 
 

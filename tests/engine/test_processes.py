@@ -27,6 +27,7 @@ from tinyvllm.engine.process_host import Endpoint, ProcessHost
 from tinyvllm.errors import DeviceError, EngineDeadError, RequestError
 from tinyvllm.scheduling.plan import StepStats, count_step
 from tinyvllm.scheduling.request import TokenLogprobs
+from tinyvllm.scheduling.tiers import COUNTS as TIER_COUNTS
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 LONG = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
@@ -269,8 +270,8 @@ async def test_calls_of_a_dead_engine_run_elsewhere_unless_they_have_output(engi
 
 def test_stats_are_read_as_they_were_written(tmp_path: Path) -> None:
     writer, reader = StatsRow(tmp_path / "stats"), StatsRow(tmp_path / "stats")
-    assert reader.read() == StepStats(extra=dict.fromkeys(COUNTERS, 0.0))
-    stats = StepStats(num_tokens=3, device_s=0.25, end_s=7.5, extra=dict.fromkeys(COUNTERS, 2.0))
+    assert reader.read() == StepStats(extra=dict.fromkeys((*COUNTERS, *TIER_COUNTS), 0.0))
+    stats = StepStats(num_tokens=3, device_s=0.25, end_s=7.5, extra=dict.fromkeys((*COUNTERS, *TIER_COUNTS), 2.0))
     stats.step_sizes = count_step(stats.step_sizes, 3)
     writer.write(stats)
     assert reader.read() == stats

@@ -13,6 +13,7 @@ from tinyvllm.cli.bench_across import across, contexts
 from tinyvllm.cli.bench_breakdown import breakdown, compare
 from tinyvllm.cli.bench_explain import diff, ledger
 from tinyvllm.cli.bench_flags import SubjectFlags, loaded, parse_counts, parse_prompt, print_table, split_list
+from tinyvllm.cli.bench_kv import kv_quality
 from tinyvllm.cli.bench_serve import serve
 from tinyvllm.cli.bench_speculation import speculation
 from tinyvllm.cli.bench_start import cold_start
@@ -148,5 +149,5 @@ def throughput(
     subject.write([row])
 
 
-for command in (across, breakdown, cold_start, compare, contexts, diff, ledger, serve, speculation):
+for command in (across, breakdown, cold_start, compare, contexts, diff, kv_quality, ledger, serve, speculation):
     bench.command()(spread(command))

@@ -57,8 +57,17 @@ def generate(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[
     return [(request.output_ids, found) for request, found in zip(requests, logprobs, strict=True)]
 
 
-@pytest.mark.parametrize(("quant", "cores"), [(None, 2), ("Q4_1", 2), ("Q8_0", 3), ("Q4_0", 9)])
-def test_several_cores_generate_what_one_generates(tmp_path: Path, quant: str | None, cores: int) -> None:
+@pytest.mark.parametrize(
+    ("quant", "cores", "kv"),
+    [
+        (None, 2, "float32"),
+        ("Q4_1", 2, "float32"),
+        ("Q8_0", 3, "float32"),
+        ("Q4_0", 9, "float32"),
+        ("Q4_0", 9, "q8_0"),
+    ],
+)
+def test_several_cores_generate_what_one_generates(tmp_path: Path, quant: str | None, cores: int, kv: str) -> None:
     """Shards are uneven: 4 KV heads among 3 cores, 3 panels of hidden columns among 2 cores or 9. Of these, two share
     each KV head, and one has no part in attention."""
     shape: dict[str, Any] = {
@@ -76,14 +85,15 @@ def test_several_cores_generate_what_one_generates(tmp_path: Path, quant: str | 
         else write_tiny_gguf(tmp_path / "model.gguf", quant=quant, **shape)
     )
     prompts = [[7, 3, 9, 1, 4] * 6, [5], [200, 100, 50, 25]]
-    expected, found = (generate(_runner(files, number), prompts, 8) for number in (1, cores))
+    expected, found = (generate(_runner(files, number, kv), prompts, 8) for number in (1, cores))
     for (tokens, logprobs), (other_tokens, other_logprobs) in zip(expected, found, strict=True):
         assert other_tokens == tokens
         np.testing.assert_allclose(other_logprobs, logprobs, atol=1e-4)
 
 
-def _runner(files: object, cores: int) -> ModelRunner:
-    runner = load_runner(files, EngineConfig("tiny", cpu_cores=cores, **SETTINGS))  # type: ignore[arg-type]
+def _runner(files: object, cores: int, kv: str) -> ModelRunner:
+    config = EngineConfig("tiny", cpu_cores=cores, **(SETTINGS | {"kv_cache_dtype": kv}))
+    runner = load_runner(files, config)  # type: ignore[arg-type]
     runner.warm_up()
     return runner
 

@@ -67,10 +67,16 @@ class StepPace:
         return min(budget, max(least, self._largest(known, num_decoding, plain_s, allowed_s)))
 
     def _plain_s(self, num_decoding: int) -> float | None:
-        """The time of a plain step of so many sequences. None: no plain step was measured yet."""
+        """The time of a plain step of so many sequences. None: no plain step was measured yet.
+
+        In a burst more sequences decode than ever before, and no step is plain. Then the smallest step that holds so
+        many rows stands for it: it has some tokens of prompts among them, and takes little longer."""
+        if not self._plain:
+            return None
         holding = [rows for rows in self._plain if rows >= num_decoding]
-        rows = min(holding) if holding else max(self._plain, default=None)
-        return None if rows is None else median(self._plain[rows].latest)
+        plain_s = median(self._plain[min(holding) if holding else max(self._plain)].latest)
+        known = {} if holding else self._known(num_decoding)
+        return max(plain_s, known[min(known)]) if known else plain_s
 
     def _largest(self, known: dict[int, float], num_decoding: int, plain_s: float, allowed_s: float) -> int:
         """The largest size that takes at most `allowed_s`, or 0. If none of the known ones is, but the smallest is

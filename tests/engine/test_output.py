@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 
 from tests.engine.fakes import EOS_ID, FakeModelRunner, join, make_loaded, say
+from tests.scheduling.fakes import GuessingDrafter
 from tinyvllm.config import SamplingParams
 from tinyvllm.engine.loading import LoadedEngine
 from tinyvllm.engine.output import Delta, TextEngine
+from tinyvllm.scheduling.drafts import AlwaysDraft, Speculator
 from tinyvllm.scheduling.request import Request, Status
 
 
@@ -162,3 +164,21 @@ def test_deltas_join() -> None:
     assert whole.text == "héllo wörld "
     assert len(whole.logprobs) == len(whole.token_ids) == whole.num_output_tokens
     assert (whole.finish_reason, whole.stop_reason) == ("stop", "END")
+
+
+def test_a_step_with_drafts_ends_at_a_stop_string_among_them() -> None:
+    """The tokens after it in the same step are dropped. The last delta says how many drafts were verified."""
+    plain = join(ask(make_loaded(), max_tokens=24))
+
+    def ask_drafting(**params: Any) -> Delta:
+        loaded = make_loaded(FakeModelRunner(max_verify_rows=16))
+        drafter = GuessingDrafter(lambda request: list(plain.token_ids), right=1.0)
+        loaded.core.scheduler.speculator = Speculator(drafter, AlwaysDraft(), 7)
+        return join(ask(loaded, max_tokens=24, **params))
+
+    whole = ask_drafting()
+    assert (whole.text, whole.token_ids, whole.finish_reason) == (plain.text, plain.token_ids, "length")
+    assert whole.timing is not None and whole.timing.num_drafted == whole.timing.num_accepted > 10
+    stop = plain.text[9]
+    cut = ask_drafting(stop=(stop,))
+    assert cut.text == plain.text[: plain.text.index(stop)] and cut.finish_reason == "stop"

@@ -16,7 +16,14 @@ import uvicorn
 from numpy.typing import NDArray
 from starlette.types import ASGIApp
 
-from tinyvllm.config import BlockGroup, Capacity, EngineConfig, GenerationDefaults, SamplingParams
+from tinyvllm.config import (
+    BlockGroup,
+    Capacity,
+    EngineConfig,
+    GenerationDefaults,
+    SamplingParams,
+    SpeculativeConfig,
+)
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.client import Receiver
 from tinyvllm.engine.constraints import GrammarCompiler
@@ -196,7 +203,7 @@ class FakeEngine:
         self.statistics.num_preemptions, self.statistics.num_captures = 3, 7
         self.statistics.num_captures_to_come, self.statistics.num_failed_captures = 2, 1
         self.statistics.num_general_operations = 5
-        self.config = EngineConfig("tiny")
+        self.config = EngineConfig("tiny", speculative_config=SpeculativeConfig(num_speculative_tokens=3))
         self.history = StepHistory()
         self.inner = SimpleNamespace(
             core=SimpleNamespace(scheduler=SimpleNamespace(block_manager=BlockManager([BlockGroup(101)], 16)))

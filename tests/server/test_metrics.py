@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.client import client_of
 from tests.server.fake_engine import FakeEngine, serving
-from tinyvllm.config import BlockGroup, MemoryUse
+from tinyvllm.config import MAX_SPECULATIVE_TOKENS, BlockGroup, EngineConfig, MemoryUse
 from tinyvllm.scheduling.plan import StepStats, count_step
 from tinyvllm.server.app import make_app
 from tinyvllm.server.metrics import token_count_buckets
@@ -286,3 +286,36 @@ async def test_the_status_line_is_that_of_vllm_and_silent_when_idle() -> None:
         await client.post("/v1/completions", json={"prompt": "xx"})
     line = reporter.line()
     assert line is not None and not re.search(r"generation throughput: 0\.0 ", line)
+
+
+async def test_drafts_are_counted_as_in_vllm() -> None:
+    engine = FakeEngine()  # with up to three drafted tokens
+    reporter = StatusReporter(engine, make_app(engine).state.server.metrics)  # type: ignore[arg-type]
+    assert reporter.drafts() is None
+    positions = (30, 20, 10) + (0,) * (MAX_SPECULATIVE_TOKENS - 3)
+    engine.statistics = StepStats(
+        num_drafts=40, num_draft_tokens=120, num_accepted_tokens=60, accepted_per_position=positions
+    )
+    async with client_of(engine) as client:
+        families = await scrape(client)
+        state = (await client.get("/engine/state")).json()
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    assert [value_of(families, f"vllm:spec_decode_{name}_total") for name in names] == [40, 120, 60]
+    name = "vllm:spec_decode_num_accepted_tokens_per_pos"
+    assert {s.labels["position"]: s.value for s in families[name].samples if s.name.endswith("_total")} == {
+        "0": 30,
+        "1": 20,
+        "2": 10,
+    }
+    assert (state["counts"]["num_draft_tokens"], state["counts"]["num_accepted_tokens"]) == (120, 60)
+    line = reporter.drafts()
+    assert line is not None and re.fullmatch(
+        r"SpecDecoding metrics: Mean acceptance length: 2\.50, Accepted throughput: [\d.]+ tokens/s, Drafted "
+        r"throughput: [\d.]+ tokens/s, Accepted: 60 tokens, Drafted: 120 tokens, Per-position acceptance rate: "
+        r"0\.750, 0\.500, 0\.250, Avg Draft acceptance rate: 50\.0%",
+        line,
+    )
+    assert reporter.drafts() is None
+    engine.config = EngineConfig("tiny")
+    async with client_of(engine) as client:
+        assert not [name for name in await scrape(client) if "spec_decode" in name]

@@ -27,23 +27,13 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cases:
+class CaseFlags:
     """What to measure: each task or acceptance, with each batch and each number of drafts."""
 
-    tasks: list[str]
-    shares: list[float]
-    batches: list[int]
-    counts: list[int]  # of drafts, fixed; 0: the rule chooses, up to `config`'s
-    config: SpeculativeConfig
-    input_len: int  # of prompts of random ids
-
-
-def speculation(
-    *,
     tasks: Annotated[
         str,
         Option(metavar="NAMES", help=f"Real tasks: {', '.join(TASKS)}; none: skip. They need a model's files."),
-    ] = ",".join(TASKS),
+    ] = ",".join(TASKS)
     acceptance: Annotated[
         str,
         Option(
@@ -51,8 +41,8 @@ def speculation(
             help="Also draft the tokens that are known to come, each right with this probability, such as 0,0.5,0.95: "
             "what any drafter of that quality would gain, if drafting took no time. Prompts are random ids.",
         ),
-    ] = "none",
-    batch: Annotated[str, Option(metavar="COUNTS", help="Sequences that decode together, such as 1,4.")] = "1",
+    ] = "none"
+    batch: Annotated[str, Option(metavar="COUNTS", help="Sequences that decode together, such as 1,4.")] = "1"
     drafts: Annotated[
         str,
         Option(
@@ -60,21 +50,59 @@ def speculation(
             help="Drafted tokens of a sequence and step, such as 1,4,8; auto: as many as pay, up to "
             "num_speculative_tokens.",
         ),
-    ] = "auto",
-    input_len: Annotated[int, Option(metavar="TOKENS", help="Tokens of a prompt, with --acceptance.")] = 128,
-    tokens: Annotated[int, Option(metavar="COUNT", help="Maximum tokens of an answer.")] = 256,
-    temperature: Annotated[float, Option(metavar="NUMBER", help="0: greedy. Tokens are equal in any case.")] = 0.0,
-    repeats: Annotated[int, Option(metavar="COUNT", help="Timed repeats, with drafts and without in turn.")] = 3,
-    warmup: Annotated[int, Option(metavar="COUNT", help="Untimed repeats first.")] = 1,
+    ] = "auto"
+    input_len: Annotated[int, Option(metavar="TOKENS", help="Tokens of a prompt, with --acceptance.")] = 128
     speculative_config: Annotated[
         str,
         Option(
             "--speculative-config",
             "-sc",
             metavar="JSON",
-            help="As for `tinyvllm serve`: which drafter, how many tokens.",
+            help="As for `tinyvllm serve`: which drafter, and how many tokens.",
         ),
-    ] = '{"method": "ngram"}',
+    ] = '{"method": "ngram"}'
+
+    def parse(self, *, has_files: bool) -> Cases:
+        """Raises TinyvllmError for a bad value, or if there is nothing to measure."""
+        cases = Cases(
+            tasks=split_list(self.tasks) if has_files else [],
+            shares=[_parse_share(text) for text in split_list(self.acceptance)],
+            batches=parse_counts("batch", self.batch),
+            counts=[0 if text == "auto" else parse_count("drafts", text) for text in split_list(self.drafts)],
+            config=SpeculativeConfig.of(self.speculative_config),
+            input_len=self.input_len,
+        )
+        check_tasks(cases.tasks)
+        if not cases.batches or not cases.counts or not (cases.tasks or cases.shares):
+            raise TinyvllmError("there is nothing to measure: give --tasks (with a model) or --acceptance 0,0.5,0.95")
+        return cases
+
+
+@dataclasses.dataclass(frozen=True)
+class Cases:
+    """The parsed `CaseFlags`. counts: of drafts, fixed; 0: the rule chooses, up to `config`'s."""
+
+    tasks: list[str]
+    shares: list[float]
+    batches: list[int]
+    counts: list[int]
+    config: SpeculativeConfig
+    input_len: int  # of prompts of random ids
+
+    @property
+    def largest_config(self) -> SpeculativeConfig:
+        """The settings of an engine that can run all cases."""
+        most = max(self.config.num_drafts, *self.counts)
+        return SpeculativeConfig.of(dataclasses.asdict(self.config) | {"num_speculative_tokens": most})
+
+
+def speculation(
+    *,
+    flags: CaseFlags,
+    tokens: Annotated[int, Option(metavar="COUNT", help="Maximum tokens of an answer.")] = 256,
+    temperature: Annotated[float, Option(metavar="NUMBER", help="0: greedy. Tokens are equal in any case.")] = 0.0,
+    repeats: Annotated[int, Option(metavar="COUNT", help="Timed repeats, with drafts and without in turn.")] = 3,
+    warmup: Annotated[int, Option(metavar="COUNT", help="Untimed repeats first.")] = 1,
     subject: SubjectFlags,
     runner: RunnerFlags,
 ) -> None:
@@ -82,23 +110,11 @@ def speculation(
 
     The prefix cache is off, and prompts are not timed."""
     runner.apply()
-    cases = Cases(
-        tasks=split_list(tasks) if subject.shape is None else [],
-        shares=[_parse_share(text) for text in split_list(acceptance)],
-        batches=parse_counts("batch", batch),
-        counts=[0 if text == "auto" else parse_count("drafts", text) for text in split_list(drafts)],
-        config=SpeculativeConfig.of(speculative_config),
-        input_len=input_len,
-    )
-    check_tasks(cases.tasks)
-    if not cases.batches or not cases.counts or not (cases.tasks or cases.shares):
-        raise TinyvllmError("there is nothing to measure: give --tasks (with a model) or --acceptance 0,0.5,0.95")
-    most = max(cases.config.num_drafts, *cases.counts)
-    wanted = SpeculativeConfig.of(dataclasses.asdict(cases.config) | {"num_speculative_tokens": most})
+    cases = flags.parse(has_files=subject.shape is None)
     config = EngineConfig(
         model=subject.model or "",
         max_num_seqs=max(cases.batches),
-        speculative_config=wanted,
+        speculative_config=cases.largest_config,
         **runner.settings(),
     )
 

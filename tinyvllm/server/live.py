@@ -46,6 +46,8 @@ class LiveCounts(BaseModel):
     num_live_states: int  # slots of recurrent states that sequences own
     num_checkpoints: int  # slots that hold a checkpoint
     num_checkpoint_hits: int
+    num_draft_tokens: int  # verified
+    num_accepted_tokens: int  # of these
 
 
 class Quantiles(BaseModel):
@@ -154,6 +156,8 @@ def _counts(state: ServerState) -> LiveCounts:
         num_live_states=stats.num_live_states,
         num_checkpoints=stats.num_checkpoints,
         num_checkpoint_hits=stats.num_checkpoint_hits,
+        num_draft_tokens=stats.num_draft_tokens,
+        num_accepted_tokens=stats.num_accepted_tokens,
     )
 
 

@@ -311,6 +311,8 @@ function showCounts({ counts, limits, ttft_s: ttft, itl_s: itl }) {
   const nowMs = performance.now();
   const rates = ratesSince(counts, nowMs);
   $("output-rate").textContent = rates ? rates.output.toFixed(rates.output < 100 ? 1 : 0) : "–";
+  const accepted = counts.num_draft_tokens ? counts.num_accepted_tokens / counts.num_draft_tokens : null;
+  $("output-note").textContent = accepted === null ? "tokens/s" : `tokens/s, ${percent(accepted)} of drafts right`;
   $("prompt-rate").textContent = rates ? rates.prompt.toFixed(rates.prompt < 100 ? 1 : 0) : "–";
   for (const [name, { p50, p95 }] of [["ttft", ttft], ["itl", itl]]) {
     $(name).textContent = p50 === null ? "–" : seconds(p50);

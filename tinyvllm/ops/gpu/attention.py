@@ -1,16 +1,19 @@
 """RoPE, KV write and paged attention for devices with threadgroups: METAL, CUDA, OpenCL.
 
-Keys and values are stored token by token, `[slot][kv head][D]`: a threadgroup's threads read one head of consecutive
-tokens. Threads exchange values through threadgroup memory only, so one source renders for every such device.
+Keys and values, or their codes (kv_codes.py), are stored token by token, `[slot][kv head][D]`: a threadgroup's threads
+read one head of consecutive tokens. Threads exchange values through threadgroup memory only, so one source renders for
+every such device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
 
 from tinyvllm.ops.attention_spec import KEYS, QUERIES, VALUES, AttentionSpec
+from tinyvllm.ops.gpu.kv_codes import Q4_HALF, QUAD, StoredHeads, quantized
 from tinyvllm.ops.kernel.body import (
     F32,
     I32,
@@ -133,40 +136,78 @@ class _Row:
 
 @cached_kernel
 def write_kv_kernel(spec: AttentionSpec) -> KernelFn:
-    """fn(keys, values, inputs, *tables without sinks, *qkv[kv_parts]): writes every row's rotated key and its value to
-    the row's slot."""
+    """fn(*planes of the pool, inputs, *tables without sinks, *qkv[kv_parts]): writes every row's rotated key and its
+    value to the row's slot."""
 
-    def kernel(keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
-        body = Body()
+    def kernel(*operands: UOp) -> UOp:
+        body, rest = Body(), list(operands)
+        keys, values = StoredHeads.of(spec, spec.take_planes(rest))
+        inputs = rest.pop(0)
         axis, head = body.grid(spec.layout.num_tokens), body.grid(spec.num_kv_heads)
         d = body.threads(spec.head_dim)
-        row = _Row(spec, axis, inputs, operands, spec.kv_parts, with_sinks=False)
-        at = row.slot() * spec.slot_elements + head * spec.head_dim + d
+        row = _Row(spec, axis, inputs, tuple(rest), spec.kv_parts, with_sinks=False)
         key = row.rotated(body, KEYS, head, d, axis, head, d)
         value = row.value(body, head, d, axis, head, d)
-        stores = UOp.group(keys[at].store(key.cast(keys.dtype)), values[at].store(value.cast(values.dtype)))
+        stores = _head_stores(body, keys, row.slot(), head, d, key, axis, head, d)
+        stores += _head_stores(body, values, row.slot(), head, d, value, axis, head, d)
         tokens, width = spec.layout.num_tokens, spec.slot_elements
         return finish(
-            stores.end(d, head, axis), f"write_kv_{tokens}x{width}", ops=6 * tokens * width, nbytes=8 * tokens * width
+            UOp.group(*stores).end(d, head, axis),
+            f"write_kv_{tokens}x{width}",
+            ops=6 * tokens * width,
+            nbytes=8 * tokens * width,
         )
 
     return kernel
 
 
+def _head_stores(body: Body, heads: StoredHeads, slot: UOp, head: UOp, d: UOp, own: UOp, *outer: UOp) -> list[UOp]:
+    """Stores of a head, of which the thread has element d. Quantized heads go through threadgroup memory: a thread
+    stores a word."""
+    form, dim = heads.form, heads.head_dim
+    if not form.is_quantized:
+        return [heads.codes[heads.element(slot, head, d)].store(own.cast(heads.codes.dtype))]
+    whole = body.shared(dim)
+    whole = whole.after(whole.after(*outer)[d].store(own))
+    words, place = dim * form.bits // 32, heads.head(slot, head)
+    word = d.minimum(words - 1)
+    per_group = form.group * form.bits // 32
+    first = word * QUAD if form.bits == 8 else word // per_group * form.group + word % per_group * QUAD
+
+    def largest_of(fn: Callable[[UOp], UOp]) -> UOp:
+        i, best = body.fold(form.group), fill(body, body.registers(1), LOWEST, whole)
+        inner = best.after(i)
+        value = fn(whole[first // form.group * form.group + i].load())
+        return best.after(inner[0].store(inner[0].load().maximum(value)).end(i))[0].load()
+
+    starts = [first] if form.bits == 8 else [first, first + Q4_HALF]
+    codes = quantized(form, [whole[start + i].load() for start in starts for i in range(QUAD)], largest_of)
+    quads = codes.quads()
+    packed = quads[0] if form.bits == 8 else quads[0] | quads[1] << 4
+    stores = [heads.codes[(place * words + word).valid(d < words)].store(packed)]
+    if codes.scale is not None and heads.scales is not None:
+        leads = (d < words) & (word % per_group).eq(0)
+        stores.append(heads.scales[heads.scale_at(place, first).valid(leads)].store(codes.scale))
+    return stores
+
+
 @cached_kernel
 def attention_kernel(spec: AttentionSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, *tables, *qkv[query_parts]): one threadgroup for each row and head.
+    """fn(out (T, H * D), *planes of the pool, inputs, *tables, *qkv[query_parts]): one threadgroup for each row and
+    head.
 
     The context is read in passes of D tokens, with an online softmax (Milakov & Gimelshein 2018). In a pass, thread t
     scores token t, and then thread d adds up element d of the values. A row's cost depends on its own context, or on
     its window.
     """
 
-    def kernel(out: UOp, keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
-        body, dim = Body(), spec.head_dim
+    def kernel(out: UOp, *operands: UOp) -> UOp:
+        body, dim, rest = Body(), spec.head_dim, list(operands)
+        keys, values = StoredHeads.of(spec, spec.take_planes(rest))
+        inputs = rest.pop(0)
         axis, head = body.grid(spec.layout.num_tokens), body.grid(spec.num_heads)
         thread = body.threads(dim)
-        row = _Row(spec, axis, inputs, operands, spec.query_parts, with_sinks=True)
+        row = _Row(spec, axis, inputs, tuple(rest), spec.query_parts, with_sinks=True)
         attention = _HeadAttention(body, row, head, thread, keys, values)
         query, state = attention.load_query(), attention.start()
         tokens = attention.next_tokens()
@@ -180,7 +221,7 @@ def attention_kernel(spec: AttentionSpec) -> KernelFn:
             store,
             f"attention_{num_tokens}x{spec.num_heads}x{dim}",
             ops=4 * num_tokens * spec.num_heads * dim * context,
-            nbytes=4 * num_tokens * spec.slot_elements * context,
+            nbytes=num_tokens * spec.kv.num_bytes(spec.slot_elements) * context,
         )
 
     return kernel
@@ -208,7 +249,7 @@ class _Softmax:
 class _HeadAttention:
     """The attention of one row and query head by a threadgroup of D threads."""
 
-    def __init__(self, body: Body, row: _Row, head: UOp, thread: UOp, keys: UOp, values: UOp) -> None:
+    def __init__(self, body: Body, row: _Row, head: UOp, thread: UOp, keys: StoredHeads, values: StoredHeads) -> None:
         self.body, self.spec, self.row = body, row.spec, row
         self.head, self.thread, self.kv_head = head, thread, head // row.spec.group
         self.axes = (row.row, head, thread)
@@ -256,8 +297,8 @@ class _HeadAttention:
         dim, body = self.spec.head_dim, self.body
         acc = fill(body, body.registers(1), 0.0, step)
         chunk = body.fold(dim // VECTOR)
-        base = slot * self.spec.slot_elements + self.kv_head * dim + chunk * VECTOR
-        products = [query[chunk * VECTOR + i].load() * self.keys[base + i].load().cast(F32) for i in range(VECTOR)]
+        key = self.keys.floats(slot, self.kv_head, chunk * VECTOR, VECTOR)
+        products = [query[chunk * VECTOR + i].load() * value for i, value in enumerate(key)]
         inner = acc.after(chunk)
         return acc.after(inner[0].store(inner[0].load() + balanced(products)).end(chunk))[0].load()
 
@@ -276,10 +317,11 @@ class _HeadAttention:
         )
         other = body.fold(dim)
         weight = weights[other].load()
-        at = clamp(slots[other].load(), 0, spec.num_slots - 1) * spec.slot_elements + self.kv_head * dim + thread
+        slot = clamp(slots[other].load(), 0, spec.num_slots - 1)
+        (value,) = self.values.floats(slot, self.kv_head, thread, 1)
         inner, sums = acc.after(scaled, other), total.after(scaled, other)
         added = UOp.group(
-            inner[0].store(inner[0].load() + weight * self.values[at].load().cast(F32)),
+            inner[0].store(inner[0].load() + weight * value),
             sums[0].store(sums[0].load() + weight),
         ).end(other)
         done = UOp.group(added, best.after(added)[0].store(new)).end(step)

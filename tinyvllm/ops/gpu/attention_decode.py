@@ -10,27 +10,41 @@ another kernel first (`DecodeSpec.reads_own`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tinygrad import UOp
 from tinygrad.dtype import DType
 
 from tinyvllm.ops.attention_spec import KEYS, QUERIES
+from tinyvllm.ops.gpu.attention_decode_codes import (
+    HALF_TILE,
+    key_words,
+    load_keys,
+    load_values,
+    multiply_heads,
+    own_key,
+    own_value,
+    query_words,
+    value_words,
+)
 from tinyvllm.ops.gpu.attention_decode_combine import combine_warps
 from tinyvllm.ops.gpu.attention_decode_row import Buffers, DecodeSpec, Row, Runs, make_threadgroup, take_buffers
 from tinyvllm.ops.gpu.attention_fused import RUN
 from tinyvllm.ops.gpu.attention_split import NOTHING, TILE_TOKENS
+from tinyvllm.ops.gpu.kv_codes import StoredHeads
 from tinyvllm.ops.kernel.body import F32, LOG2E, KernelFn, balanced, cached_kernel, clamp, finish
-from tinyvllm.ops.kernel.lanes import carry, dot
-
-HALF_TILE = TILE_TOKENS // 2  # tokens that one instruction of the matrix unit scores
+from tinyvllm.ops.kernel.lanes import carry, dot, zeros
+from tinyvllm.ops.kernel.tiles import pack_words
 
 
 @cached_kernel
 def decode_kernel(spec: DecodeSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, inputs, *tables, *qkv). With a split context, fn(split values, split sums, keys,
-    ...) leaves the splits to the next operation (`SplitHeads` gives their shapes). Where the kernel combines them
-    itself, fn(out, split values, split sums, arrivals, keys, ...): `arrivals` is T * K counters, 0 before and after."""
+    """fn(out (T, H * D), *planes of the pool, inputs, *tables, *qkv). With a split context, fn(split values, split
+    sums, *planes, ...) leaves the splits to the next operation (`SplitHeads` gives their shapes). Where the kernel
+    combines them itself, fn(out, split values, split sums, arrivals, *planes, ...): `arrivals` is T * K counters, 0
+    before and after."""
 
     def kernel(*operands: UOp) -> UOp:
         rest = list(operands)
@@ -40,10 +54,15 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         context = _Context(row, buffers)
         # the tokens before this step's were written by earlier steps: their loads need not wait for its kernels
         early = context.load(0) if spec.loads_early else []
-        written = () if spec.adds_own else (buffers.keys, buffers.values)  # perhaps by the previous kernel
-        written = row.wait([value for tile in early for value in tile.loaded], written)
-        if written:
-            buffers = context.buffers = replace(buffers, keys=written[0], values=written[1])
+        loaded = [value for tile in early for value in tile.loaded]
+        if spec.adds_own:
+            row.wait(loaded)
+        else:  # the previous kernel may have written them
+            keys, values = buffers.keys, buffers.values
+            planes = row.wait(loaded, [*keys.planes, *values.planes])
+            count = len(keys.planes)
+            keys, values = keys.with_planes(planes[:count]), values.with_planes(planes[count:])
+            buffers = context.buffers = replace(buffers, keys=keys, values=values)
         early = [tile.or_zeros(context.low < context.high) for tile in early]
 
         query = _load_query(row)
@@ -53,8 +72,9 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         if early:
             state, passes = softmax.add(early, state), (passes - 1).maximum(0)
         skipped = int(bool(early))
-        writes = [] if own is None else own.writes()
-        outer = (*group.axes, *writes) if spec.is_wide else group.axes  # written first, which frees their registers
+        writes = [] if own is None else own.writes
+        writes_first = spec.is_wide or spec.kv.is_quantized  # which frees their registers
+        outer = (*group.axes, *writes) if writes_first else group.axes
         state = carry(group.body, state, passes, outer, lambda i, old: softmax.add(context.load(i + skipped), old))
         stores = combine_warps(row, buffers, state)
         tokens, length = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
@@ -62,7 +82,7 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
             UOp.group(*writes, *stores).end(*reversed(group.axes)),
             f"decode_attention_{tokens}x{spec.num_heads}x{spec.head_dim}",
             ops=4 * tokens * spec.num_heads * spec.head_dim * length,
-            nbytes=4 * tokens * spec.slot_elements * length,
+            nbytes=tokens * spec.kv.num_bytes(spec.slot_elements) * length,
         )
 
     return kernel
@@ -76,29 +96,45 @@ def _load_query(row: Row) -> Runs:
 
 
 class _OwnToken:
-    """The lane's share of the row's own key and value, rounded as they are stored."""
+    """The lane's share of the row's own key and value, rounded as they are stored, and their stores."""
 
     def __init__(self, row: Row, buffers: Buffers, query: Runs) -> None:
-        stored = buffers.keys.dtype
         self.row, self.buffers, self.query = row, buffers, query
-        self.key = _cast(row.rotated(KEYS, row.group.kv_head), stored)
-        self.value = [[v.cast(stored) for v in span] for span in row.value()]
+        key, value = row.rotated(KEYS, row.group.kv_head), row.value()
+        self.key, key_stores = self._kept_key(key)
+        self.value, value_stores = self._kept_value(value)
+        self.writes = [*key_stores, *value_stores]
 
-    def writes(self) -> list[UOp]:
-        """Stores of the key and the value at the row's slot."""
+    @property
+    def _is_writer(self) -> UOp:
         row, group = self.row, self.row.group
         is_writer = group.has_own_token & row.head.eq(0)
-        if row.spec.tile_heads < row.spec.group:
-            is_writer = is_writer & group.is_first_of_kv_head
-        key_runs = [
+        return is_writer & group.is_first_of_kv_head if row.spec.tile_heads < row.spec.group else is_writer
+
+    def _kept_key(self, key: Runs) -> tuple[Runs, list[UOp]]:
+        row, keys, is_writer = self.row, self.buffers.keys, self._is_writer
+        if keys.form.is_quantized:
+            return own_key(row, keys, key, is_writer)
+        rounded = _cast(key, keys.codes.dtype)
+        runs = [
             (d, is_writer if ok is None else is_writer & ok, run)
-            for dims, runs in zip(row.query_dims, self.key, strict=True)
+            for dims, runs in zip(row.query_dims, rounded, strict=True)
             for (d, ok), run in zip(dims, runs, strict=True)
         ]
-        value_runs = [(d, is_writer, span) for d, span in zip(row.value_dims, self.value, strict=True)]
+        return rounded, self._stores(keys.codes, runs)
+
+    def _kept_value(self, value: list[list[UOp]]) -> tuple[list[list[UOp]], list[UOp]]:
+        row, values, is_writer = self.row, self.buffers.values, self._is_writer
+        if values.form.is_quantized:
+            return own_value(row, values, value, is_writer)
+        rounded = [[v.cast(values.codes.dtype) for v in span] for span in value]
+        runs = [(row.spec.value_dim(row.column + e, 0), is_writer, span) for e, span in enumerate(rounded)]
+        return rounded, self._stores(values.codes, runs)
+
+    def _stores(self, pool: UOp, runs: list[tuple[UOp, UOp, list[UOp]]]) -> list[UOp]:
+        """Stores of runs, given as (first dimension, whether to store it, numbers), at the row's slot."""
         return [
-            pool[(row.own_start + d + i).valid(is_wanted)].store(v)
-            for pool, runs in ((self.buffers.keys, key_runs), (self.buffers.values, value_runs))
+            pool[(self.row.own_start + d + i).valid(is_wanted)].store(v)
             for d, is_wanted, run in runs
             for i, v in enumerate(run)
         ]
@@ -127,18 +163,23 @@ class _Tile:
 
     first: UOp
     is_used: UOp  # whether the tile begins before the split's end; if not, it holds other tokens of the context
-    keys: list[Runs]  # by half tile; a head's runs as an operand of the matrix unit
-    values: list[list[UOp]]  # by token; [] if they are loaded after the keys have been used
-    base: UOp  # where the first token's keys and values begin
+    # by half tile: a head's runs as an operand of the matrix unit; on CUDA, if they are quantized, codes and scales
+    keys: list[Runs] | list[list[UOp]]
+    # by token, perhaps as codes and then a scale; [] if they are loaded after the keys have been used
+    values: list[list[UOp]]
+    slot: UOp  # of the first token
 
     @property
     def loaded(self) -> list[UOp]:
-        keys = [value for half in self.keys for chunk in half for run in chunk for value in run]
-        return keys + [value for run in self.values for value in run]
+        return [*_leaves(self.keys), *_leaves(self.values)]
 
     def or_zeros(self, has_tokens: UOp) -> _Tile:
         """The tile, with zeros for values if its split has no tokens: what was loaded may be NaN then."""
-        return replace(self, values=[[has_tokens.where(v, v.const_like(0.0)) for v in run] for run in self.values])
+        return replace(self, values=[[has_tokens.where(v, v.const_like(0)) for v in run] for run in self.values])
+
+
+def _leaves(loaded: Sequence[Any]) -> list[UOp]:
+    return [value for part in loaded for value in ([part] if isinstance(part, UOp) else _leaves(part))]
 
 
 def existing_tile(low: UOp | int, high: UOp) -> UOp | int:
@@ -175,54 +216,73 @@ class _Context:
         first = is_used.where(wanted, existing_tile(self.low, self.high))
         size = spec.layout.block_size
         block = clamp(row.inputs[row.table + first // size].load(), 0, spec.num_blocks - 1)
-        base = (block * size + first % size) * spec.slot_elements + row.group.kv_head * spec.head_dim
-        tile = _Tile(first, is_used, self._load_keys(base), [], base)
+        slot = block * size + first % size
+        tile = _Tile(first, is_used, self._load_keys(slot), [], slot)
         return tile if spec.is_wide else replace(tile, values=self.load_values(tile))
 
-    def _load_keys(self, base: UOp) -> list[Runs]:
-        """The lane's keys of a tile whose first key is at `base`."""
-        spec, mma, lane = self.row.spec, self.row.spec.mma, self.row.group.lane
+    def _load_keys(self, slot: UOp) -> list[Runs] | list[list[UOp]]:
+        """The lane's keys of a tile whose first token is in `slot`."""
+        spec, mma, lane, keys = self.row.spec, self.row.spec.mma, self.row.group.lane, self.buffers.keys
+        if spec.packs(keys.form):
+            return [load_keys(self.row, keys, slot, half) for half in range(2)]
         places = [(lane // 4, lane % 4)] if mma.kind == "CUDA" else mma.row_runs(lane)
 
         def chunk(n: int, c: int) -> list[list[UOp]]:
             # of a dimension that does not exist any other's: the query has a zero there
-            starts = [
-                base
-                + (n * HALF_TILE + token) * spec.slot_elements
-                + spec.bounded(slot * RUN + c * spec.chunk_dims, c)[0]
-                for token, slot in places
-            ]
-            return [self._load(self.buffers.keys, start, RUN) for start in starts]
+            runs = [(n * HALF_TILE + token, spec.bounded(spec.run_dim(at, c), c)[0]) for token, at in places]
+            return [self._load(keys, slot, token, dim, RUN) for token, dim in runs]
 
         return [[chunk(n, c) for c in range(spec.chunks)] for n in range(2)]
 
     def load_values(self, tile: _Tile, *after: UOp) -> list[list[UOp]]:
         """The lane's values of a tile."""
         row, spec, lane = self.row, self.row.spec, self.row.group.lane
-        if spec.mma.kind == "CUDA":
-            tokens = [lane % 4 * 2 + a + HALF_TILE * h for h in range(2) for a in range(2)]
-            dims = [lane // 4 * (spec.head_dim // RUN)] * 4
-        else:
-            tokens = [row.head, row.head, row.head + HALF_TILE, row.head + HALF_TILE]
-            dims = [*row.value_dims, *row.value_dims]
         # slots after the split's last token may hold another sequence's NaN, and a weight of 0 would not erase it
         last = (self.high - 1 - tile.first).maximum(0)
-        pool = self.buffers.values.after(*after) if after else self.buffers.values
+        values = self.buffers.values.after(*after) if after else self.buffers.values
+        if spec.mma.kind == "CUDA":
+            tokens = [lane % 4 * 2 + a + HALF_TILE * h for h in range(2) for a in range(2)]
+            columns = [lane // 4] * 4
+        else:
+            tokens = [row.head, row.head, row.head + HALF_TILE, row.head + HALF_TILE]
+            columns = [row.column + e for _ in range(2) for e in range(2)]
+        tokens = [token.minimum(last) for token in tokens]
+        if spec.packs(values.form):
+            return load_values(row, values, tile.slot, tokens)
+        size = spec.head_dim // RUN
+        most = size // 2 if values.form.bits == 4 else size  # neighbors
         return [
-            self._load(pool, tile.base + token.minimum(last) * spec.slot_elements + dim, spec.head_dim // RUN)
-            for token, dim in zip(tokens, dims, strict=True)
+            [
+                v
+                for start in range(0, size, most)
+                for v in self._load(values, tile.slot, token, spec.value_dim(column, start), most)
+            ]
+            for token, column in zip(tokens, columns, strict=True)
         ]
 
-    def _load(self, pool: UOp, at: UOp, count: int) -> list[UOp]:
-        return [pool[at + i].load().cast(self.row.spec.mma.dtype) for i in range(count)]
+    def _load(self, heads: StoredHeads, slot: UOp, token: UOp, dim: UOp, count: int) -> list[UOp]:
+        """Neighbors of the key or the value of a tile's token."""
+        spec, head = self.row.spec, self.row.group.kv_head
+        if heads.form.is_quantized:
+            return heads.halves(slot + token, head, dim, spec.lanes, spec.mma, count)
+        base = slot * spec.slot_elements + head * spec.head_dim
+        at = base + token * spec.slot_elements + dim
+        return [heads.codes[at + i].load().cast(spec.mma.dtype) for i in range(count)]
+
+    def value_operands(self, tile: _Tile) -> list[list[UOp]]:
+        """By the lane's dimensions, the tile's values of its tokens, or words of those of two tokens."""
+        if self.row.spec.packs(self.buffers.values.form):
+            return value_words(self.row, self.buffers.values, tile.values)
+        return [list(values) for values in zip(*tile.values, strict=True)]
 
 
 class _Softmax:
     """A warp's online softmax. Its state, for the lane's head: the maximum score, the lane's share of the sum of
-    weights, and the lane's sums of weighted values (`Row.value_dims`)."""
+    weights, and the lane's sums of weighted values (`DecodeSpec.value_dim`)."""
 
     def __init__(self, row: Row, context: _Context, query: Runs, own: _OwnToken | None) -> None:
         self.row, self.context, self.query, self.own = row, context, query, own
+        self.packed_query = query_words(row, query) if row.spec.packs(row.spec.kv.keys) else []
 
     def start(self) -> list[UOp]:
         """The state before the context: the row's own token and the head's sink in one warp, nothing in the others."""
@@ -256,30 +316,43 @@ class _Softmax:
         zero = UOp.const(0.0, F32)
         weights = [[(v > NOTHING / 10).where((v - new_best).exp2(), zero) for v in pair] for pair in scores]
         new_total = total * decay + balanced([w for pair in weights for w in pair])
-        rounded = [[w.cast(spec.mma.dtype) for w in pair] for pair in weights]
+        if spec.packs(spec.kv.values):
+            rounded = [[pack_words(*pair)] for pair in weights]
+        else:
+            rounded = [[w.cast(spec.mma.dtype) for w in pair] for pair in weights]
         if spec.is_wide:
             tiles, rounded = self._load_values(tiles, rounded)
+        operands = [self.context.value_operands(tile) for tile in tiles]
         new = []
         for j in range(spec.head_dim // RUN):
             sums = [acc[j * 2] * decay, acc[j * 2 + 1] * decay]
-            for i, tile in enumerate(tiles):
-                sums = _add_values(spec, rounded[2 * i : 2 * i + 2], [run[j] for run in tile.values], sums)
+            for i, values in enumerate(operands):
+                sums = _add_values(spec, rounded[2 * i : 2 * i + 2], values[j], sums)
             new += sums
         return [new_best, new_total, *new]
 
     def _load_values(self, tiles: list[_Tile], weights: list[list[UOp]]) -> tuple[list[_Tile], list[list[UOp]]]:
         """(tiles with their values, which are loaded after their weights are known, the weights)."""
-        flat = [w for pair in weights for w in pair]
-        held = self.row.group.body.registers(len(flat), self.row.spec.mma.dtype)
+        flat, size = [w for pair in weights for w in pair], len(weights[0])
+        held = self.row.group.body.registers(len(flat), flat[0].dtype)
         held = held.after(UOp.group(*[held[i].store(w) for i, w in enumerate(flat)]))
         loaded = [replace(tile, values=self.context.load_values(tile, held)) for tile in tiles]
-        return loaded, [[held[i].load(), held[i + 1].load()] for i in range(0, len(flat), 2)]
+        return loaded, [[held[i + k].load() for k in range(size)] for i in range(0, len(flat), size)]
 
     def _scores(self, tile: _Tile, half: int) -> list[UOp]:
         """The scores of the lane's two tokens of half a tile."""
-        products = _multiply_keys(self.row.spec, self.query, tile.keys[half])
+        products = self._products(tile, half)
         tokens = [tile.first + half * HALF_TILE + self.row.column + e for e in range(2)]
         return [self._score(tile, token, product) for token, product in zip(tokens, products, strict=True)]
+
+    def _products(self, tile: _Tile, half: int) -> list[UOp]:
+        """q . k of the lane's head and two tokens of half a tile."""
+        row, keys = self.row, self.context.buffers.keys
+        if not row.spec.packs(keys.form):
+            return _multiply_keys(row.spec, self.query, tile.keys[half])
+        words = key_words(row, keys, tile.keys[half])
+        left, right = ([word for chunk in chunks for word in chunk] for chunks in (self.packed_query, words))
+        return multiply_heads(left, right, zeros(2))
 
     def _score(self, tile: _Tile, token: UOp, product: UOp) -> UOp:
         """A token's score; NOTHING if the row does not attend to it here."""
@@ -310,6 +383,8 @@ def _multiply_keys(spec: DecodeSpec, query: Runs, keys: Runs) -> list[UOp]:
 def _add_values(spec: DecodeSpec, weights: list[list[UOp]], values: list[UOp], sums: list[UOp]) -> list[UOp]:
     """sums + weights (8 heads x 16 tokens) @ values. A lane's scores are placed as the operand needs its weights."""
     mma = spec.mma
+    if spec.packs(spec.kv.values):
+        return multiply_heads([word for (word,) in weights], values, sums)
     zero = UOp.const(0.0, mma.dtype)
     if mma.kind == "METAL":
         acc = UOp.stack(*sums)

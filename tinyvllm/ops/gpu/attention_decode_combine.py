@@ -53,8 +53,8 @@ def _share_states(row: Row, state: list[UOp]) -> _WarpStates:
     leads = is_real & row.column.eq(0)
     at = group.warp * spec.tile_heads + row.head
     stores = [
-        values[(at * dim + d + j).valid(is_real)].store(acc[j * 2 + e])
-        for e, d in enumerate(row.value_dims)
+        values[(at * dim + spec.value_dim(row.column + e, j)).valid(is_real)].store(acc[j * 2 + e])
+        for e in range(2)
         for j in range(dim // RUN)
     ]
     stores += [scales[(at * 2).valid(leads)].store(best), scales[(at * 2 + 1).valid(leads)].store(total)]

@@ -90,6 +90,8 @@ class StreamedAttentionSpec(PrefillSpec):
     def uncovered_shape(self) -> str:
         if rest := super().uncovered_shape():
             return rest
+        if self.kv.is_quantized:
+            return f"keys and values in {self.kv.name}"
         return "" if self.uses_wgmma else "no wgmma"
 
     @property
@@ -181,7 +183,7 @@ class StreamedAttentionSpec(PrefillSpec):
 def attend_streamed(
     spec: StreamedAttentionSpec,
     out: Tensor,
-    pool: tuple[Tensor, Tensor],
+    pool: Sequence[Tensor],
     layer: AttentionLayer,
     step: Step,
     qkv: Sequence[Tensor],

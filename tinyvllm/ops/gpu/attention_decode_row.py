@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
 
+from tinyvllm.config import KVFormat
 from tinyvllm.ops.attention_spec import VALUES
 from tinyvllm.ops.gpu.attention_fused import RUN, FusedAttentionSpec
 from tinyvllm.ops.gpu.attention_split import SHORTEST_SPAN, TILE_TOKENS, SplitHeads
+from tinyvllm.ops.gpu.kv_codes import StoredHeads
 from tinyvllm.ops.kernel.body import Body, balanced, clamp
 from tinyvllm.ops.kernel.lanes import (
     LANES,
@@ -31,6 +33,7 @@ LONG_CONTEXT = 2048  # tokens
 TILE_HEADS = 8  # query heads that are rows of a matrix tile
 WIDE_HEAD = 256  # dimensions of heads of which a lane's registers do not hold keys and values of a tile at once
 CUDA_SHARED_BYTES = 48 << 10
+GROUP = 32  # dimensions that share a scale where keys or values are quantized
 
 Runs = list[list[list[UOp]]]  # a lane's values of one head: by chunk of the matrix unit, run, and dimension in the run
 
@@ -84,6 +87,60 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
     @property
     def chunks(self) -> int:
         return -(-self.head_dim // self.chunk_dims)
+
+    # -- dimensions in the order of codes (attention_decode_codes.py) --------------------------------------------------
+
+    def packs(self, form: KVFormat) -> bool:
+        """Whether operands are made of words of two numbers, which inline PTX multiplies."""
+        return form.is_quantized and self.mma.kind == "CUDA"
+
+    @property
+    def runs_at_once(self) -> int:
+        """Runs of keys that a lane loads at once: 16 bytes of codes, or as many as it has."""
+        bits = self.kv.keys.bits
+        return min(16 // bits, self.chunks) if bits < 16 and self.mma.kind == "CUDA" else 1
+
+    @property
+    def key_words(self) -> int:
+        """Words of such a load."""
+        return self.runs_at_once * RUN * self.kv.keys.bits // 32
+
+    @property
+    def value_words(self) -> int:
+        """Words of a lane's codes of one value."""
+        return self.head_dim // RUN * self.kv.values.bits // 32
+
+    def run_dim(self, slot: UOp, chunk: int) -> UOp:
+        """The first dimension of the run in a slot of a chunk of keys and queries."""
+        at_once = self.runs_at_once
+        if self.kv.keys.bits != 4:
+            start = chunk // at_once * at_once * self.chunk_dims
+            return slot * (RUN * at_once) + (start + chunk % at_once * RUN)
+        if at_once == 4:  # a lane has whole groups
+            return slot * GROUP + (chunk // 4 * 4 * self.chunk_dims + chunk % 4 * RUN)
+        if at_once == 2:  # and here both halves of bytes
+            return slot // 2 * GROUP + slot % 2 * RUN + chunk * (GROUP // 2)
+        return slot // 4 * GROUP + slot % 4 // 2 * RUN + slot % 2 * (GROUP // 2) + chunk * self.chunk_dims
+
+    @property
+    def key_groups(self) -> list[tuple[list[tuple[int, int]], tuple[int, ...]]]:
+        """For each group of dimensions with a scale that the lane has a part of: (chunk, run) of its runs in order, and
+        the masks that connect the lanes that have the others."""
+        if self.mma.kind != "CUDA":  # two runs of neighboring slots
+            return [([(c, 0), (c, 1)], (1,)) for c in range(self.chunks)]
+        at_once = self.runs_at_once
+        masks = {1: (1, 2), 2: (1,), 4: ()}[at_once]
+        return [([(i + j, 0) for j in range(at_once)], masks) for i in range(0, self.chunks, at_once)]
+
+    def value_dim(self, column: UOp, index: int) -> UOp:
+        """The index-th dimension of the column-th of eight spans of values and results."""
+        size = self.head_dim // RUN
+        if self.kv.values.bits != 4:
+            return column * size + index
+        # both halves of the same bytes
+        half, per_group = size // 2, GROUP // size
+        start = column // per_group * GROUP + column % per_group * half
+        return start + (index // half * (GROUP // 2) + index % half)
 
     def bounded(self, dim: UOp, chunk: int) -> tuple[UOp, UOp | None]:
         """(a dimension of a chunk, or some other that exists, whether it exists; None: all of the chunk's do)."""
@@ -182,20 +239,17 @@ class Buffers:
     split_values: UOp | None
     split_sums: UOp | None
     arrivals: UOp | None
-    keys: UOp
-    values: UOp
+    keys: StoredHeads
+    values: StoredHeads
 
 
 def take_buffers(spec: DecodeSpec, operands: list[UOp]) -> Buffers:
     """The buffers at the front of a kernel's operands, which are removed."""
-    return Buffers(
-        out=operands.pop(0) if spec.combines_splits or not spec.is_split else None,
-        split_values=operands.pop(0) if spec.is_split else None,
-        split_sums=operands.pop(0) if spec.is_split else None,
-        arrivals=operands.pop(0) if spec.combines_splits else None,
-        keys=operands.pop(0),
-        values=operands.pop(0),
-    )
+    out = operands.pop(0) if spec.combines_splits or not spec.is_split else None
+    split_values, split_sums = (operands.pop(0) if spec.is_split else None for _ in range(2))
+    arrivals = operands.pop(0) if spec.combines_splits else None
+    keys, values = StoredHeads.of(spec, spec.take_planes(operands))
+    return Buffers(out, split_values, split_sums, arrivals, keys, values)
 
 
 @dataclass(frozen=True)
@@ -270,11 +324,12 @@ class Row:
         self.table = seq * layout.max_blocks + spec.tables_start
         slot = clamp(self.inputs[spec.slots_start + row].load(), 0, spec.num_blocks * layout.block_size - 1)
         self.own_start = slot * spec.slot_elements + group.kv_head * spec.head_dim
+        self.own_head = slot * spec.num_kv_heads + group.kv_head
         self.query_scale = spec.query_scale_at(self.tables.rope, self.past)
         self.head = spec.mma.head(group.lane)
         self.column = spec.mma.column(group.lane)
 
-    def wait(self, ahead: Sequence[UOp], pool: Sequence[UOp]) -> tuple[UOp, ...]:
+    def wait(self, ahead: Sequence[UOp], pool: Sequence[UOp] = ()) -> tuple[UOp, ...]:
         """Wait for the previous kernels. `ahead`, and cosines and sines if there are registers for them, are loaded
         meanwhile. Returns the buffers of `pool`, as they are after that."""
         factors = []
@@ -341,13 +396,13 @@ class Row:
         return (total * (1.0 / self.spec.head_dim) + eps).sqrt().reciprocal()
 
     def value(self) -> list[list[UOp]]:
-        """The lane's spans (`value_dims`) of the KV head's value, normed if the model norms values."""
+        """The lane's two spans (`DecodeSpec.value_dim`) of the KV head's value, normed if the model norms values."""
         size, spans = self.spec.head_dim // RUN, []
-        for dim in self.value_dims:
-            starts = range(0, size, RUN)
-            spans.append(
-                [v for i in starts for v in self.loaded(VALUES, self.group.kv_head, dim + i, min(RUN, size - i))]
-            )
+        most = size // 2 if self.spec.kv.values.bits == 4 else size  # neighbors
+        for e in range(2):
+            runs = [(start + i, min(RUN, most - i)) for start in range(0, size, most) for i in range(0, most, RUN)]
+            loads = [(self.spec.value_dim(self.column + e, start), count) for start, count in runs]
+            spans.append([v for dim, count in loads for v in self.loaded(VALUES, self.group.kv_head, dim, count)])
         if self.spec.value_eps is None:
             return spans
         factor = self._rms_factor(spans, self.spec.value_eps)
@@ -359,15 +414,9 @@ class Row:
         `Mma.token_runs`. See `DecodeSpec.bounded`."""
         spec = self.spec
         return [
-            [spec.bounded(slot * RUN + c * spec.chunk_dims, c) for _, slot in spec.mma.token_runs(self.group.lane)]
+            [spec.bounded(spec.run_dim(slot, c), c) for _, slot in spec.mma.token_runs(self.group.lane)]
             for c in range(spec.chunks)
         ]
-
-    @property
-    def value_dims(self) -> list[UOp]:
-        """The first dimensions of the two spans of D / 8 that the lane's sums of values cover."""
-        size = self.spec.head_dim // RUN
-        return [(self.column + e) * size for e in range(2)]
 
 
 def _zeros_outside(run: list[UOp], is_inside: UOp | None) -> list[UOp]:

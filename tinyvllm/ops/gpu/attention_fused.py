@@ -15,6 +15,7 @@ from tinyvllm.ops.kernel.body import F32
 from tinyvllm.ops.kernel.lanes import Lanes, Mma, load_floats
 
 RUN = 8  # consecutive dimensions that a lane loads at once
+QUANTIZED_DIMS = (64, 128, 256)  # of heads whose keys or values are quantized
 COVERED = (  # among the features of AttentionSpec
     "a window",
     "sinks",
@@ -31,7 +32,8 @@ COVERED = (  # among the features of AttentionSpec
 
 @dataclass(frozen=True, kw_only=True)
 class FusedAttentionSpec(AttentionSpec):
-    """Attention over a float16 pool on a matrix unit, from qkv as partial sums that are not added up yet."""
+    """Attention over a pool in float16 or quantized, on a matrix unit, from qkv as partial sums that are not added up
+    yet."""
 
     max_group: ClassVar[int] = 32  # the most query heads that may share a KV head
 
@@ -43,6 +45,8 @@ class FusedAttentionSpec(AttentionSpec):
         """Why the kernels do not cover this layer, in words; "" if they do."""
         if rest := self.uncovered(COVERED):
             return rest
+        if self.kv.is_quantized and self.head_dim not in QUANTIZED_DIMS:
+            return f"heads of {self.head_dim} in {self.kv.name}"
         if self.head_dim not in self.head_dims or self.group > self.max_group:
             return f"{self.num_heads} over {self.num_kv_heads} heads of {self.head_dim}"
         # a run and its partners must not be in part rotated

@@ -22,6 +22,7 @@ from tinyvllm.ops.gpu.attention_prefill_inputs import Inputs, PrefillSpec
 from tinyvllm.ops.gpu.attention_prefill_metal import MetalTile
 from tinyvllm.ops.gpu.attention_prefill_tile import AttentionTile
 from tinyvllm.ops.gpu.attention_rotate import rotate
+from tinyvllm.ops.gpu.kv_codes import StoredHeads, store_run
 from tinyvllm.ops.gpu.tile_map import tile_map_kernel
 from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.hopper import has_wgmma
@@ -33,7 +34,7 @@ from tinyvllm.ops.kernel.tuning import choose
 def attend_tiles(
     spec: PrefillSpec,
     out: Tensor,
-    pool: tuple[Tensor, Tensor],
+    pool: Sequence[Tensor],
     layer: AttentionLayer,
     step: Step,
     qkv: Sequence[Tensor],
@@ -53,12 +54,11 @@ def attend_tiles(
 
 
 def store_rows(
-    spec: PrefillSpec, pool: tuple[Tensor, Tensor], layer: AttentionLayer, step: Step, qkv: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The pool's keys and values with those of the step."""
+    spec: PrefillSpec, pool: Sequence[Tensor], layer: AttentionLayer, step: Step, qkv: Sequence[Tensor]
+) -> list[Tensor]:
+    """The pool's planes with the keys and values of the step."""
     written = [step.inputs, *layer.key_tables, *[qkv[i] for i in spec.parts(KEYS, VALUES)]]
-    keys, values = run_kernel(store_kernel(spec), list(pool), written)
-    return keys, values
+    return run_kernel(store_kernel(spec), list(pool), written)
 
 
 def _tile_map(spec: PrefillSpec, step: Step) -> Tensor:
@@ -72,12 +72,13 @@ def _tile_map(spec: PrefillSpec, step: Step) -> Tensor:
 
 @cached_kernel
 def store_kernel(spec: PrefillSpec) -> KernelFn:
-    """fn(keys, values, inputs, *tables without sinks, *qkv[parts(1, 2)]): writes every row's rotated key and its value
-    to the row's slot."""
+    """fn(*planes of the pool, inputs, *tables without sinks, *qkv[parts(1, 2)]): writes every row's rotated key and its
+    value to the row's slot."""
 
-    def kernel(keys: UOp, values: UOp, inputs: UOp, *operands: UOp) -> UOp:
-        body, half = Body(), spec.head_dim // 2
-        step = Inputs(spec, inputs, operands, KEYS, VALUES)
+    def kernel(*operands: UOp) -> UOp:
+        body, half, rest = Body(), spec.head_dim // 2, list(operands)
+        keys, values = StoredHeads.of(spec, spec.take_planes(rest))
+        step = Inputs(spec, rest.pop(0), rest, KEYS, VALUES)
         step.qkv = dict(zip(step.qkv, await_previous(spec.lanes, *step.qkv.values()), strict=True))
         per_row = spec.num_kv_heads * half // PIECE
         count, threads = spec.layout.num_tokens * per_row, 128
@@ -87,16 +88,13 @@ def store_kernel(spec: PrefillSpec) -> KernelFn:
         if is_inside is not None:
             item = is_inside.where(item, 0)
         row, head, dim = item // per_row, item % per_row // (half // PIECE), item % (half // PIECE) * PIECE
-        at = step.slot(row) * spec.slot_elements + head * spec.head_dim + dim
-        low, high = step.rotated(KEYS, row, head, dim)
-        new = [(keys, at, low), (keys, at + half, high)]
-        low, high = step.value(row, head, dim)
-        new += [(values, at, low), (values, at + half, high)]
-        stores = []
-        for target, start, run in new:
-            for i, value in enumerate(run):
-                place = start + i if is_inside is None else (start + i).valid(is_inside)
-                stores.append(target[place].store(value.cast(target.dtype)))
+        slot, new = step.slot(row), [(keys, step.rotated(KEYS, row, head, dim)), (values, step.value(row, head, dim))]
+        stores = [
+            store
+            for heads, runs in new
+            for run, start in zip(runs, (dim, dim + half), strict=True)
+            for store in store_run(spec.lanes, heads, slot, head, start, run, is_inside)
+        ]
         tokens, width = spec.layout.num_tokens, spec.slot_elements
         name = f"store_kv_{tokens}x{width}"
         done = UOp.group(*stores).end(*reversed(axes_of(group, thread)))
@@ -127,17 +125,21 @@ def _work(spec: PrefillSpec) -> dict[str, int]:
     tokens, context = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
     return {
         "ops": 4 * tokens * spec.num_heads * spec.head_dim * context,
-        "nbytes": 4 * tokens * spec.slot_elements * context // spec.tokens,
+        "nbytes": tokens * spec.kv.num_bytes(spec.slot_elements) * context // spec.tokens,
     }
 
 
 @cached_kernel
 def prefill_kernel(spec: PrefillSpec) -> KernelFn:
-    """fn(out (T, H * D), keys, values, tiles, inputs, *tables, *qkv[parts(0)]). Does not write rows of padding."""
+    """fn(out (T, H * D), *planes of the pool, tiles, inputs, *tables, *qkv[parts(0)]). Does not write rows of
+    padding."""
 
-    def kernel(out: UOp, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, *operands: UOp) -> UOp:
+    def kernel(out: UOp, *operands: UOp) -> UOp:
+        rest = list(operands)
+        pool = StoredHeads.of(spec, spec.take_planes(rest))
+        tiles, inputs, *rest = rest
         kind = AttentionTile if spec.tiles.is_cuda else MetalTile
-        tile = kind(spec, keys, values, tiles, inputs, operands)
+        tile = kind(spec, pool, tiles, inputs, rest)
         totals, sums = tile.attend()
         stores = tile.stores(out, totals, sums)
         return finish(UOp.group(*stores).end(*reversed(tile.axes)), _name(spec), **_work(spec))

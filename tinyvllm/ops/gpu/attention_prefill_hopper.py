@@ -64,7 +64,7 @@ class HopperTile(AttentionTile):
 
     def __init__(self, spec: PrefillSpec, maps: UOp, tiles: UOp, inputs: UOp, operands: Sequence[UOp]) -> None:
         """`operands`: perhaps the sinks, and then the buffers that the maps describe."""
-        super().__init__(spec, maps, maps, tiles, inputs, operands)
+        super().__init__(spec, None, tiles, inputs, operands)
         self.maps, self.described = maps, operands[-3:]
         self.type_name = PTX_NAMES[self.mma.mma.dtype]
         self.role = uniform(self.warp)  # the warp's number, without limits that tinygrad knows

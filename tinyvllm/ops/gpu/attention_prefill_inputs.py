@@ -80,7 +80,7 @@ class PrefillSpec(FusedAttentionSpec, Tunable):
     @property
     def uses_wgmma(self) -> bool:
         """Whether Hopper's kernel is used: if a head is whole tiles of 64 columns."""
-        return self.has_wgmma and self.mma.dtype == F16 and self.head_dim % WGMMA_COLS == 0
+        return self.has_wgmma and self.mma.dtype == F16 and self.head_dim % WGMMA_COLS == 0 and not self.kv.is_quantized
 
     @property
     def groups(self) -> int:

@@ -12,6 +12,7 @@ from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.gpu.attention_prefill_tile import AttentionTile, Walk
+from tinyvllm.ops.gpu.kv_codes import StoredHeads
 from tinyvllm.ops.kernel.body import F16
 from tinyvllm.ops.kernel.simdgroups import (
     ELEMENTS,
@@ -139,7 +140,9 @@ class MetalTile(AttentionTile):
         run = self.key_blocks * ELEMENTS
         return self.values_at + block * (BLOCK * self.spec.keys + PAD) + key * (BLOCK // 2 * run) + pair * run
 
-    def _runs(self, pool: UOp, first: UOp, distance: int, piece: UOp, *, is_whole: bool) -> list[tuple[list[UOp], UOp]]:
+    def _runs(
+        self, heads: StoredHeads, first: UOp, distance: int, piece: UOp, *, is_whole: bool
+    ) -> list[tuple[list[UOp], UOp]]:
         """(8 dimensions of a key or a value, whether a token of the tile may attend to it) of two, `distance` apart. Of
         a whole tile, to all of which all tokens do, nothing is asked."""
         found: list[tuple[list[UOp], UOp]] = []
@@ -154,8 +157,8 @@ class MetalTile(AttentionTile):
                 slot = slot + distance
             else:
                 slot = self.step.slot_of(self.sequence, key if is_whole else exists.where(key, 0))
-            at = self.source(slot, piece * PIECE)
-            found.append(([pool[at + d].load() for d in range(PIECE)], exists))
+            run = heads.halves(slot, self.kv_head, piece * PIECE, self.spec.lanes, self.spec.mma)
+            found.append((run, exists))
         return found
 
     # -- the walk along the context ------------------------------------------------------------------------------------

@@ -11,7 +11,9 @@ from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.attention_spec import QUERIES
+from tinyvllm.ops.gpu.attention_prefill_codes import Unit, hold, load_unit, store_piece, unit_dims, unit_pieces
 from tinyvllm.ops.gpu.attention_prefill_inputs import Halves, Inputs, PrefillSpec
+from tinyvllm.ops.gpu.kv_codes import StoredHeads
 from tinyvllm.ops.kernel.body import F16, F32, LOG2E, LOWEST, Body, balanced, clamp
 from tinyvllm.ops.kernel.lanes import LANES, axes_of, grid, load_floats, warps, zeros
 from tinyvllm.ops.kernel.tiles import (
@@ -57,9 +59,17 @@ class AttentionTile:
     extra_warps: ClassVar[int] = 0  # besides those that multiply
 
     def __init__(
-        self, spec: PrefillSpec, keys: UOp, values: UOp, tiles: UOp, inputs: UOp, operands: Sequence[UOp]
+        self,
+        spec: PrefillSpec,
+        pool: tuple[StoredHeads, StoredHeads] | None,
+        tiles: UOp,
+        inputs: UOp,
+        operands: Sequence[UOp],
     ) -> None:
-        self.spec, self.mma, self.keys, self.values = spec, spec.tiles, keys, values
+        """`pool`: keys and values; None if the copy engine fetches them."""
+        self.spec, self.mma = spec, spec.tiles
+        if pool is not None:
+            self.keys, self.values = pool
         self.step = self.make_inputs(inputs, operands)
         body, layout = Body(), spec.layout
         tile, self.kv_head = grid(body, spec.max_tiles), grid(body, spec.num_kv_heads)
@@ -119,17 +129,19 @@ class AttentionTile:
         return [value * scale for value in low], [value * scale for value in high]
 
     def key_slots(self, first_key: UOp | int) -> list[tuple[UOp, UOp]]:
-        """(slot, whether it is in the context and, of the tile's first row at least, in the window) of each key of a
-        tile that the thread copies a piece of."""
+        """As `key_slot`, of each key of a tile that the thread copies a piece of."""
         per_key = self.spec.head_dim // PIECE
         slots = []
         for start in range(0, self.spec.keys * per_key, self.threads):
-            key = first_key + (start + self.thread) // per_key
-            wanted = key < self.context
-            if self.spec.window is not None:  # blocks before the window may have been given back
-                wanted = wanted & (key >= self.spec.first_key(self.position))
-            slots.append((self.step.slot_of(self.sequence, wanted.where(key, 0)), wanted))
+            slots.append(self.key_slot(first_key + (start + self.thread) // per_key))
         return slots
+
+    def key_slot(self, key: UOp) -> tuple[UOp, UOp]:
+        """(slot, whether it is in the context and, of the tile's first row at least, in the window) of a key."""
+        wanted = key < self.context
+        if self.spec.window is not None:  # blocks before the window may have been given back
+            wanted = wanted & (key >= self.spec.first_key(self.position))
+        return self.step.slot_of(self.sequence, wanted.where(key, 0)), wanted
 
     def pieces(self, base: UOp | int) -> list[tuple[UOp, UOp]]:
         """(place in the tile, dimension) of each piece that the thread copies."""
@@ -204,6 +216,8 @@ class AttentionTile:
         if self.copies_ahead:
             first = replace(memory, base=self.begin % 2 * size)
             primed = (self._begin(first, self.key_slots(self.begin * spec.keys)),)
+            for target, heads in self._quantized_parts(memory):
+                primed += (*self._store_units(target, first.base, self._load_units(heads, self.begin * spec.keys)),)
         for walk in self.walks():
             if spec.takes_turns:
                 registers = self._walk_in_turns(walk, staged, memory, registers)
@@ -218,17 +232,25 @@ class AttentionTile:
     ) -> UOp:
         """The registers after a walk. `primed`: the copies of the first tile of all walks (CUDA)."""
         spec, size = self.spec, self.spec.keys * self.spec.head_dim
+        quantized = self._quantized_parts(memory)
         loop = self.body.fold_while(walk.count)
         step = loop.cast(dtypes.weakint) + walk.first
         first_key = step * spec.keys
         slots = self.key_slots(first_key + spec.keys)
         arrived = arrival(0, loop, *primed, *[slot for slot, _ in slots])
-        begun = (self._begin(replace(memory, base=(step + 1) % 2 * size), slots, arrived),)
+        following = replace(memory, base=(step + 1) % 2 * size)
+        begun: tuple[UOp, ...] = (self._begin(following, slots, arrived),)
+        parts = [(target, self._load_units(heads, first_key + spec.keys)) for target, heads in quantized]
+        if parts:
+            begun += (hold([value for _, units in parts for _, unit in units for value in unit.loaded], arrived),)
         tile = memory.after(arrived, base=step % 2 * size, begun=begun)
         old = [registers.after(loop)[i].load() for i in range(registers.max_numel())]
         new = self._step(queries, tile, None if walk.is_whole else first_key, old)
+        converted = [
+            store for target, units in parts for store in self._store_units(target, following.base, units, *new)
+        ]
         stored = UOp.group(*[registers.after(loop)[i].store(value) for i, value in enumerate(new)])
-        return registers.after(together(stored, *tile.begun).end(loop))
+        return registers.after(together(stored, *tile.begun, *converted).end(loop))
 
     def _walk_in_turns(self, walk: Walk, queries: UOp, memory: _Memory, registers: UOp) -> UOp:
         """The same where a tile's values overwrite its keys. What is known of its scores is held in registers
@@ -236,14 +258,14 @@ class AttentionTile:
         loop = self.body.fold_while(walk.count)
         first_key = (loop.cast(dtypes.weakint) + walk.first) * self.spec.keys
         old = [registers.after(loop)[i].load() for i in range(registers.max_numel())]
-        keys = memory.after(UOp.group(*self._fill([(memory.keys.after(loop), self.keys)], first_key)))
+        keys = memory.after(self._fill(memory.keys.after(loop), self.keys, first_key))
         scores = self._scores_by_chunk(queries.after(loop), keys, None if walk.is_whole else first_key)
         best, total, weights, decays = self._weigh(scores, old)
         flat = [*best, *total, *decays, *[value for blocks in weights for block in blocks for value in block]]
         held = self.body.registers(len(flat))
         held = held.after(UOp.group(*[held.after(loop)[i].store(value) for i, value in enumerate(flat)]))
         read = UOp(Ops.BARRIER, src=(held,))
-        values = memory.after(UOp.group(*self._fill([(memory.values.after(read), self.values)], first_key)))
+        values = memory.after(self._fill(memory.values.after(read), self.values, first_key))
         kept = iter([held[i].load() for i in range(len(flat))])
         best, total, decays = ([next(kept) for _ in part] for part in (best, total, decays))
         weights = [[[next(kept) for _ in block] for block in blocks] for blocks in weights]
@@ -256,24 +278,52 @@ class AttentionTile:
         copies = []
         for (place, dim), (slot, wanted) in zip(self.pieces(memory.base), slots, strict=True):
             at = self.source(slot, dim)
-            copies.append(copy_piece(memory.keys[place], self.keys[at], wanted, *after))
-            copies.append(copy_piece(memory.values[place], self.values[at], wanted, *after))
+            for target, heads in ((memory.keys, self.keys), (memory.values, self.values)):
+                if not heads.form.is_quantized:
+                    copies.append(copy_piece(target[place], heads.codes[at], wanted, *after))
         return commit(*copies)
 
-    def _fill(self, targets: list[tuple[UOp, UOp]], first_key: UOp) -> list[UOp]:
-        """Stores of a tile of keys, of values, or of both, given as (threadgroup memory, pool). Zeros outside the
-        context, since the pool may hold anything."""
+    def _load_units(self, heads: StoredHeads, first_key: UOp | int) -> list[tuple[UOp, Unit]]:
+        """(key of the tile, codes) of each unit of a tile that the thread converts, of quantized keys or values."""
+        dims = unit_dims(heads.form)
+        per_key, units = self.spec.head_dim // dims, []
+        for start in range(0, self.spec.keys * per_key, self.threads):
+            item = start + self.thread
+            key, dim = item // per_key, item % per_key * dims
+            slot, wanted = self.key_slot(first_key + key)
+            units.append((key, load_unit(heads, slot, self.kv_head, dim, wanted)))
+        return units
+
+    def _store_units(self, memory: UOp, base: UOp | int, units: list[tuple[UOp, Unit]], *after: UOp) -> list[UOp]:
+        """Statements that convert units to float16 in threadgroup memory."""
+        spec, stores = self.spec, []
+        for key, unit in units:
+            for dim, words in unit_pieces(spec, unit):
+                chunk = base + dim // TILE_COLS * (spec.keys * TILE_COLS)
+                place = chunk + self.mma.at(key, dim % TILE_COLS // self.mma.slot_cols)
+                stores.append(store_piece(memory[place], words, *after))
+        return stores
+
+    def _quantized_parts(self, memory: _Memory) -> list[tuple[UOp, StoredHeads]]:
+        """(threadgroup memory, keys or values) of those that are quantized."""
+        parts = ((memory.keys, self.keys), (memory.values, self.values))
+        return [(target, heads) for target, heads in parts if heads.form.is_quantized]
+
+    def _fill(self, tile: UOp, heads: StoredHeads, first_key: UOp) -> UOp:
+        """The stores of a tile of keys, or of values. Zeros outside the context, since the pool may hold anything."""
         stores, mma, per_key = [], self.mma, self.spec.head_dim // PIECE
+        if heads.form.is_quantized:
+            units = self._load_units(heads, first_key)
+            return UOp(Ops.BARRIER, src=tuple(self._store_units(tile, 0, units)))
         for start, (slot, wanted) in zip(
             range(0, self.spec.keys * per_key, self.threads), self.key_slots(first_key), strict=True
         ):
             item = start + self.thread
             key, dim = item // per_key, item % per_key * PIECE
             at, base = self.source(slot, dim), dim // TILE_COLS * (self.spec.keys * TILE_COLS)
-            for tile, pool in targets:
-                values = [wanted.where(value, 0.0) for value in load_floats(pool, at, PIECE)]
-                stores += mma.write(tile, base, key, dim % TILE_COLS // mma.slot_cols, values)
-        return stores
+            values = [wanted.where(value, 0.0) for value in load_floats(heads.codes, at, PIECE)]
+            stores += mma.write(tile, base, key, dim % TILE_COLS // mma.slot_cols, values)
+        return UOp.group(*stores)
 
     def _step(self, queries: list[Operands], memory: _Memory, first_key: UOp | None, old: list[UOp]) -> list[UOp]:
         """Maxima, sums of weights and sums of values after one more tile of keys. `first_key`: the tile's first key, if

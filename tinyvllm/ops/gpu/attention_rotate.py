@@ -17,7 +17,7 @@ from tinyvllm.ops.kernel.tiles import PIECE, together
 QUERY_MAP, KEY_MAP, VALUE_MAP = range(3)  # in the buffer of tensor maps
 NUM_WARPS = 8
 
-Pool = tuple[Tensor, Tensor]  # a layer's keys and values
+Pool = Sequence[Tensor]  # a layer's keys and values
 
 
 def rotate(

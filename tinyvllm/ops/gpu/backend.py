@@ -9,9 +9,9 @@ from dataclasses import replace
 from tinygrad import Tensor, UOp, dtypes
 
 from tinyvllm.arrays import Format, HostMatrix
-from tinyvllm.config import KV_ALIASES, KV_FORMATS, KVFormats, StateKind
+from tinyvllm.config import KVFormats, StateKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle
-from tinyvllm.errors import DeviceError, UnsupportedModelError
+from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops.adapter_spec import (
     AdapterSite,
     ExpandSpec,
@@ -105,9 +105,7 @@ class GpuBackend(DeviceSampling):
         return make_site(shape, self.device, self.dtype)
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
-        """That of the activations for "auto". Raises DeviceError for formats that no kernel here reads."""
-        if KV_FORMATS.get(KV_ALIASES.get(wanted, wanted), KV_FORMATS["float16"]).is_quantized:
-            raise DeviceError(f"--kv-cache-dtype is {wanted!r}, which {self.device.name} does not have: give float16")
+        """That of the activations for "auto"."""
         return self.dtype if wanted == "auto" else wanted
 
     # -- operations ---------------------------------------------------------------------------------------------------
@@ -221,12 +219,12 @@ class GpuBackend(DeviceSampling):
         qkv, layer = self._with_whole_norm(qkv, layer, step)
         pool, stored = step.pool, layer.pool_layer
         spec = AttentionSpec.of(layer, step.layout, pool.num_blocks[stored], kv=pool.formats)
-        keys, values = pool.keys[stored], pool.values[stored]
+        planes = pool.tensors_of(stored)
         if spec.writes_kv:
             written = [step.inputs, *layer.key_tables, *qkv[spec.kv_parts]]
-            keys, values = run_kernel(write_kv_kernel(spec), [keys, values], written)
+            planes = run_kernel(write_kv_kernel(spec), planes, written)
         out = self._empty(step.num_tokens * spec.num_heads * spec.head_dim)
-        read = [keys, values, step.inputs, *layer.tables, *qkv[spec.query_parts]]
+        read = [*planes, step.inputs, *layer.tables, *qkv[spec.query_parts]]
         return run_kernel(attention_kernel(spec), [out], read)[0]
 
     def attend_latent(self, queries: Tensor, latents: Tensor, layer: LatentLayer, step: Step) -> Tensor:

@@ -148,7 +148,8 @@ class Split(Pending):
 
 def _uncovered_pool(pool: KVPool) -> str:
     """Why the fused kernels of attention do not read this pool, in words; "" if they do."""
-    return "" if pool.formats == FLOAT16_KV else f"a pool in {pool.formats.name}"
+    covers_all = all(form.is_quantized or form.name == "float16" for form in (pool.formats.keys, pool.formats.values))
+    return "" if covers_all else f"a pool in {pool.formats.name}"
 
 
 DENSE_NAMES = {dtypes.half: "float16", dtypes.bfloat16: "bfloat16"}  # formats, by the matrix unit's dtype
@@ -296,13 +297,13 @@ class FusedGpuBackend(GpuBackend):
         reason = pool_reason or "no matrix unit for float16"
         if mma is not None:
             lanes = self._lanes_between(step.num_tokens) if by_rows else self.lanes
-            own = dict(lanes=lanes, mma=mma, qkv_partials=counts)
+            own = dict(lanes=lanes, mma=mma, qkv_partials=counts, kv=step.pool.formats)
             spec = kind.of(layer, step.layout, step.pool.num_blocks[layer.pool_layer], **own)
             reason = spec.uncovered_shape()
         if mma is None or reason:
             self.coverage.take_general("attention", reason, layer.index)
             return super().attend([self.whole(part) for part in qkv], layer, step)
-        pool = (step.pool.keys[layer.pool_layer], step.pool.values[layer.pool_layer])
+        pool = step.pool.tensors_of(layer.pool_layer)
         if by_rows and self.has_wgmma:
             stream = StreamedAttentionSpec.of(
                 layer, step.layout, step.pool.num_blocks[layer.pool_layer], has_wgmma=True, **own
@@ -340,7 +341,7 @@ class FusedGpuBackend(GpuBackend):
         walk = GpuRecurrentSpec.of(layer, step.layout, slots, step.is_decode, **own)
         return recur_by_rows(walk, out, layer, step, parts)
 
-    def _decode(self, spec: DecodeSpec, pool: tuple[Tensor, Tensor], read: list[Tensor], step: Step) -> Tensor:
+    def _decode(self, spec: DecodeSpec, pool: list[Tensor], read: list[Tensor], step: Step) -> Tensor:
         """Attention of rows that are each the last token of their sequence."""
         split = spec.split
         written, read = ([*pool], read) if spec.adds_own else ([], [*pool, *read])
@@ -363,7 +364,7 @@ class FusedGpuBackend(GpuBackend):
     def attend_latent(self, queries: Tensor, latents: Tensor, layer: LatentLayer, step: Step) -> Tensor:
         queries, latents = self.whole(queries), self.whole(latents)
         mma, tokens = self._mma(dtypes.half), step.num_tokens
-        pool_reason = _uncovered_pool(step.pool)
+        pool_reason = "" if step.pool.formats == FLOAT16_KV else f"a pool in {step.pool.formats.name}"
         reason = pool_reason or "no matrix unit for float16"
         if mma is not None and not pool_reason:
             own = dict(lanes=self._lanes(tokens), mma=mma)

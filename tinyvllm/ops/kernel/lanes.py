@@ -61,6 +61,7 @@ class Lanes:
     kind: str  # CUDA or METAL
     matrix_dtypes: tuple[DType, ...] = ()  # operands of its matrix unit with float32 sums
     is_chained: bool = False  # a kernel may start before the previous one has ended: see `await_previous`
+    has_float8: bool = False  # an instruction converts two e4m3 numbers to float16
 
     @property
     def shared_bytes(self) -> int:
@@ -92,12 +93,14 @@ def lanes_of(device_name: str) -> Lanes | None:
         return None
     cores = Device[device_name].renderer.tensor_cores
     fitting = [core.dtype_in for core in cores if core.dims == MATRIX_DIMS[kind] and core.dtype_out == dtypes.float]
-    return Lanes(kind, tuple(fitting), _is_chained(device_name))  # no matrix unit before sm_80 and Apple7
+    sm = _cuda_version(device_name)
+    return Lanes(kind, tuple(fitting), sm >= 90, sm >= 89)  # no matrix unit before sm_80 and Apple7
 
 
-def _is_chained(device_name: str) -> bool:
+def _cuda_version(device_name: str) -> int:
+    """90 of sm_90; 0 if the device is not CUDA."""
     arch: str = Device[device_name].renderer.target.arch
-    return arch.startswith("sm_") and int(arch[3:].rstrip("a")) >= 90
+    return int(arch[3:].rstrip("a")) if arch.startswith("sm_") else 0
 
 
 @dataclass(frozen=True)

@@ -384,6 +384,7 @@ class ModelConfig:
     recurrent: tuple[bool, ...] = ()  # per layer, repeated as a pattern: it is recurrent; (): none
     latent: LatentKind | None = None  # of attention in all layers
     has_output_gate: bool = False  # as in LayerKind
+    has_drafting: bool = False  # a layer that drafts tokens (model/drafting.py) is loaded, with the number num_layers
     # per layer, repeated as a pattern; set by the family (model/registry.py); (): derived from the fields above
     layer_kinds: tuple[LayerKind, ...] = ()
 
@@ -483,6 +484,8 @@ class ModelConfig:
 
 def stored_window(layers: Sequence[LayerKind], layer: int) -> int | None:
     """The widest window of the layers that read the keys and values of `layer`; None if one of them reads them all."""
+    if layer >= len(layers):  # a layer that drafts
+        return None
     widest = 0
     for index, kind in enumerate(layers):
         if layer in (index, kind.kv_layer):
@@ -856,6 +859,7 @@ class Capacity:
     checkpoint_interval: int = 1  # blocks between the checkpoints of a long prompt's states
     # the most token rows of a step with drafts alone, each with logits of its own; 0: no step has drafts
     max_verify_rows: int = 0
+    has_drafting: bool = False  # the model's steps note what its drafting layer (model/drafting.py) needs
     memory: MemoryUse = MemoryUse()
     kv_cache_dtype: str = FLOAT16_KV.name  # KVFormats.name of the pool
 

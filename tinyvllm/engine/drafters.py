@@ -31,6 +31,8 @@ def load_drafter(
     wanted = config.speculative_config
     if wanted is None:
         return None, []
+    if wanted.method == "mtp":
+        return _load_mtp(runner, progress), []
     if draft_files is None:
         return NgramDrafter(*wanted.lookup), []
 
@@ -43,6 +45,14 @@ def load_drafter(
         drafter.close()
         raise
     return drafter, [] if config.warm_up == "full" else [drafter.captures]
+
+
+def _load_mtp(runner: ModelRunner, progress: Progress | None) -> Drafter:
+    from tinyvllm.execution.mtp import MtpDrafter
+
+    drafter = MtpDrafter(runner)
+    drafter.warm_up(progress)
+    return drafter
 
 
 class CapturesInTurn:

@@ -70,6 +70,7 @@ class Bucket:
             has_states=capacity.num_state_slots > 0,
             has_adapters=self.has_adapters,
             has_drafts=capacity.max_verify_rows > 0,
+            has_drafting=capacity.has_drafting,
         )
 
     def holds(self, plan: StepPlan) -> bool:

@@ -106,6 +106,7 @@ def plan_capacity(config: EngineConfig, limits: Limits, model: ModelConfig, memo
         num_state_slots=split.num_state_slots(num_blocks),
         checkpoint_interval=split.checkpoint_interval,
         max_verify_rows=max_verify_rows(limits, config),
+        has_drafting=model.has_drafting,
         memory=_memory_use(split, memory, num_blocks),
         kv_cache_dtype=memory.kv_cache_dtype,
     )

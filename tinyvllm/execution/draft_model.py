@@ -13,23 +13,22 @@ masks are not applied to drafts: requests that have them are drafted from the dr
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from tinyvllm.config import Capacity, EngineConfig, ModelFiles, SamplingParams
+from tinyvllm.config import Capacity, EngineConfig, ModelFiles
 from tinyvllm.device.handle import open_device
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.execution.capacity import DraftMemory, scratch_bytes
 from tinyvllm.execution.captures import Captures, Progress
+from tinyvllm.execution.fed_steps import FedSteps, shadow, usable
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.model_check import examine_files
-from tinyvllm.execution.runner import Flight, ModelRunner, load_runner, padded_rows
+from tinyvllm.execution.runner import ModelRunner, load_runner, padded_rows
 from tinyvllm.ops.sampling.logits_processing import state_bytes
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan
 from tinyvllm.scheduling.request import Request
-from tinyvllm.scheduling.scheduler import in_stable_rows
 from tinyvllm.storage.model_config import read_model_config
 
 
@@ -122,16 +121,9 @@ class _Lane:
 
 
 @dataclass
-class _Flight:
-    plan: StepPlan
-    handle: Flight
-
-
-@dataclass
 class DraftWork:
     """What a draft model has computed since the start."""
 
-    num_steps: int = 0  # of the draft model
     num_caught_up: int = 0  # tokens computed that are not drafts: prompts, and tokens of the engine
     num_evictions: int = 0  # followers that gave up their blocks
 
@@ -152,7 +144,7 @@ class DraftModel:
         self.blocks = BlockManager.of(runner.capacity, enable_prefix_caching)
         self.work = DraftWork()
         self._followers: dict[str, Follower] = {}  # the least recently used first
-        self._flights: deque[_Flight] = deque()  # oldest first
+        self._steps = FedSteps(runner)
 
     @property
     def name(self) -> str:
@@ -200,13 +192,12 @@ class DraftModel:
             drafting = self._catch_up(active)
             for place in range(1, max((lane.count for lane in drafting), default=0)):
                 longer = [lane for lane in drafting if lane.count > place]
-                self._launch([Scheduled(lane.draft, lane.draft.num_computed, 1) for lane in longer])
-            while self._flights:
-                self._collect()
+                self._steps.launch([Scheduled(lane.draft, lane.draft.num_computed, 1) for lane in longer])
+            self._steps.finish()
         except Exception:
             self._give_up(active)
             raise
-        return [[] if lane is None else self._usable(lane) for lane in lanes]
+        return [[] if lane is None else usable(lane.follower.drafts, self._num_ids) for lane in lanes]
 
     def committed(self, plan: StepPlan, output: StepOutput) -> None:
         """Nothing to note: a follower compares its drafts with the request's tokens."""
@@ -228,7 +219,7 @@ class DraftModel:
             return None
         follower = self._followers.pop(request.request_id, None)
         if follower is None or follower.request is not request:
-            follower = Follower(request, _request_of(request))
+            follower = Follower(request, shadow(request, request.prompt_ids))
         self._followers[request.request_id] = follower
         follower.sync()
         if follower.is_foreign(self._vocab_size):
@@ -256,7 +247,7 @@ class DraftModel:
             if is_whole:
                 drafting.append(lane)
         if entries:
-            self._launch(entries)
+            self._steps.launch(entries)
         return drafting
 
     def _reserve(self, draft: Request, num_tokens: int, in_use: Iterable[Request]) -> bool:
@@ -273,38 +264,9 @@ class DraftModel:
             self.work.num_evictions += 1
         return True
 
-    def _launch(self, entries: list[Scheduled]) -> None:
-        """Enqueue a step. The device feeds it the tokens that the step before has sampled; of the older ones, those in
-        flight are read first."""
-        plan = StepPlan(tuple(in_stable_rows(entries)))
-        while len(self._flights) >= self.runner.max_in_flight:
-            self._collect()
-        handle = self.runner.launch(plan)
-        self._flights.append(_Flight(plan, handle))
-        self.work.num_steps += 1
-        for entry in plan.entries:
-            entry.request.num_computed += entry.count
-        for row, entry in enumerate(plan.sampled):
-            entry.request.num_in_flight += 1
-            entry.request.flight_row = row
-
-    def _collect(self) -> None:
-        flight = self._flights.popleft()
-        output = self.runner.collect(flight.handle)
-        for entry, token_id in zip(flight.plan.sampled, output.token_ids, strict=True):
-            entry.request.num_in_flight -= 1
-            entry.request.output_ids.append(token_id)
-
-    def _usable(self, lane: _Lane) -> list[int]:
-        """The lane's drafts up to the first that is no token of the model: -1 where no logit was finite, or an id of
-        the draft model's padding."""
-        drafts = lane.follower.drafts
-        is_token = [0 <= token_id < self._num_ids for token_id in drafts]
-        return drafts if all(is_token) else drafts[: is_token.index(False)]
-
     def _give_up(self, lanes: Iterable[_Lane]) -> None:
         """After a failed step: forget what it may have written."""
-        self._flights.clear()
+        self._steps.clear()
         for lane in lanes:
             self._followers.pop(lane.follower.request.request_id, None)
             self._drop_blocks(lane.draft, keep=False)
@@ -314,30 +276,3 @@ class DraftModel:
             self.blocks.free(draft, keep)
         draft.num_computed = 0
         draft.num_preemptions += 1  # the packed tables are no longer its own
-
-
-def _request_of(request: Request) -> Request:
-    """The draft model's own request for one of the engine's: the same prompt, seed and filters."""
-    return Request(
-        request_id=request.request_id,
-        prompt_ids=request.prompt_ids,
-        params=_unprocessed(request.params),
-        eos_ids=request.eos_ids,
-        max_tokens=request.max_tokens,
-        seed=request.seed,
-        hash_seed=request.hash_seed,
-    )
-
-
-def _unprocessed(params: SamplingParams) -> SamplingParams:
-    """Without what changes logits before sampling, and without logprobs."""
-    return replace(
-        params,
-        logprobs=None,
-        logit_bias={},
-        allowed_token_ids=None,
-        repetition_penalty=1.0,
-        frequency_penalty=0.0,
-        presence_penalty=0.0,
-        typical_p=1.0,
-    )

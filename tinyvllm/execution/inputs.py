@@ -77,7 +77,22 @@ class InputPacker:
             self._pack_states(plan)
         if layout.has_adapters:
             self._pack_adapters(plan)
+        if layout.has_drafting:
+            self._pack_next(plan)
         self._pack_samples(plan)
+
+    def _pack_next(self, plan: StepPlan) -> None:
+        """The token after each row: one that is known, or the one that this step samples in the row."""
+        ids: list[int] = []
+        num_sampled = 0
+        for entry in plan.entries:
+            known = entry.request.tokens(entry.start + 1, entry.start + 1 + entry.count - entry.num_sampled)
+            ids += known
+            ids += [0] * (entry.count - entry.num_sampled - len(known))  # in flight: one poor key of many
+            ids += range(-1 - num_sampled, -1 - num_sampled - entry.num_sampled, -1)
+            num_sampled += entry.num_sampled
+        self.views["next_ids"][: len(ids)] = ids
+        self.views["next_ids"][len(ids) :] = 0
 
     def _pack_states(self, plan: StepPlan) -> None:
         """The slots of each sequence's state, and its first token row. Padding has slot 0, and no rows. Steps that only
@@ -178,6 +193,8 @@ class InputPacker:
             views["logit_rows"][:num] = [
                 end - 1 for end, entry in zip(ends, plan.entries, strict=True) if entry.samples
             ]
+        if plan.hidden_rows:  # of a drafting layer's step, which is a decode step
+            views["logit_rows"][:num] = plan.hidden_rows
         views["draw"][:num] = [
             request.num_output_tokens + place for request, place in zip(requests, places, strict=True)
         ]

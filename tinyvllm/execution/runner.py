@@ -7,19 +7,19 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from tinygrad import dtypes
 
 from tinyvllm.config import Capacity, EngineConfig, KVFormats, Limits, ModelConfig, ModelFiles, default_cores
-from tinyvllm.device.handle import open_device
+from tinyvllm.device.handle import DeviceHandle, open_device
 from tinyvllm.device.hardware import hardware_name, processor_name
 from tinyvllm.device.jit_replay import check_environment, choose_capture
 from tinyvllm.device.mapping import OutputReader
 from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
-from tinyvllm.errors import DeviceError
+from tinyvllm.errors import DeviceError, TinyvllmError
 from tinyvllm.execution.adapters import AdapterTable
 from tinyvllm.execution.buckets import Bucket, make_buckets, max_verify_rows
 from tinyvllm.execution.capacity import (
@@ -41,6 +41,8 @@ from tinyvllm.execution.step_code import GraphContext, model_digest
 from tinyvllm.execution.tracing import prepare_tracing
 from tinyvllm.faults import is_poisoned, reach
 from tinyvllm.model.adapters import attach_adapters
+from tinyvllm.model.drafting import DRAFTING_ARCHITECTURES
+from tinyvllm.model.drafting_model import DraftingModel
 from tinyvllm.model.dry_load import require_tensors
 from tinyvllm.model.pooling import final_norm, pool
 from tinyvllm.model.registry import Model, complete_config, make_model
@@ -72,7 +74,7 @@ def load_runner(
 
     Raises ModelError, CapacityError, DeviceError.
     """
-    model_config = read_model_config(files)
+    model_config = _with_drafting(read_model_config(files), config)
     checkpoint = open_checkpoint(files, model_config)
     model_config = with_own_head(model_config, checkpoint)
     require_tensors(complete_config(model_config), checkpoint)  # at once, and by name
@@ -89,6 +91,21 @@ def load_random_runner(
 ) -> ModelRunner:
     """`load_runner` for a shape alone, with random weights of `kind` (float16, Q4_0, ...) seeded by config.seed."""
     return make_runner(model_config, RandomWeights(kind, config.seed), config, progress, draft=draft)
+
+
+def _with_drafting(model_config: ModelConfig, config: EngineConfig) -> ModelConfig:
+    """With the model's own drafting layer, if it is asked for. Raises TinyvllmError."""
+    wanted = config.speculative_config
+    if wanted is None or wanted.method != "mtp":
+        return model_config
+    if model_config.architecture not in DRAFTING_ARCHITECTURES:
+        raise TinyvllmError(
+            f"--speculative-config has method 'mtp', but models of architecture {model_config.architecture} have no "
+            f"drafting layer, as those of {', '.join(DRAFTING_ARCHITECTURES)} do: choose method ngram or draft_model"
+        )
+    if config.capture != "replay":
+        raise TinyvllmError("--speculative-config has method 'mtp', which cannot run with --capture tinyjit")
+    return replace(model_config, has_drafting=True)
 
 
 def make_runner(
@@ -109,8 +126,7 @@ def make_runner(
         check_environment()
     free_bytes = device.free_memory()
     limits = resolve_limits(config, device)
-    hardware = processor_name() if device.is_cpu else hardware_name(device)
-    tuning.use(load_choices(choices_path(default_root().with_name("tuned"), device.name, hardware)))
+    _tune_for(device)
     backend = make_backend(
         device,
         config.dtype,
@@ -126,15 +142,10 @@ def make_runner(
     store = open_program_store(device.name) if config.compile_cache else None
     if capture == "replay" and (store is None or not store.has_steps):
         prepare_tracing(model_config.num_layers, len(buckets))
-    positions = min(config.max_model_len or model_config.usual_context, model_config.max_position)
-    if config.max_model_len is None and positions < model_config.max_position:
-        logger.info(
-            "contexts are limited to %d tokens; --max-model-len up to %d turns to longrope's factors for long contexts",
-            positions,
-            model_config.max_position,
-        )
+    positions = _num_positions(config, model_config)
     model = make_model(model_config, source, backend, positions, lambda done, total: report("load", done, total))
     adapters = load_adapters(config, model, backend)
+    model.keep_hidden(max(bucket.num_tokens for bucket in buckets), limits.max_num_seqs)
     share = config.gpu_memory_utilization or device.default_share()
     device.check_share(share)
     num_rows = padded_rows(max(limits.max_num_seqs, max_verify_rows(limits, config)))
@@ -142,9 +153,7 @@ def make_runner(
         free_bytes=free_bytes,
         share=share,
         max_share=device.max_share,
-        weight_bytes=weight_facts(model).nbytes
-        + state_bytes(num_rows, model_config.vocab_size)
-        + (0 if adapters is None else adapters.device_bytes),
+        weight_bytes=_kept_bytes(model, num_rows) + (0 if adapters is None else adapters.device_bytes),
         scratch_bytes=max(scratch_bytes(limits, model_config), scratch_bytes(Limits(num_rows, num_rows), model_config))
         if capture == "replay"
         else jit_scratch_bytes(buckets, num_instances, model_config),
@@ -170,6 +179,30 @@ def load_adapters(config: EngineConfig, model: Model, backend: Backend) -> Adapt
     for module in config.lora_modules:
         table.add(module.name, module.path, table.read(module.path))
     return table
+
+
+def _kept_bytes(model: Model, num_rows: int) -> int:
+    """What is there throughout besides the pool: weights, each row's state of logits processing, and hidden states."""
+    hidden = 0 if model.hidden is None else model.hidden.nbytes
+    return weight_facts(model).nbytes + state_bytes(num_rows, model.config.vocab_size) + hidden
+
+
+def _tune_for(device: DeviceHandle) -> None:
+    """Take the choices that were measured on this chip."""
+    hardware = processor_name() if device.is_cpu else hardware_name(device)
+    tuning.use(load_choices(choices_path(default_root().with_name("tuned"), device.name, hardware)))
+
+
+def _num_positions(config: EngineConfig, model_config: ModelConfig) -> int:
+    """Rows of the rope tables."""
+    positions = min(config.max_model_len or model_config.usual_context, model_config.max_position)
+    if config.max_model_len is None and positions < model_config.max_position:
+        logger.info(
+            "contexts are limited to %d tokens; --max-model-len up to %d turns to longrope's factors for long contexts",
+            positions,
+            model_config.max_position,
+        )
+    return positions
 
 
 def kv_formats(config: EngineConfig, backend: Backend, model_config: ModelConfig) -> KVFormats:
@@ -219,12 +252,14 @@ class ModelRunner:
         max_in_flight: int = 1,
         capture: str = "replay",
         adapters: AdapterTable | None = None,
+        state: SamplingState | None = None,
     ) -> None:
+        """state: of logits processing; None: memory of its own."""
         device, num_rows = backend.device, padded_rows(max(capacity.max_num_seqs, capacity.max_verify_rows))
         self.outputs = [device.zeros(num_rows * OUT_WIDTH, dtypes.int) for _ in range(max_in_flight)]
         self._readers = [device.output_reader(output) for output in self.outputs]
         self._num_launched = 0
-        self._state = SamplingState(device, num_rows, model.config.vocab_size)
+        self._state = state or SamplingState(device, num_rows, model.config.vocab_size)
         self._rows = SamplingRows(self._state)
         self.model, self.backend, self.pool = model, backend, pool
         context = GraphContext(model, backend, pool, capacity, tuple(self.outputs), self._state, capture)
@@ -377,6 +412,24 @@ class ModelRunner:
         self.closed_with.clear()
         self.captures.clear()
         self.pool.clear()
+
+    def drafting_runner(self) -> ModelRunner:
+        """The runner of the model's drafting layer, on the same pool. It is closed with this one."""
+        model = self.model
+        assert model.drafting is not None and model.hidden is not None, "the model was loaded without a drafting layer"
+        runner = ModelRunner(
+            DraftingModel(model, model.drafting, model.hidden),
+            self.backend,
+            self.pool,
+            replace(self.capacity, has_drafting=False, num_state_slots=0, max_verify_rows=0),
+            [bucket for bucket in self.buckets if bucket.is_decode and not bucket.has_adapters],
+            open_program_store(self.device) if self.store is not None else None,
+            self.max_in_flight,
+            self.captures.capture,
+            state=self._state,
+        )
+        self.closed_with.append(runner)
+        return runner
 
     # -- its parts ---------------------------------------------------------------------------------------------------
 

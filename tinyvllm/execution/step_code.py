@@ -88,7 +88,9 @@ class StepCode:
     def sampling_tensors(self, logits: Tensor) -> dict[str, Tensor]:
         """Those of sampling from processed logits."""
         state = self.context.state
-        return self.tensors | {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
+        own = {"logits": logits, "counts": state.counts, "mask": state.mask, "bias": state.bias}
+        noted = {} if self.context.model.drafting is None else self.context.named
+        return self.tensors | noted | own
 
     @property
     def name(self) -> str:
@@ -110,25 +112,31 @@ class StepCode:
     def forward(self) -> Tensor:
         """The logits, which are kept."""
         context = self.context
-        step = Step(
-            self.layout,
-            self.inputs,
-            context.pool,
-            self.bucket.is_decode,
-            self.outputs[-1],
-            verifies=self.bucket.is_verify,
-        )
-        logits = context.model(step)
+        logits = context.model(self._step(self.outputs[-1]))
         keep(logits)
         return logits
 
     def sample(self, logits: Tensor, state: SamplingState | None = None) -> Tensor:
-        """The output, sampled from the logits; with a `state` from processed logits."""
+        """The output, sampled from the logits; with a `state` from processed logits. What the model's drafting layer
+        needs of the step is noted after it."""
         model, layout = self.context.model, self.layout
         # sampling's inputs, and so its programs, are the same for all buckets with this number of sequences
         settings = head_of_tensor(self.inputs, layout.num_sampling_words)
         vocab_size, stride, output = model.config.vocab_size, model.logit_stride, self.outputs[0]
-        return self.context.backend.sample(logits, vocab_size, stride, settings, layout, output, state).realize()
+        sampled = self.context.backend.sample(logits, vocab_size, stride, settings, layout, output, state).realize()
+        if model.drafting is not None:
+            model.note_for_drafts(self._step(sampled))
+        return sampled
+
+    def _step(self, previous_output: Tensor) -> Step:
+        return Step(
+            self.layout,
+            self.inputs,
+            self.context.pool,
+            self.bucket.is_decode,
+            previous_output,
+            verifies=self.bucket.is_verify,
+        )
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> str:

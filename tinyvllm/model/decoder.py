@@ -17,6 +17,7 @@ from tinyvllm.config import ConvKind, LayerKind, ModelConfig, QueryScaling, Rope
 from tinyvllm.device.recording import keep
 from tinyvllm.model.attention import Placed, load_attention
 from tinyvllm.model.delta_net import load_delta_net
+from tinyvllm.model.drafting import DraftingLayer, HiddenRows, drafting_kind, load_drafting
 from tinyvllm.model.experts import load_sparse
 from tinyvllm.model.feed_forward import load_dense
 from tinyvllm.model.latent_attention import load_latent_attention
@@ -66,7 +67,8 @@ class Decoder:
         self.config, self.backend = config, backend
         self.load = Loader(config, checkpoint, backend)
         self.num_positions = num_positions
-        self.pool_groups = pool_groups(config.layers, num_positions)
+        stored = (*config.layers, drafting_kind(config)) if config.has_drafting else config.layers
+        self.pool_groups = pool_groups(stored, num_positions)
         self.ropes = self._load_ropes(num_positions)
         total = config.num_layers + 1
         self.layers: list[Layer] = []
@@ -76,6 +78,8 @@ class Decoder:
         table = self.load.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.embedding = backend.matrix(table)
         self._load_more()
+        self.drafting = self._load_drafting() if config.has_drafting else None
+        self.hidden: HiddenRows | None = None  # what `drafting` reads, once `keep_hidden` was called
         self.norm = self.load.norm("model.norm.weight")
         self.head = self.embedding
         if not config.tie_embeddings:
@@ -92,6 +96,7 @@ class Decoder:
     def matrices(self) -> list[Matrix]:
         """Every matrix on the device, once; a tied head is the embedding."""
         matrices = [matrix for layer in self.layers for role in layer.matrices.values() for matrix in role]
+        matrices += [] if self.drafting is None else self.drafting.matrices
         return [*matrices, self.embedding] + ([] if self.head is self.embedding else [self.head])
 
     @property
@@ -104,6 +109,8 @@ class Decoder:
         ops, config, num_rows = self.backend, self.config, step.num_tokens
         x = ops.embed(self.embedding, step, self.embedding_scale(config))  # (T * hidden,)
         x = self._run_layers(x, step)
+        if self.hidden is not None:
+            self.hidden.store(ops, x, self.norm, step.num_tokens)
         if not step.is_decode:
             keep(*ops.parts_of(x))  # embedding requests read them
             x = ops.take_rows(x, step, config.hidden_size)
@@ -111,6 +118,18 @@ class Decoder:
         epilogue = Epilogue(scale=config.logit_scale, softcap=config.logit_softcap)
         (logits,) = ops.linear("lm_head", x, [self.head], num_rows, self.norm, epilogue)
         return ops.join(logits, self.logit_stride, step.layout)
+
+    def keep_hidden(self, num_tokens: int, num_seqs: int) -> None:
+        """Allocate memory for the hidden states of steps of at most so many rows and sequences, if a layer drafts."""
+        if self.drafting is not None:
+            self.hidden = HiddenRows(self.backend, self.config.hidden_size, num_tokens, num_seqs)
+
+    def note_for_drafts(self, step: Step) -> None:
+        """After sampling: keep what the drafting layer needs of the step. `step`: with its own output as the one before
+        it."""
+        if self.hidden is not None and self.drafting is not None:
+            embedded = self.backend.embed(self.embedding, step, self.embedding_scale(self.config), "next_ids")
+            self.hidden.note(self.backend, self.drafting, embedded, step)
 
     def _run_layers(self, x: Tensor, step: Step) -> Tensor:
         for layer in self.layers:
@@ -135,6 +154,11 @@ class Decoder:
         kinds = self.config.layers
         found = ((kind.rope, kind.head_dim, kind.query_scaling) for kind in kinds if kind.rope is not None)
         return list(dict.fromkeys(found))
+
+    def _load_drafting(self) -> DraftingLayer:
+        """The layer after the last one."""
+        index = self.config.num_layers
+        return load_drafting(self.load, index, self._load_layer(index, drafting_kind(self.config)))
 
     def _load_layer(self, index: int, kind: LayerKind) -> Layer:
         return Layer(self._load_mixer(index, kind), self._load_feed_forward(index))

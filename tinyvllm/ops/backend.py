@@ -309,6 +309,9 @@ class Weights(Protocol):
         """The name of the format of keys, or of values: `wanted`, or if that is "auto", one that suits the device and
         the checkpoint's dtype, `stored`. Raises DeviceError for one that the device does not have."""
 
+    def make_rows(self, size: int) -> Tensor:
+        """Zeroed memory for `size` values of activations, which outlives steps."""
+
     def make_pool(
         self,
         groups: Sequence[PoolGroup],
@@ -329,9 +332,9 @@ class Operations(Protocol):
 
     coverage: Coverage
 
-    def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Tensor:
-        """(T * K,): the rows of `table` named by the step's token ids, times `scale`. An id of -1 - r stands for the
-        token in row r of the step's `previous_output`."""
+    def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Tensor:
+        """(T * K,): the rows of `table` named by the token ids in the step's field `ids`, times `scale`. An id of
+        -1 - r stands for the token in row r of the step's `previous_output`."""
 
     def linear(
         self,
@@ -419,8 +422,12 @@ class Operations(Protocol):
         """(T * N,): activation(gate) * N columns, from `start` (1,) int32 on, of `factors` (T * M,), which
         `norm_groups` returned, or `attend` (M = N; the gate's matrix is then stacked by KV heads)."""
 
-    def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
-        """(R * columns,): the rows whose logits are sampled."""
+    def take_rows(self, x: Tensor, step: Step, num_cols: int, num_rows: int | None = None) -> Tensor:
+        """(R * columns,): the rows of x, which has `num_rows` (None: as many as the step), that the step's logit rows
+        name."""
+
+    def store_normed(self, x: Tensor, norm: Norm, num_tokens: int, out: Tensor, start: int, stride: int) -> Tensor:
+        """`out`, whose element start + t * stride is now the first of row t of norm(x)."""
 
     def parts_of(self, x: Tensor) -> Sequence[Tensor]:
         """The tensors that hold an activation's columns: one for each core of a CPU, one on other devices."""

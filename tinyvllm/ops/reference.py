@@ -81,6 +81,9 @@ class ReferenceBackend:
         halves = (to_float32(host).reshape(num_experts, -1, host.shape[1]) for host in (gate, up))
         return plain_matrix([np.concatenate([*halves], axis=1).reshape(-1, gate.shape[1])], num_experts)
 
+    def make_rows(self, size: int) -> Tensor:
+        return self._upload(np.zeros(size))
+
     def make_pool(
         self,
         groups: Sequence[PoolGroup],
@@ -103,8 +106,8 @@ class ReferenceBackend:
     def _upload(self, values: np.ndarray) -> Tensor:
         return self.device.upload(np.ascontiguousarray(values, np.float32))
 
-    def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Tensor:
-        token_ids = _views(step)["token_ids"]
+    def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Tensor:
+        token_ids = _views(step)[ids]
         if step.previous_output is not None:
             tokens = step.previous_output.numpy().reshape(-1, OUT_WIDTH)[:, OUT_TOKEN]
             token_ids = np.where(token_ids < 0, tokens[np.clip(-1 - token_ids, 0, len(tokens) - 1)], token_ids)
@@ -286,8 +289,15 @@ class ReferenceBackend:
         columns = to_host(factors, num_tokens, -1)[:, first : first + rows.shape[1]]
         return self._upload(gated_exact(activation, rows, columns))
 
-    def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
+    def take_rows(self, x: Tensor, step: Step, num_cols: int, num_rows: int | None = None) -> Tensor:
         return self._upload(to_host(x, -1, num_cols)[_views(step)["logit_rows"]])
+
+    def store_normed(self, x: Tensor, norm: Norm, num_tokens: int, out: Tensor, start: int, stride: int) -> Tensor:
+        rows, values = apply_norm(to_host(x, num_tokens, -1), norm), to_host(out, 1, -1)[0].copy()
+        places = start + stride * np.arange(num_tokens)[:, None] + np.arange(rows.shape[1])
+        values[places] = rows
+        self.device.write(out, values.astype(np.float32))
+        return out
 
     def parts_of(self, x: Tensor) -> Sequence[Tensor]:
         return [x]

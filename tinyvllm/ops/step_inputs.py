@@ -79,6 +79,7 @@ class StepLayout:
     has_states: bool = field(default=False, kw_only=True)  # the model has recurrent layers
     has_drafts: bool = field(default=False, kw_only=True)  # steps may have drafts
     has_adapters: bool = field(default=False, kw_only=True)  # some rows have an adapter (ops/adapter_spec.py)
+    has_drafting: bool = field(default=False, kw_only=True)  # the model has a layer that drafts
 
     @cached_property
     def _offsets(self) -> dict[str, tuple[int, int]]:
@@ -100,6 +101,8 @@ class StepLayout:
             sizes["first_rows"] = seqs + 1  # the token row where each sequence begins; the last: the end of all
         if self.has_adapters:
             sizes["adapter_slots"] = tokens  # of the token row's adapter; 0: none
+        if self.has_drafting:
+            sizes["next_ids"] = tokens  # of the token after each row; -1 - r: the one that this step samples in row r
         offsets, start = {}, 0
         for name, size in sizes.items():
             offsets[name] = (start, size)

@@ -68,6 +68,7 @@ class StepPlan:
     preempted: tuple[Request, ...] = ()
     admitted: tuple[Request, ...] = ()  # those of the entries that have just left the queue
     slot_writes: tuple[SlotWrite, ...] = ()  # adapters to put on the device first
+    hidden_rows: tuple[int, ...] = ()  # of a drafting layer's step: the kept hidden state that each entry continues
 
     @cached_property
     def num_tokens(self) -> int:

@@ -61,7 +61,7 @@ def test_the_vision_tower_and_the_layers_that_draft_are_left_out(tmp_path: Path)
     check_equal(values(ModelFiles("hf", tmp_path / "tiny", "tiny")), expected)
     assert unread_lines(read_safetensors(tmp_path / "tiny"), UNREAD) == [
         "visual: 1 tensors, 0.0 GB not loaded: this model runs text only",
-        "mtp: 1 tensors, 0.0 GB not loaded: this engine does not draft tokens",
+        "mtp: 1 tensors, 0.0 GB not loaded: method mtp of --speculative-config is off",
     ]
 
 

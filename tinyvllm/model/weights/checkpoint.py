@@ -14,13 +14,13 @@ import numpy as np
 
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.config import ModelConfig, ModelFiles
-from tinyvllm.errors import UnsupportedModelError, WeightMismatchError
+from tinyvllm.errors import ModelError, UnsupportedModelError, WeightMismatchError
 from tinyvllm.model.weights.experts import stack_experts
 from tinyvllm.model.weights.fused import split_fused
 from tinyvllm.model.weights.gguf import read_gguf
 from tinyvllm.model.weights.hf_formats import assemble_matrices
 from tinyvllm.model.weights.latents import split_latents
-from tinyvllm.model.weights.names import HEAD_NAME, tied, unwrapped, with_model
+from tinyvllm.model.weights.names import HEAD_NAME, tied, unwrapped, with_drafting, with_model
 from tinyvllm.model.weights.recurrent import from_hf
 from tinyvllm.model.weights.safetensors import RAW_DTYPES, read_safetensors
 from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor
@@ -45,12 +45,19 @@ def open_checkpoint(files: ModelFiles, config: ModelConfig) -> Checkpoint:
     else:
         unread = () if family is None else family.hf_unread  # left out first: they may be of formats that are not known
         stored = unwrapped(read_safetensors(files.path))
+        if config.has_drafting:
+            stored = with_drafting(stored, config.num_layers)
         for line in unread_lines(stored, unread):
             logger.info("%s: %s", files.name, line)
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith(unread)}
         read = with_model(language_model_tensors(assemble_matrices(files.path, stored), config.architecture))
         if config.state is not None:
             read = from_hf(files.path, read, config.state)
+    if config.has_drafting and not any(name.startswith(f"model.layers.{config.num_layers}.mtp.") for name in read):
+        raise ModelError(
+            f"{files.path} has no layer that drafts tokens (mtp.* in Hugging Face's files, nextn.* in GGUF): choose "
+            "another method in --speculative-config, or files that have kept the layer"
+        )
     if family is not None and family.fused:
         read = split_fused(read, family.fused, config)
     alternate = family is not None and family.alternates_experts
@@ -78,7 +85,7 @@ def unread_lines(tensors: Mapping[str, StoredTensor], unread: Sequence[str]) -> 
         sizes = [tensor.num_bytes for name, tensor in tensors.items() if name.startswith(prefix)]
         if sizes:
             part = prefix.strip(".").rpartition(".")[2]
-            why = "this engine does not draft tokens" if part == DRAFTING else "this model runs text only"
+            why = "method mtp of --speculative-config is off" if part == DRAFTING else "this model runs text only"
             size = f"{len(sizes)} tensors, {sum(sizes) / 1e9:.1f} GB"
             lines.append(f"{part.replace('_', ' ')}: {size} not loaded: {why}")
     return lines

@@ -63,6 +63,10 @@ LAYER_NAMES = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     "attn_sinks.weight": "self_attn.sinks",
+    "nextn.eh_proj": "mtp.fc",
+    "nextn.enorm": "mtp.pre_fc_norm_embedding",
+    "nextn.hnorm": "mtp.pre_fc_norm_hidden",
+    "nextn.shared_head_norm": "mtp.norm",
 }
 LAYER_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>[\w.]+?)(?:\.(?P<suffix>weight|bias|scale))?")
 EXPERT_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<module>gate|up|down)\.(?P<expert>\d+)\.weight")  # until 2024
@@ -82,7 +86,7 @@ def read_gguf(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     family = families.KNOWN_ARCHITECTURES[config.architecture]
     stored = read_as_written(path, config.head_dim if family.gguf_interleaves_pairs else None)
     kept = {name: tensor for name, tensor in stored.items() if name not in ROPE_TENSORS}
-    kept = _without_drafting(path, kept, config.num_layers)
+    kept = kept if config.has_drafting else _without_drafting(path, kept, config.num_layers)
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in kept.items():
         ours = canonical_name(name, config.architecture)
@@ -112,7 +116,7 @@ def _without_drafting(path: Path, tensors: Mapping[str, StoredTensor], num_layer
         if match is None or int(match["layer"]) < num_layers:
             found[name] = tensor
     if count := len(tensors) - len(found):
-        logger.info("%s: %d tensors not loaded: they draft tokens, which this engine does not do", path.name, count)
+        logger.info("%s: %d tensors not loaded: method mtp of --speculative-config is off", path.name, count)
     return found
 
 

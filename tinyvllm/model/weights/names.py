@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tinyvllm.model.weights.stored import StoredTensor
 logger = logging.getLogger(__name__)
 
 # What wrappers of training add before a module's own names: torch.compile, data parallelism
+DRAFTING_TENSOR = re.compile(r"(?:model\.|language_model\.)?mtp\.(?:layers\.(\d+)\.)?(.+)")
 WRAPPERS = ("_orig_mod.", "module.")
 COMPARED_ROWS = 1024
 MODEL, EMBEDDING_NAME, HEAD_NAME = "model.", "model.embed_tokens.weight", "lm_head.weight"
@@ -25,6 +27,19 @@ def unwrapped(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     if named and all(name.startswith(WRAPPERS[1]) for name in named):
         named = {name.removeprefix(WRAPPERS[1]): tensor for name, tensor in named.items()}
     return named
+
+
+def with_drafting(tensors: Mapping[str, StoredTensor], num_layers: int) -> dict[str, StoredTensor]:
+    """The tensors of a layer that drafts by the names of a layer after the last: `mtp.layers.0.` as `model.layers.N.`,
+    and what else it has as `model.layers.N.mtp.`."""
+    found = {}
+    for name, tensor in tensors.items():
+        if match := DRAFTING_TENSOR.fullmatch(name):
+            layer, rest = match.groups()
+            number = num_layers + int(layer or 0)
+            name = f"model.layers.{number}.{rest}" if layer else f"model.layers.{number}.mtp.{rest}"
+        found[name] = tensor
+    return found
 
 
 def with_model(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

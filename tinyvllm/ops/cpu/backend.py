@@ -152,6 +152,9 @@ class CpuBackend(DeviceSampling):
             shards.append(self._pack(take_host_rows(both, order), core, num_experts))
         return join_shards(shards)
 
+    def make_rows(self, size: int) -> Tensor:
+        return self.device.zeros(size, FLOATS["float32"])
+
     def make_pool(
         self,
         groups: Sequence[PoolGroup],
@@ -227,7 +230,7 @@ class CpuBackend(DeviceSampling):
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Activation:
+    def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Activation:
         tokens, previous = step.num_tokens, step.previous_output
         sources = [step.inputs] if previous is None else [step.inputs, previous]
         outs, widths = [], []
@@ -240,7 +243,7 @@ class CpuBackend(DeviceSampling):
                 shards=(0, len(table.shards)),
                 table_cols=table.num_cols,
                 num_cols=cols,
-                token_offset=step.layout.offset("token_ids"),
+                token_offset=step.layout.offset(ids),
                 is_fed=previous is not None,
                 scale=scale,
                 layout=table.layout,
@@ -476,11 +479,16 @@ class CpuBackend(DeviceSampling):
             first += cols if is_shared else 0
         return sharded(outs, widths)
 
-    def take_rows(self, x: Activation, step: Step, num_cols: int) -> Activation:
+    def store_normed(self, x: Activation, norm: Norm, num_tokens: int, out: Tensor, start: int, stride: int) -> Tensor:
+        widths = widths_of(x, sum(int(tensor.numel()) for tensor in tensors_of(x)) // num_tokens)
+        spec = GroupNormSpec(num_tokens, widths, sum(widths), norm.eps, has_addend=False, start=start, stride=stride)
+        return run_kernel(norm_groups_kernel(spec), [out], [*tensors_of(x), norm.weight])[0]
+
+    def take_rows(self, x: Activation, step: Step, num_cols: int, num_rows: int | None = None) -> Activation:
         layout, outs, widths = step.layout, [], widths_of(x, num_cols)
         for tensor, cols in zip(tensors_of(x), widths, strict=True):
             out = empty(layout.num_seqs * cols, device=str(tensor.device))
-            outs += run_kernel(take_rows_kernel(layout, cols), [out], [tensor, step.inputs])
+            outs += run_kernel(take_rows_kernel(layout, cols, num_rows), [out], [tensor, step.inputs])
         return sharded(outs, widths)
 
     def parts_of(self, x: Activation) -> Sequence[Tensor]:
@@ -619,13 +627,14 @@ def _require_panels(num_rows: int) -> None:
 
 
 @cached_kernel
-def take_rows_kernel(layout: StepLayout, num_cols: int) -> KernelFn:
-    """fn(out (R, columns), x (T, columns), inputs): rows logit_rows of x."""
+def take_rows_kernel(layout: StepLayout, num_cols: int, num_rows: int | None = None) -> KernelFn:
+    """fn(out (R, columns), x (T or num_rows, columns), inputs): rows logit_rows of x."""
+    last = (layout.num_tokens if num_rows is None else num_rows) - 1
 
     def kernel(out: UOp, x: UOp, inputs: UOp) -> UOp:
         body = Body()
         seq, col = body.loop(layout.num_seqs), body.loop(num_cols)
-        row = inputs[layout.offset("logit_rows") + seq].load().maximum(0).minimum(layout.num_tokens - 1)
+        row = inputs[layout.offset("logit_rows") + seq].load().maximum(0).minimum(last)
         store = out[seq * num_cols + col].store(x[row * num_cols + col].load())
         return finish(
             store.end(col, seq), f"take_rows_{layout.num_seqs}x{num_cols}", nbytes=8 * layout.num_seqs * num_cols

@@ -15,12 +15,16 @@ from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, clamp, fill,
 
 @dataclass(frozen=True)
 class GroupNormSpec:
-    """RMSNorm of each group of columns of x (T, M), plus an addend of the same shape."""
+    """RMSNorm of each group of columns of x (T, M), plus an addend of the same shape if there is one. Row t of the
+    output begins at element start + t * stride; a stride of 0 stands for M."""
 
     num_tokens: int  # T
     x_cols: tuple[int, ...]  # columns of each shard of x and of the addend; they may end inside a group
     group: int  # columns
     eps: float
+    has_addend: bool = True
+    start: int = 0
+    stride: int = 0
 
 
 @cached_kernel
@@ -29,7 +33,7 @@ def norm_groups_kernel(spec: GroupNormSpec) -> KernelFn:
 
     def kernel(out: UOp, *operands: UOp) -> UOp:
         body, count, group, cols = Body(), len(spec.x_cols), spec.group, sum(spec.x_cols)
-        x, addend, weight = operands[:count], operands[count : 2 * count], operands[-1]
+        x, addend, weight = operands[:count], operands[count:-1], operands[-1]
         token, index = body.loop(spec.num_tokens), body.loop(cols // group)
         total = fill(body, body.registers(1), 0.0, token, index)
         k = body.fold(group)
@@ -42,9 +46,10 @@ def norm_groups_kernel(spec: GroupNormSpec) -> KernelFn:
         i = body.loop(group)
         col = index * group + i
         value = _read(x, spec.x_cols, token, col) * scale[0].load() * weight[i].load()
-        value = value + _read(addend, spec.x_cols, token, col)
+        if spec.has_addend:
+            value = value + _read(addend, spec.x_cols, token, col)
         size = spec.num_tokens * cols
-        store = out[token * cols + col].store(value).end(i, index, token)
+        store = out[spec.start + token * (spec.stride or cols) + col].store(value).end(i, index, token)
         return finish(store, f"norm_groups_{spec.num_tokens}x{cols}", ops=5 * size, nbytes=12 * size)
 
     return kernel

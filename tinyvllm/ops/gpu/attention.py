@@ -343,15 +343,31 @@ THREADS = 32
 
 
 @cached_kernel
-def take_rows_kernel(layout: StepLayout, num_cols: int) -> KernelFn:
-    """fn(out (R, columns), x (T, columns), inputs): rows logit_rows of x."""
+def take_rows_kernel(layout: StepLayout, num_cols: int, num_rows: int | None = None) -> KernelFn:
+    """fn(out (R, columns), x (T or num_rows, columns), inputs): rows logit_rows of x."""
+    last = (layout.num_tokens if num_rows is None else num_rows) - 1
 
     def kernel(out: UOp, x: UOp, inputs: UOp) -> UOp:
         body = Body()
         seq, chunk, thread = body.grid(layout.num_seqs), body.grid(num_cols // THREADS), body.threads(THREADS)
         col = chunk * THREADS + thread
-        row = clamp(inputs[layout.offset("logit_rows") + seq].load(), 0, layout.num_tokens - 1)
+        row = clamp(inputs[layout.offset("logit_rows") + seq].load(), 0, last)
         store = out[seq * num_cols + col].store(x[row * num_cols + col].load()).end(thread, chunk, seq)
         return finish(store, f"take_rows_{layout.num_seqs}x{num_cols}", nbytes=4 * layout.num_seqs * num_cols)
+
+    return kernel
+
+
+@cached_kernel
+def store_rows_kernel(num_rows: int, num_cols: int, start: int, stride: int) -> KernelFn:
+    """fn(out, x (rows, columns)): row r of x begins at element start + r * stride of out."""
+
+    def kernel(out: UOp, x: UOp) -> UOp:
+        body = Body()
+        row, chunk, thread = body.grid(num_rows), body.grid(num_cols // THREADS), body.threads(THREADS)
+        col = chunk * THREADS + thread
+        value = x[row * num_cols + col].load().cast(out.dtype)
+        store = out[start + row * stride + col].store(value).end(thread, chunk, row)
+        return finish(store, f"store_rows_{num_rows}x{num_cols}", nbytes=4 * num_rows * num_cols)
 
     return kernel

@@ -40,7 +40,7 @@ from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix, Planes, pack, unpack
 from tinyvllm.ops.gpu.adapters import expand_kernel, gated_expand_kernel, shrink_kernel
-from tinyvllm.ops.gpu.attention import THREADS, attention_kernel, take_rows_kernel, write_kv_kernel
+from tinyvllm.ops.gpu.attention import THREADS, attention_kernel, store_rows_kernel, take_rows_kernel, write_kv_kernel
 from tinyvllm.ops.gpu.columns import GateSpec, gate_columns_kernel
 from tinyvllm.ops.gpu.expert_rows import ExpertRowsSpec, expert_rows_kernel
 from tinyvllm.ops.gpu.latent_attention import latent_attention_kernel, store_latents_kernel
@@ -85,6 +85,9 @@ class GpuBackend(DeviceSampling):
         """Each expert's gate rows, then its up rows."""
         return self.expert_matrix(expert_gate_over_up(gate, up, num_experts), num_experts)
 
+    def make_rows(self, size: int) -> Tensor:
+        return self.device.zeros(size, self.float)
+
     def make_pool(
         self,
         groups: Sequence[PoolGroup],
@@ -110,8 +113,8 @@ class GpuBackend(DeviceSampling):
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Tensor:
-        rows, cols, at = table.used_rows, table.num_cols, step.layout.offset("token_ids")
+    def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Tensor:
+        rows, cols, at = table.used_rows, table.num_cols, step.layout.offset(ids)
         previous = step.previous_output
         fn = embed_kernel(table.format, step.num_tokens, rows, cols, at, previous is not None, scale)
         sources = [step.inputs] if previous is None else [step.inputs, previous]
@@ -273,8 +276,12 @@ class GpuBackend(DeviceSampling):
         spec = GateSpec(num_tokens, size // num_tokens, int(factors.numel()) // num_tokens, activation)
         return run_kernel(gate_columns_kernel(spec), [self._empty(size)], [*read, start])[0]
 
-    def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
-        fn = take_rows_kernel(step.layout, num_cols)
+    def store_normed(self, x: Tensor, norm: Norm, num_tokens: int, out: Tensor, start: int, stride: int) -> Tensor:
+        rows = self._normed(self.parts_of(x)[0], norm, num_tokens)
+        return run_kernel(store_rows_kernel(num_tokens, int(rows.shape[1]), start, stride), [out], [rows])[0]
+
+    def take_rows(self, x: Tensor, step: Step, num_cols: int, num_rows: int | None = None) -> Tensor:
+        fn = take_rows_kernel(step.layout, num_cols, num_rows)
         return run_kernel(fn, [self._empty(step.layout.num_seqs * num_cols)], [x, step.inputs])[0]
 
     def parts_of(self, x: Tensor) -> Sequence[Tensor]:

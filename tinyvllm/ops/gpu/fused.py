@@ -197,12 +197,12 @@ class FusedGpuBackend(GpuBackend):
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def embed(self, table: Matrix, step: Step, scale: float = 1.0) -> Tensor:
+    def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Tensor:
         if step.num_tokens == 1 or table.num_cols % RUN_COLS:
-            return super().embed(table, step, scale)
+            return super().embed(table, step, scale, ids)
         previous = step.previous_output
         result = Embedded(self._empty(step.num_tokens * table.num_cols).uop)
-        at = step.layout.offset("token_ids")
+        at = step.layout.offset(ids)
         result.spec = EmbedSpec(table.format, table.used_rows, at, previous is not None, scale)
         result.table, result.num_tokens = table, step.num_tokens
         result.sources = [step.inputs, *([] if previous is None else [previous]), *table.planes]
@@ -422,8 +422,8 @@ class FusedGpuBackend(GpuBackend):
         )
         return run_kernel(matrix_kernel(choose(rows)), [out], [*matrix.planes, x])[0]
 
-    def take_rows(self, x: Tensor, step: Step, num_cols: int) -> Tensor:
-        return super().take_rows(self.whole(x), step, num_cols)
+    def take_rows(self, x: Tensor, step: Step, num_cols: int, num_rows: int | None = None) -> Tensor:
+        return super().take_rows(self.whole(x), step, num_cols, num_rows)
 
     def parts_of(self, x: Tensor) -> Sequence[Tensor]:
         return [self.whole(x)]

@@ -96,13 +96,20 @@ def run(
     return [request.output_ids for request in requests], core
 
 
-def answer(runner: ModelRunner, requests: Sequence[Request], speculator: Speculator | None = None) -> EngineCore:
-    """Run requests together, with the pools audited after every step."""
+def answer(
+    runner: ModelRunner,
+    requests: Sequence[Request],
+    speculator: Speculator | None = None,
+    note: dict[str, list[float]] | None = None,
+) -> EngineCore:
+    """Run requests together, with the pools audited after every step. note: takes the tokens' logprobs."""
     scheduler = Scheduler(BlockManager.of(runner.capacity), runner.capacity, speculator=speculator)
     core = EngineCore(runner, scheduler)
     for request in requests:
         core.add(request)
     while core.has_work:
-        core.step()
+        for out in core.step():
+            if note is not None and out.logprobs is not None:
+                note.setdefault(out.request.request_id, []).append(out.logprobs.chosen)
         scheduler.audit()
     return core

@@ -30,6 +30,7 @@ from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.output import Delta, Timing, TokenLogprob
 from tinyvllm.engine.step_history import CompletedStep, StepHistory
 from tinyvllm.errors import RequestError
+from tinyvllm.scheduling.adapter_slots import AdapterInfo
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.server.app import make_app
@@ -189,6 +190,7 @@ class FakeEngine:
     running: set[str] = field(default_factory=set)
     closed: list[str] = field(default_factory=list)  # requests that were closed before they ended
     has_shut_down: bool = False
+    loaded_adapters: list[AdapterInfo] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokenizer = ByteTokenizer()
@@ -216,6 +218,9 @@ class FakeEngine:
     async def wait_ready(self) -> None:
         if self.error is not None:
             raise self.error
+
+    def adapters(self) -> list[AdapterInfo]:
+        return self.loaded_adapters
 
     def engine_stats(self) -> list[StepStats]:
         return [self.statistics]

@@ -67,7 +67,7 @@ def chat(
     make_view(plain=plain)  # imports what it needs while the model is loaded
     with asyncio.Runner() as runner:
         with without_echo():
-            started = runner.run(ready_engine(config))
+            started = runner.run(ready_engine(config, uses_adapter=bool(config.lora_modules)))
         try:
             params = sampling.make_params(started.generation_defaults)
             _require_template(started)

@@ -18,10 +18,13 @@ def start_engine(config: EngineConfig, progress: Progress) -> AsyncEngine:
     return AsyncEngine.start(config, progress)
 
 
-async def ready_engine(config: EngineConfig) -> AsyncEngine:
-    """A warm engine, which the caller shuts down. Raises whatever kept it from starting."""
+async def ready_engine(config: EngineConfig, *, uses_adapter: bool = False) -> AsyncEngine:
+    """A warm engine, which the caller shuts down. uses_adapter: requests run with the last of its adapters. Raises
+    whatever kept it from starting."""
     with progress_bars() as report:
         engine = start_engine(config, report)
         # Ctrl-C ends this wait without joining the engine's thread: it is a daemon and ends with the process
         await engine.wait_ready()
+    if uses_adapter:
+        engine.default_adapter = engine.adapters()[-1].key
     return engine

@@ -7,6 +7,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Container, Sequence
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from typer import Argument, Option
@@ -19,14 +20,17 @@ from tinyvllm.config import (
     DEVICE_VARIABLE,
     DTYPES,
     KV_FORMATS,
+    LORA_RANKS,
     MODELS_DIR_VARIABLE,
     EngineConfig,
     GenerationDefaults,
     KVFormats,
+    LoraModule,
     SamplingParams,
 )
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.sampling import sampling_params
+from tinyvllm.storage.adapter_config import read_adapter_config
 from tinyvllm.text.reasoning import ALIASES, FORMATS
 from tinyvllm.text.tools import FAMILIES
 
@@ -276,6 +280,40 @@ class EngineFlags(RunnerFlags):
             "disable_by_batch_size, adaptive. See docs/SPECULATION.md.",
         ),
     ] = None
+    enable_lora: Annotated[
+        bool,
+        Option(
+            "--enable-lora",
+            help="Take low-rank adapters beside the model: --lora-modules, or /v1/load_lora_adapter. Requests choose "
+            "one by its name as `model`. See docs/ADAPTERS.md.",
+        ),
+    ] = _STANDARD.enable_lora
+    lora_modules: Annotated[
+        list[str] | None,
+        Option(
+            metavar="NAME=PATH",
+            help="An adapter to load at the start: its name, and a directory that peft or mlx-lm wrote. Or as JSON: "
+            """'{"name": "NAME", "path": "PATH"}'. Repeatable.""",
+        ),
+    ] = None
+    max_loras: Annotated[
+        int, Option(metavar="COUNT", help="Different adapters in one step. The device holds so many.")
+    ] = _STANDARD.max_loras
+    max_lora_rank: Annotated[
+        int,
+        Option(
+            metavar="RANK",
+            help=f"The largest rank of an adapter, for which memory is reserved: {', '.join(map(str, LORA_RANKS))}.",
+        ),
+    ] = _STANDARD.max_lora_rank
+    max_cpu_loras: Annotated[
+        int | None,
+        Option(
+            metavar="COUNT",
+            help="Adapters in host memory; others are read from their files when needed. [default: --max-loras]",
+            show_default=False,
+        ),
+    ] = _STANDARD.max_cpu_loras
     chat_template: Annotated[
         str | None, Option(metavar="FILE", help="A Jinja file to use instead of the model's own chat template.")
     ] = None
@@ -314,6 +352,7 @@ class EngineFlags(RunnerFlags):
             "warm_up": self.warm_up or warm_up,
             "max_step_stretch": max_step_stretch if self.max_step_stretch is None else self.max_step_stretch,
             "served_model_name": served_model_name,
+            "lora_modules": tuple(self.lora_modules or ()),
         }
         return EngineConfig(model=model, **(self.settings() | resolved))
 
@@ -325,6 +364,26 @@ class TerminalEngineFlags(EngineFlags):
     log_level: Annotated[
         str, Option(metavar="LEVEL", help=f"Least severe level to log on stderr: {', '.join(LOG_LEVELS)}.")
     ] = "warning"
+    lora: Annotated[
+        str | None,
+        Option(metavar="PATH", help="Answer with this low-rank adapter: a directory that peft or mlx-lm wrote."),
+    ] = None
+
+    def make_config(self, model: str, **defaults: Any) -> EngineConfig:
+        """As that of EngineFlags, with room for the adapter of --lora."""
+        config = super().make_config(model, **defaults)
+        return config if self.lora is None else with_adapter(config, self.lora)
+
+
+def with_adapter(config: EngineConfig, path: str) -> EngineConfig:
+    """The settings with an adapter more, which is the last of `lora_modules`, and slots of its rank. Raises ModelError
+    if it cannot be read."""
+    needed = read_adapter_config(Path(path).expanduser()).max_rank
+    rank = next((rank for rank in LORA_RANKS if rank >= needed), LORA_RANKS[-1])
+    modules = (*config.lora_modules, LoraModule(Path(path).name or path, path))
+    return dataclasses.replace(
+        config, enable_lora=True, lora_modules=modules, max_lora_rank=max(config.max_lora_rank, rank)
+    )
 
 
 def _parse_model_len(text: str) -> int | None:

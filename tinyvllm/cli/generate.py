@@ -137,7 +137,7 @@ async def _generate(
     streams = len(task.prompts) == 1 and more["n"] == 1 and not task.as_json
     # before the engine is ready, because it takes time
     view = make_view(plain=task.plain or task.raw, shows_reasoning=False) if streams else None
-    engine = await ready_engine(config)
+    engine = await ready_engine(config, uses_adapter=bool(config.lora_modules))
     start_s = time.monotonic() - begun_s
     with record.recording():
         try:

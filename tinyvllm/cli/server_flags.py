@@ -247,6 +247,14 @@ class ServerFlags:
         Option("--log-requests", help="Log the prompts and settings of requests. Without it, no content is logged."),
     ] = False
     access_log: Annotated[bool, Option(help="Log a line for each HTTP request.")] = True
+    allow_runtime_lora: Annotated[
+        bool,
+        Option(
+            "--allow-runtime-lora",
+            help="Allow every client to call POST /v1/load_lora_adapter, which reads directories of this machine, and "
+            "/v1/unload_lora_adapter (vLLM's VLLM_ALLOW_RUNTIME_LORA_UPDATING).",
+        ),
+    ] = False
     enable_profiling: Annotated[
         bool, Option("--enable-profiling", help="Allow every client to call POST /start_profile and /stop_profile.")
     ] = False
@@ -262,6 +270,7 @@ class ServerFlags:
         return ServerSettings(
             apis=read_apis(self.api),
             enable_profiling=self.enable_profiling,
+            allow_runtime_lora=self.allow_runtime_lora,
             max_num_queued_requests=self.max_num_queued_requests,
             max_num_queued_tokens=self.max_num_queued_tokens,
             max_connections=self.max_connections,

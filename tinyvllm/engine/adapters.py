@@ -75,6 +75,11 @@ class EngineAdapters:
         """Raise RequestError if no loaded adapter has this key."""
         self._table.require(key)
 
+    @property
+    def infos(self) -> list[AdapterInfo]:
+        """The loaded adapters, in the order in which they were loaded. May be read on any thread."""
+        return self._table.infos
+
     def uses(self) -> list[AdapterUse]:
         """The loaded adapters, in the order in which they were loaded."""
         counts = Counter(

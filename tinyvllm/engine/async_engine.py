@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig, SamplingParams
+from tinyvllm.engine.adapters import READ_S
+from tinyvllm.engine.adapters import AdapterUse as AdapterUse
 from tinyvllm.engine.admission import require_head
+from tinyvllm.engine.client import ANSWER_S, Client, Reader
 from tinyvllm.engine.client import Call as Call
-from tinyvllm.engine.client import Client, Reader
 from tinyvllm.engine.client import Receiver as Receiver
 from tinyvllm.engine.hosts import Host, Loaded
 from tinyvllm.engine.loading import LoadedEngine, Progress, load_engine, model_name
@@ -26,6 +28,7 @@ from tinyvllm.engine.output import Delta
 from tinyvllm.engine.step_history import CompletedStep
 from tinyvllm.engine.thread_host import ThreadHost
 from tinyvllm.errors import DeviceError, EngineDeadError, RequestError
+from tinyvllm.scheduling.adapter_slots import AdapterInfo as AdapterInfo  # for the rooms above, as those below
 from tinyvllm.scheduling.plan import STEP_SIZES as STEP_SIZES  # for the rooms above, which may not import scheduling
 from tinyvllm.scheduling.plan import StepStats as StepStats
 from tinyvllm.text.chat import ChatTemplate
@@ -43,6 +46,7 @@ class AsyncEngine:
         self.config = config
         self.created = int(time.time())
         self.served_model_name = model_name(config)
+        self.default_adapter = ""  # the key of the adapter of requests that name none
         self._host = host
 
     @classmethod
@@ -108,9 +112,12 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: str = "",
     ) -> Call:
         """Start a request, whose output goes to `receiver`: at least one delta per choice, the last with a
         finish_reason. The caller closes the call.
+
+        adapter: the key of a loaded adapter; "": none.
 
         Waits until the engine is ready and the grammar is compiled; without a grammar a ready engine does not suspend.
         Raises RequestError if the request is refused, and EngineDeadError if the engine has stopped.
@@ -120,7 +127,9 @@ class AsyncEngine:
         loaded = self._loaded
         require_head(loaded.model_config)
         grammar = None if params.grammar is None else await loaded.grammars.compile(params.grammar)
-        requests = loaded.factory.make(request_id, prompt_ids, params, priority, grammar, cache_salt)
+        requests = loaded.factory.make(
+            request_id, prompt_ids, params, priority, grammar, cache_salt, adapter or self.default_adapter
+        )
         return self._client().open(request_id, requests, receiver)
 
     async def generate(
@@ -131,6 +140,7 @@ class AsyncEngine:
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: str = "",
     ) -> AsyncGenerator[Delta, None]:
         """`submit` as an iterator over the deltas; those of a slow reader are merged, to one per choice.
 
@@ -138,9 +148,8 @@ class AsyncEngine:
         canceling the generator aborts the request: its blocks are free at the next step.
         """
         reader = Reader()
-        call = await self.submit(
-            prompt_ids, params, reader, request_id=request_id, priority=priority, cache_salt=cache_salt
-        )
+        options: Any = {"priority": priority, "cache_salt": cache_salt, "adapter": adapter}
+        call = await self.submit(prompt_ids, params, reader, request_id=request_id, **options)
         try:
             num_open = params.n
             while num_open:
@@ -151,7 +160,7 @@ class AsyncEngine:
             call.close()
 
     async def embed(
-        self, prompt_ids: Sequence[int], pooling: str = "mean", *, request_id: str, priority: int = 0
+        self, prompt_ids: Sequence[int], pooling: str = "mean", *, request_id: str, priority: int = 0, adapter: str = ""
     ) -> NDArray[np.float32]:
         """The prompt's embedding, (hidden,), normalized to length 1.
 
@@ -162,7 +171,7 @@ class AsyncEngine:
         if pooling not in POOLINGS:
             raise RequestError(f"pooling is {pooling!r}: choose one of {', '.join(POOLINGS)}", param="pooling")
         await self._host.wait_ready()
-        [request] = self._loaded.factory.make(request_id, prompt_ids, EMBEDDING_PARAMS, priority)
+        [request] = self._loaded.factory.make(request_id, prompt_ids, EMBEDDING_PARAMS, priority, adapter=adapter)
         request.pooling = pooling
         reader = Reader()
         call = self._client().open(request_id, [request], reader)
@@ -206,6 +215,35 @@ class AsyncEngine:
         """Check each engine's pool, and count what it holds. Raises EngineDeadError, also for a pool with a fault."""
         return [msgspec.convert(answer, dict[str, int]) for answer in await self._ask_all("audit")]
 
+    def adapters(self) -> list[AdapterInfo]:
+        """The loaded adapters: those that all engines have."""
+        return self._host.adapters()
+
+    async def adapter_uses(self) -> list[list[AdapterUse]]:
+        """Each engine's adapters, and the requests that use them. Raises EngineDeadError."""
+        answers = await self._ask_all("adapter_uses")
+        return [msgspec.convert(answer, list[AdapterUse], from_attributes=True) for answer in answers]
+
+    async def load_adapter(self, name: str, path: str, *, replaces: bool = False) -> AdapterInfo:
+        """Load an adapter from the directory `path` into every engine. Raises RequestError if one refuses it; the
+        others then forget it. Raises EngineDeadError."""
+        arguments = [name, path, "replaces" if replaces else ""]
+        known = {info.name for info in self.adapters()}
+        results = await self._tell_all("load_adapter", *arguments, timeout_s=READ_S)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors and len(errors) < len(results) and name not in known:
+            await self._tell_all("unload_adapter", name)
+        if errors:
+            raise errors[0]
+        return msgspec.convert(results[0], AdapterInfo, from_attributes=True)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Have every engine forget an adapter. Raises RequestError if none has it, and EngineDeadError."""
+        results = await self._tell_all("unload_adapter", name)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if len(errors) == len(results):
+            raise errors[0]
+
     async def shutdown(self, drain_s: float = 0.0) -> None:
         """Stop the engine if it runs in this process: refuse new requests, give the running ones `drain_s` seconds,
         abort the rest, and end the thread. Else abort this process's requests and disconnect."""
@@ -220,6 +258,12 @@ class AsyncEngine:
 
     def _client(self) -> Client:
         return self._host.client(asyncio.get_running_loop())
+
+    async def _tell_all(self, question: str, *arguments: str, timeout_s: float = ANSWER_S) -> list[Any]:
+        """Each engine's answer, or the exception that stands for it."""
+        client = self._client()
+        asked = (client.ask(question, engine, *arguments, timeout_s=timeout_s) for engine in range(self.num_engines))
+        return await asyncio.gather(*asked, return_exceptions=True)
 
     async def _ask_all(self, question: str) -> list[Any]:
         """The answers of the engines that can answer. Raises EngineDeadError if none can."""

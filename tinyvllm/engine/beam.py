@@ -143,6 +143,7 @@ class Engine(Protocol):
         request_id: str,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: str = "",
     ) -> AsyncGenerator[Delta, None]: ...
 
 
@@ -155,6 +156,7 @@ async def generate_beams(
     request_id: str,
     priority: int = 0,
     cache_salt: str | None = None,
+    adapter: str = "",
 ) -> AsyncGenerator[Delta, None]:
     """`AsyncEngine.generate` by beam search: params.n beams, best first, each as one delta after all have finished.
 
@@ -169,6 +171,7 @@ async def generate_beams(
         length = len(search.live[0].tokens)
         names = [f"{request_id}-beam{length}.{index}" for index in range(len(search.live))]
         options: Any = {"priority": priority, "cache_salt": cache_salt}
+        options |= {"adapter": adapter} if adapter else {}
         deltas = await _all(
             [
                 _one_delta(engine.generate([*prompt_ids, *beam.token_ids], one_token, request_id=name, **options))

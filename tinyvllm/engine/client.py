@@ -164,17 +164,17 @@ class Client:
         for choice in self._end(call.choices, call.engine):
             self._deliver(choice, choice.processor.end("abort"))
 
-    async def ask(self, question: str, engine: int) -> Any:
-        """An engine's answer to one of `loop.QUESTIONS`. Raises EngineDeadError if it cannot answer, or not soon:
-        a step may hang."""
+    async def ask(self, question: str, engine: int, *arguments: str, timeout_s: float = ANSWER_S) -> Any:
+        """An engine's answer to one of `loop.QUESTIONS`, or to load_adapter. Raises RequestError if it refuses, and
+        EngineDeadError if it cannot answer, or not soon: a step may hang."""
         number, answer = next(self._numbers), asyncio.get_running_loop().create_future()
         self._questions[number] = engine, answer
         try:
-            self.lines[engine].send(Ask(number, question))
-            async with asyncio.timeout(ANSWER_S):
+            self.lines[engine].send(Ask(number, question, list(arguments)))
+            async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
-            raise EngineDeadError(f"the engine has not answered for {ANSWER_S:g} s: its step does not end") from None
+            raise EngineDeadError(f"the engine has not answered for {timeout_s:g} s: its step does not end") from None
         finally:
             self._questions.pop(number, None)
 
@@ -210,6 +210,8 @@ class Client:
                     return
                 if message.error is None:
                     answer.set_result(message.value)
+                elif message.is_refusal:
+                    answer.set_exception(RequestError(message.error, param=message.param, code=message.code))
                 else:
                     answer.set_exception(EngineDeadError(message.error))
             case Blocks():

@@ -10,6 +10,7 @@ from tinyvllm.config import Capacity, GenerationDefaults, ModelConfig
 from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.client import Client
 from tinyvllm.engine.constraints import GrammarCompiler
+from tinyvllm.scheduling.adapter_slots import AdapterInfo
 from tinyvllm.scheduling.plan import StepStats
 from tinyvllm.text.chat import ChatTemplate
 from tinyvllm.text.tokenizer import Tokenizer
@@ -49,6 +50,9 @@ class Host(Protocol):
         """Return when requests can be served. Raises `error`."""
 
     def engine_stats(self) -> list[StepStats]: ...
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Those that every engine has loaded."""
 
     def client(self, loop: asyncio.AbstractEventLoop) -> Client:
         """The client of the running event loop. Raises EngineDeadError if the engine takes no more work."""

@@ -10,15 +10,17 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
+from tinyvllm.engine.adapters import AdapterUse, require_adapters
 from tinyvllm.engine.admission import to_request
 from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.engine.messages import (
     Abort,
+    AdapterList,
     Answer,
     Ask,
     Batch,
@@ -41,6 +43,7 @@ from tinyvllm.engine.step_history import StepHistory
 from tinyvllm.errors import EngineDeadError, InvariantError, RequestError
 from tinyvllm.faults import reach
 from tinyvllm.profiling import measure
+from tinyvllm.scheduling.adapter_slots import AdapterInfo
 from tinyvllm.scheduling.plan import StepStats, TokenOut
 from tinyvllm.scheduling.request import Constraint, Request
 from tinyvllm.text.grammar import Grammar
@@ -92,6 +95,8 @@ class EngineLoop:
         self._owners: dict[Request, tuple[ClientId, int]] = {}  # the same, the other way round
         self._waiting: dict[tuple[ClientId, int], Submit] = {}  # calls whose grammar is being compiled, by first number
         self._routers: set[ClientId] = set()  # clients that are told of the prefix cache
+        self._greeted: set[ClientId] = set()  # clients that are told of the loaded adapters
+        self._adapter_reader = ThreadPoolExecutor(1, thread_name_prefix="tinyvllm-adapters")
         self._has_routed = False  # there has been one, so the pool records its changes
         self._stop_at_s: float | None = None  # monotonic; set when a stop is requested
 
@@ -115,6 +120,7 @@ class EngineLoop:
         The caller closes the door, with the reason.
         """
         self._serve()
+        self._adapter_reader.shutdown(wait=False, cancel_futures=True)
         for client in list(self._clients):
             self._abort_all(client, tells=True)
 
@@ -242,6 +248,8 @@ class EngineLoop:
                 for number in message.numbers:
                     self._abort(client, number)
                 self._report()
+            case Ask(question="load_adapter"):
+                self._load_adapter(client, message)
             case Ask():
                 self._send(client, self._answer(message))
             case Hello():
@@ -253,7 +261,8 @@ class EngineLoop:
 
     def _welcome(self, client: ClientId, hello: Hello) -> None:
         runner, manager = self.core.runner, self.core.scheduler.block_manager
-        self._send(client, Welcome(runner.model_config, runner.capacity))
+        self._send(client, Welcome(runner.model_config, runner.capacity, self.loaded_adapters()))
+        self._greeted.add(client)
         if hello.routes:
             self._send_changes()
             self._routers.add(client)
@@ -335,10 +344,55 @@ class EngineLoop:
         self._abort_all(client)
         self._clients.pop(client, None)
         self._routers.discard(client)
+        self._greeted.discard(client)
 
     def _report(self) -> None:
         if self._on_stats is not None:
             self._on_stats(self.core.stats)
+
+    # ---- Adapters ----
+
+    def loaded_adapters(self) -> list[AdapterInfo]:
+        return [] if self.core.adapters is None else [use.info for use in self.core.adapters.uses()]
+
+    def adapter_uses(self) -> list[AdapterUse]:
+        return [] if self.core.adapters is None else self.core.adapters.uses()
+
+    def _load_adapter(self, client: ClientId, ask: Ask) -> None:
+        """Read an adapter's files on a thread of their own, while steps go on, and then make it known."""
+
+        def read() -> None:
+            outcome: Any
+            try:
+                outcome = require_adapters(self.core.adapters).read(ask.arguments[1])
+            except Exception as error:
+                outcome = error
+            self._door.post(partial(self._finish_loading, client, ask, outcome))
+
+        self._adapter_reader.submit(read)
+
+    def _finish_loading(self, client: ClientId, ask: Ask, outcome: Any) -> None:
+        """`outcome`: what was read, or an exception."""
+        name, path, replaces = ask.arguments
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            adapters = require_adapters(self.core.adapters)
+            value = adapters.add(name, path, outcome, replaces=bool(replaces))
+        except Exception as error:  # it concerns the asker only
+            self._send(client, _error_of(ask, error))
+            return
+        self._tell_adapters()
+        self._send(client, Answer(ask.number, value))
+
+    def unload_adapter(self, name: str) -> AdapterInfo:
+        info = require_adapters(self.core.adapters).unload(name)
+        self._tell_adapters()
+        return info
+
+    def _tell_adapters(self) -> None:
+        for client in self._greeted:
+            self._send(client, AdapterList(self.loaded_adapters()))
 
     # ---- Questions ----
 
@@ -347,10 +401,9 @@ class EngineLoop:
         if question is None:
             return Answer(ask.number, error=f"no question {ask.question!r}: known: {', '.join(QUESTIONS)}")
         try:
-            return Answer(ask.number, question(self))
+            return Answer(ask.number, question(self, *ask.arguments))
         except Exception as error:  # it concerns the asker only
-            logger.exception("the question %s cannot be answered", ask.question)
-            return Answer(ask.number, error=f"{type(error).__name__}: {error}")
+            return _error_of(ask, error)
 
     def pool_states(self) -> bytes:
         return bytes(self.core.scheduler.block_manager.states())
@@ -376,8 +429,18 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+def _error_of(ask: Ask, error: Exception) -> Answer:
+    """The answer to a question that cannot be answered."""
+    if isinstance(error, RequestError):
+        return Answer(ask.number, error=str(error), is_refusal=True, param=error.param, code=error.code)
+    logger.error("the question %s cannot be answered", ask.question, exc_info=error)
+    return Answer(ask.number, error=_describe(error))
+
+
 # What a client may ask: a name, and what answers it between two steps, quickly.
-QUESTIONS: dict[str, Callable[[EngineLoop], Any]] = {
+QUESTIONS: dict[str, Callable[..., Any]] = {
+    "adapter_uses": EngineLoop.adapter_uses,
+    "unload_adapter": EngineLoop.unload_adapter,
     "pool_states": EngineLoop.pool_states,
     "latest_steps": EngineLoop.latest_steps,
     "audit": EngineLoop.audit,

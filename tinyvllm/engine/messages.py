@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from tinyvllm.config import Capacity, ModelConfig, SamplingParams
 from tinyvllm.engine.step_clock import Parts
+from tinyvllm.scheduling.adapter_slots import AdapterInfo
 from tinyvllm.scheduling.request import TokenLogprobs
 
 # ---- To the step loop ----
@@ -118,6 +119,13 @@ class Welcome(Struct, tag="welcome", array_like=True):
 
     model_config: ModelConfig
     capacity: Capacity
+    adapters: list[AdapterInfo] = []
+
+
+class AdapterList(Struct, tag="adapters", array_like=True):
+    """The adapters that are loaded now, after one was loaded or unloaded."""
+
+    adapters: list[AdapterInfo]
 
 
 class Blocks(Struct, tag="blocks", array_like=True):
@@ -161,7 +169,7 @@ class Closed(Struct, tag="closed", array_like=True):
     reason: str
 
 
-ToClient = Batch | Welcome | Blocks | Refused | Answer | Lost | Closed
+ToClient = Batch | Welcome | AdapterList | Blocks | Refused | Answer | Lost | Closed
 
 encode_message = msgspec.msgpack.Encoder().encode
 decode_for_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -16,11 +16,21 @@ from tinyvllm.engine.client import Client
 from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.hosts import Loaded
 from tinyvllm.engine.loading import Text, load_text, prepare_grammars
-from tinyvllm.engine.messages import Goodbye, Hello, Lost, ToEngine, Welcome, decode_for_client, encode_message
+from tinyvllm.engine.messages import (
+    AdapterList,
+    Goodbye,
+    Hello,
+    Lost,
+    ToEngine,
+    Welcome,
+    decode_for_client,
+    encode_message,
+)
 from tinyvllm.engine.placement import Placement
 from tinyvllm.engine.socket_door import LINGER_MS
 from tinyvllm.errors import EngineDeadError
 from tinyvllm.faults import reach
+from tinyvllm.scheduling.adapter_slots import AdapterInfo
 from tinyvllm.scheduling.plan import StepStats
 
 logger = logging.getLogger(__name__)
@@ -57,6 +67,7 @@ class ProcessHost:
         ]
         self._client: Client | None = None
         self._welcome: Welcome | None = None
+        self._adapters: dict[int, list[AdapterInfo]] = {}  # of each engine
         self._start_error: BaseException | None = None
         self._dead: dict[int, str] = {}  # engines that have died, and why
         self._changed = asyncio.Event()  # set and replaced whenever an engine's state changes
@@ -119,6 +130,12 @@ class ProcessHost:
             )
         return each
 
+    def adapters(self) -> list[AdapterInfo]:
+        """Those of the first live engine that all live ones have."""
+        lists = [lists for engine, lists in self._adapters.items() if engine not in self._dead]
+        common = set.intersection(*({info.key for info in one} for one in lists)) if lists else set()
+        return [info for info in lists[0] if info.key in common] if lists else []
+
     def client(self, loop: asyncio.AbstractEventLoop) -> Client:
         assert loop is self.loop, "a process host serves one event loop"
         if self._client is None or self._is_closed:
@@ -154,7 +171,10 @@ class ProcessHost:
             if self._client is not None and self._client.placement is not None:
                 self._client.placement.add(engine)
             self._welcome = message
+            self._adapters[engine] = message.adapters
             self._complete()
+        elif isinstance(message, AdapterList):
+            self._adapters[engine] = message.adapters
         elif isinstance(message, Lost):
             self.lose(engine, message.reason)
         elif self._client is not None:

@@ -16,6 +16,7 @@ from tinyvllm.engine.local_door import LocalDoor
 from tinyvllm.engine.loop import EngineLoop
 from tinyvllm.engine.messages import ToEngine
 from tinyvllm.errors import EngineDeadError
+from tinyvllm.scheduling.adapter_slots import AdapterInfo
 from tinyvllm.scheduling.plan import StepStats
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,10 @@ class ThreadHost:
 
     def engine_stats(self) -> list[StepStats]:
         return [StepStats() if self.engine is None else self.engine.core.stats]
+
+    def adapters(self) -> list[AdapterInfo]:
+        adapters = None if self.engine is None else self.engine.core.adapters
+        return [] if adapters is None else adapters.infos
 
     def client(self, loop: asyncio.AbstractEventLoop) -> Client:
         if self._is_closed or self._is_stopping:

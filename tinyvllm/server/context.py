@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from tinyvllm.engine.async_engine import AdapterInfo
 from tinyvllm.profiling import measure
 from tinyvllm.server.request_times import RequestTimes
 
@@ -30,6 +31,7 @@ class RequestContext:
     num_body_bytes: int = 0  # of what has arrived, decompressed
     num_seqs: int = 0  # sequences admitted for it
     num_waiting_tokens: int = 0  # prompt tokens of those without output
+    adapter: AdapterInfo | None = None  # the adapter that its field `model` names
     times: RequestTimes = field(default_factory=RequestTimes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from tinyvllm.engine.async_engine import STEP_SIZES, StepStats
 from tinyvllm.server.memory import memory_by_kind
 
 if TYPE_CHECKING:
-    from tinyvllm.engine.async_engine import AsyncEngine
+    from tinyvllm.engine.async_engine import AdapterUse, AsyncEngine
 
 LABELS = ("model_name", "engine")
 
@@ -87,6 +88,7 @@ class EngineCollector(Collector):
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self.adapter_uses: list[list[AdapterUse]] = []  # of each engine, when it was last asked
 
     def describe(self) -> Iterable[Metric]:
         return ()  # registration must not ask an engine that is still loading
@@ -111,6 +113,8 @@ class EngineCollector(Collector):
         yield from self._labeled_gauges(each)
         yield self._step_sizes(each)
         yield self._cache_config()
+        if self._engine.config.enable_lora:
+            yield self._adapters()
 
     def _usage(self, stats: StepStats) -> float:
         return 1.0 - stats.num_free_blocks / (self._engine.capacity.num_blocks - 1)  # block 0 is for padding
@@ -163,6 +167,20 @@ class EngineCollector(Collector):
             buckets = [(str(bound), count) for bound, count in zip(bounds, accumulate(stats.step_sizes), strict=True)]
             steps.add_metric(values, buckets, stats.extra.get("num_computed_tokens", 0))
         return steps
+
+    def _adapters(self) -> Metric:
+        """vLLM's gauge of the time, whose labels name the adapters of running and of waiting requests."""
+        uses = [use for one in self.adapter_uses for use in one]
+        running = dict.fromkeys(use.info.name for use in uses if use.num_running)
+        waiting = dict.fromkeys(use.info.name for use in uses if use.num_waiting)
+        labels = {
+            "max_lora": str(self._engine.config.max_loras),
+            "waiting_lora_adapters": ",".join(waiting),
+            "running_lora_adapters": ",".join(running),
+        }
+        info = GaugeMetricFamily("vllm:lora_requests_info", "Adapters of the requests.", labels=tuple(labels))
+        info.add_metric(list(labels.values()), time.time())
+        return info
 
     def _cache_config(self) -> Metric:
         """A gauge of 1 with the settings as its labels, as in vLLM."""

@@ -48,13 +48,29 @@ class Heading:
 def make_heading(state: ServerState, prefix: str) -> Heading:
     context = current()  # the answer's id contains the request's, and so does every line that the engine logs about it
     unique = context.request_id if context.is_own_id else f"{context.request_id}-{uuid.uuid4().hex[:8]}"
-    return Heading(id=f"{prefix}{unique}", created=int(time.time()), model=state.engine.served_model_name)
+    return Heading(id=f"{prefix}{unique}", created=int(time.time()), model=answering_model(state))
 
 
 def require_model(state: ServerState, name: str | None) -> None:
-    """Raise UnknownModelError if `name` is given and is not the served model."""
-    if name is not None and not is_name_of(name, state.model_names):
-        raise does_not_exist(name, state.model_names)
+    """Choose what answers the request that is being handled: the served model, or an adapter of it.
+
+    Raises UnknownModelError if `name` is given and names neither."""
+    if name is not None and not chooses(state, name):
+        raise does_not_exist(name, state.all_names)
+
+
+def chooses(state: ServerState, name: str) -> bool:
+    """Whether a name is the served model's, or that of an adapter, with which the request is then answered."""
+    if is_name_of(name, state.model_names):
+        return True
+    current().adapter = state.find_adapter(name)
+    return current().adapter is not None
+
+
+def answering_model(state: ServerState) -> str:
+    """The name of what answers the request that is being handled."""
+    adapter = current().adapter
+    return state.engine.served_model_name if adapter is None else adapter.name
 
 
 def does_not_exist(name: object, known: Collection[str]) -> UnknownModelError:

@@ -10,6 +10,7 @@ adapters, image and remote caches, sampled block lifetimes. Our own names begin 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.platform_collector import PlatformCollector
 
+from tinyvllm.errors import EngineDeadError
 from tinyvllm.server.counters import Counters, Family, Histogram, Value
 from tinyvllm.server.engine_metrics import LABELS, EngineCollector
 from tinyvllm.server.front_ends import FrontEnds
@@ -106,7 +108,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(self._counters)
         self._values = (engine.served_model_name, "0")  # of LABELS; requests are counted together
-        self._registry.register(EngineCollector(engine))
+        self._engines = EngineCollector(engine)
+        self._registry.register(self._engines)
         self._registry.register(ProcessesCollector(front_ends.pids))
         PlatformCollector(registry=self._registry)
         self.process = ProcessMetrics(front_ends)
@@ -116,6 +119,12 @@ class Metrics:
         for family in (HTTP_REQUESTS, HTTP_DURATION):
             self._counters.register(family)
         self._http_duration_fine_s = self._counters.histogram(HTTP_FINE_DURATION)
+
+    async def look_at_adapters(self) -> None:
+        """Ask the engines which adapters their requests use, for the next `render`."""
+        if self._engine.config.enable_lora and self._engine.is_ready:
+            with contextlib.suppress(EngineDeadError):  # the previous answer stays
+                self._engines.adapter_uses = await self._engine.adapter_uses()
 
     def render(self) -> bytes:
         if self._engine.is_ready:

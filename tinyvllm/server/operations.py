@@ -91,7 +91,9 @@ async def version() -> Version:
 @router.get("/metrics", response_class=Response)
 @router.head("/metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
-    return Response(state_of(request).metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+    found = state_of(request).metrics
+    await found.look_at_adapters()
+    return Response(found.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 @router.get("/engine/state")

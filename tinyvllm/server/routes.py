@@ -20,6 +20,7 @@ ROUTES = (
     "openai.rerank",
     "anthropic.models",  # before OpenAI's: it takes requests with its own header only
     "openai.models",
+    "openai.adapters",
     "ollama.chat",
     "ollama.generate",
     "ollama.embed",

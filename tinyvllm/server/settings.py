@@ -43,6 +43,7 @@ class ServerSettings:
     shutdown_timeout_s: float = 25.0  # for running requests after a signal; below the 30 s that orchestrators allow
     stats_interval_s: float | None = 10.0  # between status lines in the log
     log_requests: bool = False  # log prompts and settings of requests
+    allow_runtime_lora: bool = False  # allow /v1/load_lora_adapter and /v1/unload_lora_adapter
     enable_profiling: bool = False  # allow /start_profile and /stop_profile
     apis: tuple[str, ...] = APIS
     model_aliases: tuple[str, ...] = ()  # further names of the served model

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from tinyvllm.errors import ModelError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from tinyvllm.config import ModelFiles
+    from tinyvllm.engine.async_engine import AdapterInfo
     from tinyvllm.server.state import ServerState
 
 LoadState = Literal["unloaded", "loading", "ready", "failed"]
@@ -27,7 +29,8 @@ class ShelvedModel:
     name: str
     aliases: tuple[str, ...] = ()
     model: str  # as it was given: catalog name, directory, file or hub id. A path stays on this machine
-    root: str  # the name in the model's own files
+    root: str  # the name in the model's own files; of an adapter, that of its directory
+    parent: str | None = None  # of an adapter, the name of the model that it belongs to
     created: int  # Unix time
     state: LoadState
     max_model_len: int | None = None  # None until it is loaded for the first time
@@ -63,6 +66,19 @@ class Shelf(Protocol):
     def models(self) -> Sequence[ShelvedModel]: ...
 
 
+def _adapter_of(model: ShelvedModel, info: AdapterInfo) -> ShelvedModel:
+    """An adapter, as a model."""
+    return replace(
+        model,
+        name=info.name,
+        aliases=(),
+        root=Path(info.path).name,
+        parent=model.name,
+        created=int(info.loaded_s),
+        num_device_bytes=None,
+    )
+
+
 class SingleModel:
     """The shelf of a server with one engine, or several of the same model, which stays loaded."""
 
@@ -73,20 +89,19 @@ class SingleModel:
         engine = self._state.engine
         is_ready = engine.is_ready and engine.error is None
         config = engine.config
-        return [
-            ShelvedModel(
-                name=engine.served_model_name,
-                aliases=self._state.settings.model_aliases,
-                model=config.model,
-                root=(engine.model_config.name if is_ready else "") or engine.served_model_name,
-                created=engine.created,
-                state="failed" if engine.error is not None else "ready" if is_ready else "loading",
-                max_model_len=engine.capacity.max_model_len if is_ready else None,
-                num_device_bytes=self._num_device_bytes() if is_ready else None,
-                chat_template=config.chat_template,
-                reasoning_parser=config.reasoning_parser,
-            )
-        ]
+        model = ShelvedModel(
+            name=engine.served_model_name,
+            aliases=self._state.settings.model_aliases,
+            model=config.model,
+            root=(engine.model_config.name if is_ready else "") or engine.served_model_name,
+            created=engine.created,
+            state="failed" if engine.error is not None else "ready" if is_ready else "loading",
+            max_model_len=engine.capacity.max_model_len if is_ready else None,
+            num_device_bytes=self._num_device_bytes() if is_ready else None,
+            chat_template=config.chat_template,
+            reasoning_parser=config.reasoning_parser,
+        )
+        return [model, *[_adapter_of(model, info) for info in engine.adapters()]]
 
     def _num_device_bytes(self) -> int:
         engine = self._state.engine

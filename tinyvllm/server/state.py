@@ -19,6 +19,7 @@ from tinyvllm.server.failures import NotReadyError
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.generation import BeamCall, Generation, Job, OpenCall, PromptCall, Sink
 from tinyvllm.server.metrics import Metrics, PromptObserver
+from tinyvllm.server.model_names import is_name_of
 from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out
 from tinyvllm.server.request_log import RequestLog
 from tinyvllm.server.watchdog import Watchdog
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from tinyvllm.engine.async_engine import AsyncEngine
+    from tinyvllm.engine.async_engine import AdapterInfo, AsyncEngine
     from tinyvllm.engine.output import Delta
     from tinyvllm.server.settings import ServerSettings
 
@@ -57,6 +58,15 @@ class ServerState:
     def model_names(self) -> tuple[str, ...]:
         """The served model's names. Answers have the first."""
         return (self.engine.served_model_name, *self.settings.model_aliases)
+
+    def find_adapter(self, name: str) -> AdapterInfo | None:
+        """The loaded adapter of this name."""
+        return next((info for info in self.engine.adapters() if is_name_of(name, (info.name,))), None)
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """What requests may give as `model`: the model's names and its adapters'."""
+        return (*self.model_names, *[info.name for info in self.engine.adapters()])
 
     @property
     def context_limit(self) -> int:
@@ -133,6 +143,7 @@ class ServerState:
             times=context.times,
         )
         options: Any = {"request_id": prompt.request_id, "priority": job.priority, "cache_salt": job.cache_salt}
+        options |= _adapter_of(context)
         call: OpenCall
         try:
             if job.beams is None:
@@ -162,7 +173,8 @@ class ServerState:
         remaining_s = None if timeout_s is None else timeout_s - (time.perf_counter() - arrival_s)
         try:
             async with asyncio.timeout(remaining_s):
-                embedding = await self.engine.embed(ids, pooling, request_id=request_id, priority=priority)
+                options: Any = {"request_id": request_id, "priority": priority} | _adapter_of(context)
+                embedding = await self.engine.embed(ids, pooling, **options)
         except TimeoutError as error:
             raise timed_out(timeout_s or 0.0) from error
         self._note_result(context, len(ids))
@@ -182,7 +194,8 @@ class ServerState:
                     params = SamplingParams(
                         temperature=0.0, max_tokens=1, ignore_eos=True, logprobs=MAX_LOGPROBS, allowed_token_ids=missing
                     )
-                    call = self.engine.generate(ids, params, request_id=f"{request_id}-{len(found)}", priority=priority)
+                    options: Any = {"priority": priority} | _adapter_of(context)
+                    call = self.engine.generate(ids, params, request_id=f"{request_id}-{len(found)}", **options)
                     (sampled,) = [token async for delta in call for token in _checked(delta).logprobs]
                     found |= {token.token_id: token.logprob for token in (*sampled.top, sampled)}
         except TimeoutError as error:
@@ -207,6 +220,11 @@ class ServerState:
         text = self.engine.tokenizer.decode(ids[:MAX_LOGGED_CHARS], skip_special_tokens=False)
         shown = ascii(text if len(text) <= MAX_LOGGED_CHARS else text[:MAX_LOGGED_CHARS] + "...")
         log.info("received request %s: %d tokens, prompt: %s, params: %s", request_id, len(ids), shown, params)
+
+
+def _adapter_of(context: RequestContext) -> dict[str, str]:
+    """The engine's option for a request's adapter, if it has one."""
+    return {} if context.adapter is None else {"adapter": context.adapter.key}
 
 
 def _measure_call(job: Job, request_id: str, http_id: str) -> None:

@@ -72,6 +72,11 @@ class AdapterConfig:
     fixed_scale: float | None = None  # mlx-lm states the scale itself
     base_model: str = ""  # what the files call it; for people
 
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of a module."""
+        return max([self.rank, *self.ranks.numbers.values()])
+
     def rank_of(self, module: str) -> int:
         return self.ranks.find(module, self.rank)
 

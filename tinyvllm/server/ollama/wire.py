@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tinyvllm.server.failures import UnknownModelError
-from tinyvllm.server.model_names import is_name_of
+from tinyvllm.server.intake import chooses
 
 if TYPE_CHECKING:
     from tinyvllm.server.state import ServerState
@@ -63,9 +63,9 @@ def openapi_lines(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
 
 def require_model(state: ServerState, name: str) -> None:
-    """Raise UnknownModelError if `name` is not the served model."""
-    if not is_name_of(name, state.model_names):
-        raise unknown_model(name, state.model_names)
+    """Raise UnknownModelError if `name` is neither the served model nor an adapter of it."""
+    if not chooses(state, name):
+        raise unknown_model(name, state.all_names)
 
 
 def unknown_model(name: object, known: Collection[str]) -> UnknownModelError:

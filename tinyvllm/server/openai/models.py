@@ -50,7 +50,12 @@ async def retrieve_model(model_id: str, request: Request) -> ModelCard:
 
 def _card(model: ShelvedModel, name: str) -> ModelCard:
     return ModelCard(
-        id=name, created=model.created, root=model.root, max_model_len=model.max_model_len, state=model.state
+        id=name,
+        created=model.created,
+        root=model.root,
+        parent=model.parent,
+        max_model_len=model.max_model_len,
+        state=model.state,
     )
 
 

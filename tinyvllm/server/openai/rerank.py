@@ -7,7 +7,7 @@ import time
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from tinyvllm.server.intake import ERRORS, json_response, make_heading, require_model
+from tinyvllm.server.intake import ERRORS, answering_model, json_response, make_heading, require_model
 from tinyvllm.server.openai.protocol.rerank import (
     Document,
     Relevance,
@@ -54,9 +54,7 @@ async def _rerank(state: ServerState, body: RerankRequest) -> Response:
         for index in best[: body.top_n or None]
     ]
     usage = ScoreUsage(prompt_tokens=scores.num_tokens, total_tokens=scores.num_tokens)
-    return json_response(
-        RerankAnswer(id=request_id, model=state.engine.served_model_name, results=results, usage=usage)
-    )
+    return json_response(RerankAnswer(id=request_id, model=answering_model(state), results=results, usage=usage))
 
 
 async def _score(state: ServerState, body: ScoreRequest) -> Response:
@@ -66,7 +64,7 @@ async def _score(state: ServerState, body: ScoreRequest) -> Response:
         ScoreList(
             id=request_id,
             created=int(time.time()),
-            model=state.engine.served_model_name,
+            model=answering_model(state),
             data=[Score(index=index, score=value) for index, value in enumerate(scores.values)],
             usage=ScoreUsage(prompt_tokens=scores.num_tokens, total_tokens=scores.num_tokens),
         )

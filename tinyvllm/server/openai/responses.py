@@ -14,7 +14,14 @@ from tinyvllm.errors import RequestError
 from tinyvllm.server.answers import collect
 from tinyvllm.server.events import EVENT_STREAM
 from tinyvllm.server.generation import Job, PromptCall
-from tinyvllm.server.intake import ERRORS, check_request, event_stream, json_response, openapi_event_stream
+from tinyvllm.server.intake import (
+    ERRORS,
+    answering_model,
+    check_request,
+    event_stream,
+    json_response,
+    openapi_event_stream,
+)
 from tinyvllm.server.openai.protocol.response_items import InputItem, listed
 from tinyvllm.server.openai.protocol.responses import (
     DeletedResponse,
@@ -191,7 +198,7 @@ def _make_answer(state: ServerState, body: ResponsesRequest, params: SamplingPar
         background=bool(body.background),
         instructions=body.instructions,
         max_output_tokens=body.max_output_tokens,
-        model=state.engine.served_model_name,
+        model=answering_model(state),
         output=[],
         parallel_tool_calls=body.parallel_tool_calls is not False,
         previous_response_id=body.previous_response_id,

@@ -1,0 +1,126 @@
+"""Adapters through all APIs of a server with a tiny real model: chosen by `model`, listed, loaded and unloaded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.adapters import write_adapter
+from tests.builders import TinyLlama, write_tiny_hf_llama
+from tests.server.client import client_of
+from tests.server.fake_engine import FakeEngine
+from tinyvllm.config import EngineConfig, LoraModule
+from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.server.app import make_app
+from tinyvllm.server.settings import ServerSettings
+
+NUMBERS: dict[str, Any] = {"layers": 1, "seed": 3}
+ENGINE: dict[str, Any] = {
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "num_gpu_blocks_override": 61,
+    "decode_buckets": (4,),
+    "token_buckets": (16,),
+    "warm_up": "idle",
+    "enable_lora": True,
+    "max_lora_rank": 8,
+}
+
+
+@asynccontextmanager
+async def serving(folder: Path, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server whose adapters `one` and `two` differ, of which `one` is loaded."""
+    files = write_tiny_hf_llama(folder / "tiny", **NUMBERS)
+    for seed, name in enumerate(("one", "two", "three")):
+        write_adapter(folder / name, TinyLlama(**NUMBERS), seed=seed, lora_alpha=16)
+    config = EngineConfig(str(files.path), lora_modules=(LoraModule("one", str(folder / "one")),), **ENGINE)
+    engine = AsyncEngine.start(config)
+    await engine.wait_ready()
+    transport = httpx.ASGITransport(make_app(engine, ServerSettings(**settings)))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        yield client
+    await engine.shutdown()
+
+
+async def complete(client: httpx.AsyncClient, model: str) -> str:
+    body = {"model": model, "prompt": "two are company", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    answer = await client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == model
+    return str(answer.json()["choices"][0]["text"])
+
+
+async def _whole(folder: Path) -> None:
+    async with serving(folder, allow_runtime_lora=True) as client:
+        base, one = [await complete(client, name) for name in ("tiny", "one")]
+        assert base != one
+        listed = {card["id"]: card for card in (await client.get("/v1/models")).json()["data"]}
+        assert (listed["one"]["parent"], listed["one"]["root"]) == ("tiny", "one") and listed["tiny"]["parent"] is None
+        assert (await client.get("/v1/models/one")).json()["parent"] == "tiny"
+        # two more: with one slot, they take turns
+        for name in ("two", "three"):
+            given = {"lora_name": name, "lora_path": str(folder / name)}
+            loaded = await client.post("/v1/load_lora_adapter", json=given)
+            assert loaded.text == f"Success: LoRA adapter '{name}' added successfully."
+        names = ("tiny", "one", "two", "three")
+        first = await asyncio.gather(*[complete(client, name) for name in names])
+        assert len(set(first)) == 4 and first[:2] == [base, one]
+        assert await asyncio.gather(*[complete(client, name) for name in reversed(names)]) == first[::-1]
+        await _ask_other_apis(client)
+        await _refuse(client, folder)
+        gone = await client.post("/v1/unload_lora_adapter", json={"lora_name": "two"})
+        assert gone.text == "Success: LoRA adapter 'two' removed successfully."
+        assert (await client.post("/v1/completions", json={"model": "two", "prompt": "a"})).status_code == 404
+        # the same name for other files: nothing of the old one's keys and values is found
+        replacing: dict[str, Any] = {"lora_name": "one", "lora_path": str(folder / "two"), "load_inplace": True}
+        assert (await client.post("/v1/load_lora_adapter", json=replacing)).status_code == 200
+        assert await complete(client, "one") == first[2]
+        metrics = (await client.get("/metrics")).text
+        assert 'vllm:lora_requests_info{max_lora="1",running_lora_adapters="",waiting_lora_adapters=""} 1.' in metrics
+
+
+async def _ask_other_apis(client: httpx.AsyncClient) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    chat = {"model": "one", "messages": messages, "max_tokens": 4}
+    for path, body, field in (
+        ("/v1/messages", chat, "model"),
+        ("/v1/responses", {"model": "one", "input": "hi", "max_output_tokens": 4}, "model"),
+        ("/api/generate", {"model": "one", "prompt": "hi", "stream": False, "raw": True}, "model"),
+    ):
+        answer = await client.post(path, json=body)
+        if answer.status_code == 400 and "template" in answer.text:  # the model has none
+            continue
+        assert answer.status_code == 200 and answer.json()[field] == "one", answer.text
+    tags = (await client.get("/api/tags")).json()["models"]
+    assert {model["name"] for model in tags} >= {"tiny:latest", "one:latest"}
+
+
+async def _refuse(client: httpx.AsyncClient, folder: Path) -> None:
+    for given, part in (
+        ({"lora_name": "one", "lora_path": str(folder / "two")}, "adapter 'one' is already loaded"),
+        ({"lora_name": "tiny", "lora_path": str(folder / "two")}, "the model's own name"),
+        ({"lora_name": "x", "lora_path": str(folder / "absent")}, "is not a directory"),
+    ):
+        answer = await client.post("/v1/load_lora_adapter", json=given)
+        assert answer.status_code == 400 and part in answer.json()["error"]["message"], answer.text
+    unknown = await client.post("/v1/unload_lora_adapter", json={"lora_name": "nobody"})
+    assert unknown.status_code == 404 and "loaded: one, two, three" in unknown.text
+
+
+def test_adapters_are_chosen_listed_loaded_and_unloaded(tmp_path: Path) -> None:
+    asyncio.run(_whole(tmp_path))
+
+
+def test_loading_must_be_allowed() -> None:
+    async def ask() -> httpx.Response:
+        async with client_of(FakeEngine()) as client:
+            return await client.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "/"})
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 403 and "--allow-runtime-lora" in answer.text

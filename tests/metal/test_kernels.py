@@ -115,7 +115,7 @@ def test_experts_equal_the_reference(fmt: str, tokens: int) -> None:
     assert largest_difference(out[is_same], expected[is_same]) < 2 * TOLERANCE[DTYPE_OF.get(fmt, "float16")]
 
 
-# (heads, kv heads, D), (T, R, M, block size), is decode, the pool's dtype
+# (heads, kv heads, D), (T, R, M, block size), is decode, the pool's format
 ATTENTION = [
     ((9, 3, 64), (1, 1, 8, 16), True, "float16"),
     ((9, 3, 64), (3, 3, 40, 16), True, "float16"),
@@ -124,6 +124,8 @@ ATTENTION = [
     ((9, 3, 64), (16, 3, 6, 16), False, "float16"),
     ((4, 2, 64), (70, 3, 6, 16), False, "float16"),
     ((4, 1, 32), (8, 2, 4, 8), False, "float32"),
+    ((8, 1, 128), (2, 2, 4, 16), True, "q8_0/q4_0"),
+    ((4, 2, 64), (20, 3, 6, 16), False, "q4_0/fp8_e4m3"),
 ]
 NORMED = [  # the same with an RMSNorm of every head
     ((16, 8, 128), (1, 1, 8, 16), True, "float16"),  # Qwen3's
@@ -164,7 +166,8 @@ def test_attention_equals_the_reference_and_writes_its_slots_alone(
             found = attend(chosen, case, buffer, history)
         expected = attend(reference, case, buffer, history)
         live = int(lengths.sum())
-        assert largest_difference(found.out[:live], expected.out[:live]) < TOLERANCE[dtype]
+        tolerance = TOLERANCE.get(dtype, TOLERANCE["float16"])  # in float16, keys and values may be quantized
+        assert largest_difference(found.out[:live], expected.out[:live]) < tolerance
         slots = layout.views(buffer)["slots"][0, :live]
         others = np.setdiff1d(np.arange(layout.block_size, len(history[0])), slots)  # block 0 is the dummy
         for now, then, wanted in zip(found.after, found.before, expected.after, strict=True):

@@ -20,7 +20,7 @@ from tinygrad.renderer.cstyle import CUDARenderer, MetalRenderer, OpenCLRenderer
 from tinygrad.uop.ops import Ops
 
 from tests.ops.builders import make_host
-from tinyvllm.config import LayerKind, Rope
+from tinyvllm.config import KVFormats, LayerKind, Rope
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm, Step, pool_groups
@@ -119,12 +119,12 @@ def plan_attention_layer(backend: Backend, kind: LayerKind, qkv_cols: Sequence[i
 
 
 def plan_attention(backend: Backend, kind: LayerKind, dtype: str, *, is_decode: bool = False) -> list[Tensor]:
-    """Attention of a large model's shape."""
+    """Attention of a large model's shape. `dtype`: the pool's, or its format, or two: "q8_0/q4_0"."""
     tokens = 4 if is_decode else 16
     layout, cols = StepLayout(tokens, 4, 64, 16), kind.q_size + 2 * kind.kv_size
-    pool = backend.make_pool(pool_groups([kind]), 5, 16, dtype)
+    pool = backend.make_pool(pool_groups([kind]), 5, 16, KVFormats.of(*dtype.split("/")))
     step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode=is_decode)
-    qkv = [unwritten(backend, tokens * cols, FLOATS[dtype])]
+    qkv = [unwritten(backend, tokens * cols, FLOATS.get(dtype, dtypes.half))]
     return [backend.attend(qkv, plan_attention_layer(backend, kind, [cols]), step)]
 
 

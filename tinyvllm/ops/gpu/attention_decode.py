@@ -35,8 +35,9 @@ from tinyvllm.ops.gpu.attention_fused import RUN
 from tinyvllm.ops.gpu.attention_split import NOTHING, TILE_TOKENS
 from tinyvllm.ops.gpu.kv_codes import StoredHeads
 from tinyvllm.ops.kernel.body import F32, LOG2E, KernelFn, balanced, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel.hopper import share_multiprocessor
 from tinyvllm.ops.kernel.lanes import carry, dot, zeros
-from tinyvllm.ops.kernel.tiles import pack_words
+from tinyvllm.ops.kernel.tiles import pack_words, together
 
 
 @cached_kernel
@@ -73,13 +74,16 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
             state, passes = softmax.add(early, state), (passes - 1).maximum(0)
         skipped = int(bool(early))
         writes = [] if own is None else own.writes
-        writes_first = spec.is_wide or spec.kv.is_quantized  # which frees their registers
+        writes_first = spec.is_wide or spec.packs(spec.kv.keys) or spec.packs(spec.kv.values)  # frees their registers
         outer = (*group.axes, *writes) if writes_first else group.axes
         state = carry(group.body, state, passes, outer, lambda i, old: softmax.add(context.load(i + skipped), old))
         stores = combine_warps(row, buffers, state)
         tokens, length = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
+        done = UOp.group(*writes, *stores)
+        if spec.resident:
+            done = together(done, share_multiprocessor(spec.resident))
         return finish(
-            UOp.group(*writes, *stores).end(*reversed(group.axes)),
+            done.end(*reversed(group.axes)),
             f"decode_attention_{tokens}x{spec.num_heads}x{spec.head_dim}",
             ops=4 * tokens * spec.num_heads * spec.head_dim * length,
             nbytes=tokens * spec.kv.num_bytes(spec.slot_elements) * length,

@@ -54,6 +54,8 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
         knobs: dict[str, tuple[int, ...]] = {"num_warps": (1, 2, 4, 8, 16), "tiles_ahead": (1, 2)}
         if self.lanes.kind == "CUDA" and (self.is_long or self.layout.num_tokens == 1):
             knobs["num_splits"] = (1, 2, 4, 8, 16, 32)
+        if self.packs(self.kv.keys) or self.packs(self.kv.values):
+            knobs["resident"] = (0, 2, 3, 4)
         return knobs
 
     def is_possible(self) -> bool:
@@ -215,6 +217,11 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
         """Whether a warp loads its first tiles while the previous kernel still runs: if it has registers for them, and
         no kernel of the step has written any of their tokens."""
         return self.lanes.is_chained and self.adds_own and not self.is_wide
+
+    @property
+    def resident(self) -> int:
+        """Threadgroups that a multiprocessor's registers must have room for; 0: as many as there happens to be."""
+        return self.knob("resident", 0)
 
     @property
     def tiles_ahead(self) -> int:

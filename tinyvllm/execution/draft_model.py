@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from tinyvllm.config import Capacity, EngineConfig, ModelFiles
+from tinyvllm.config import Capacity, EngineConfig, ModelConfig, ModelFiles, SpeculativeConfig
 from tinyvllm.device.handle import open_device
 from tinyvllm.errors import TinyvllmError
+from tinyvllm.execution.buckets import MOST_VERIFY_ROWS
 from tinyvllm.execution.capacity import DraftMemory, scratch_bytes
 from tinyvllm.execution.captures import Captures, Progress
 from tinyvllm.execution.fed_steps import FedSteps, shadow, usable
@@ -60,23 +61,29 @@ def load_draft_model(
         )
     if not model.has_head:
         raise TinyvllmError(f"draft model {files.name} embeds texts and generates nothing: choose a causal model")
-    capacity = target.capacity
-    num_usable = (capacity.num_blocks - 1) * capacity.block_size
-    own = replace(
-        config,
-        model=str(files.path),
-        max_model_len=min(capacity.max_model_len, model.usual_context, num_usable),
-        max_num_seqs=capacity.max_num_seqs,
-        max_num_batched_tokens=capacity.max_num_batched_tokens,
-        num_gpu_blocks_override=capacity.num_blocks,
-        speculative_config=None,
-        enable_lora=False,  # drafts are the draft model's own, whatever adapter a request has
-        lora_modules=(),
-    )
+    own = draft_settings(config, target.capacity, model, str(files.path))
     runner = load_runner(files, own, progress)
     drafter = DraftModel(runner, target.model_config.vocab_size, enable_prefix_caching=config.enable_prefix_caching)
     target.closed_with.append(drafter)
     return drafter
+
+
+def draft_settings(config: EngineConfig, capacity: Capacity, model: ModelConfig, path: str = "") -> EngineConfig:
+    """The settings of a draft model beside a model of `config` that has this capacity. Steps of two rows for each
+    sequence catch up on a call in which all drafts were accepted."""
+    num_usable = (capacity.num_blocks - 1) * capacity.block_size
+    most = min(2 * capacity.max_num_seqs, MOST_VERIFY_ROWS, capacity.max_num_batched_tokens)
+    sizes = {most, *(1 << power for power in range(1, most.bit_length()))}
+    return replace(
+        config,
+        model=path,
+        max_model_len=min(capacity.max_model_len, model.usual_context, num_usable),
+        max_num_seqs=capacity.max_num_seqs,
+        max_num_batched_tokens=capacity.max_num_batched_tokens,
+        num_gpu_blocks_override=capacity.num_blocks,
+        speculative_config=SpeculativeConfig("ngram", 1) if most > 1 else None,
+        verify_buckets=tuple(sorted(sizes)) if most > 1 else (),
+    )
 
 
 @dataclass(eq=False)
@@ -247,8 +254,16 @@ class DraftModel:
             if is_whole:
                 drafting.append(lane)
         if entries:
-            self._steps.launch(entries)
+            self._steps.launch(self._in_few_rows(entries))
         return drafting
+
+    def _in_few_rows(self, entries: list[Scheduled]) -> list[Scheduled]:
+        """The same step for a verify graph, if one has room for it and no entry has more than two tokens: the second
+        one counts as a draft. Other graphs for several tokens of a sequence have many rows."""
+        most = max(entry.count for entry in entries)
+        if most != 2 or sum(entry.count for entry in entries) > self.capacity.max_verify_rows:
+            return entries
+        return [_with_last_as_draft(entry) if entry.count == 2 else entry for entry in entries]
 
     def _reserve(self, draft: Request, num_tokens: int, in_use: Iterable[Request]) -> bool:
         """Allocate a follower's blocks for its first `num_tokens` tokens, drafts included. False if there are too
@@ -276,3 +291,8 @@ class DraftModel:
             self.blocks.free(draft, keep)
         draft.num_computed = 0
         draft.num_preemptions += 1  # the packed tables are no longer its own
+
+
+def _with_last_as_draft(entry: Scheduled) -> Scheduled:
+    draft = entry.request
+    return Scheduled(draft, entry.start, entry.count, (draft.output_ids.pop(),))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from tinyvllm.config import SamplingParams
 from tinyvllm.execution.runner import Flight, ModelRunner
@@ -47,8 +48,10 @@ class _Flight:
 
 
 class FedSteps:
-    """Runs the steps of one call of a drafter. Requests count their tokens as the engine's do: those in flight first,
-    and their ids once they were read. While one step runs, the next is packed and enqueued."""
+    """Runs the steps of one call of a drafter: while one runs, the next is packed and enqueued.
+
+    Requests count their tokens as the engine's do: those in flight first, and their ids once they were read. Known
+    tokens may come as drafts of an entry, of which only what the last row samples counts."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
@@ -67,7 +70,8 @@ class FedSteps:
         self.num_steps += 1
         for entry in plan.entries:
             entry.request.num_computed += entry.count
-        for row, entry in enumerate(plan.sampled):
+        for row, entry in last_rows(plan):
+            entry.request.output_ids += entry.drafts
             entry.request.num_in_flight += 1
             entry.request.flight_row = row
 
@@ -83,9 +87,15 @@ class FedSteps:
     def _collect(self) -> None:
         flight = self._flights.popleft()
         output = self.runner.collect(flight.handle)
-        for entry, token_id in zip(flight.plan.sampled, output.token_ids, strict=True):
+        for row, entry in last_rows(flight.plan):
             entry.request.num_in_flight -= 1
-            entry.request.output_ids.append(token_id)
+            entry.request.output_ids.append(output.token_ids[row])
+
+
+def last_rows(plan: StepPlan) -> Iterator[tuple[int, Scheduled]]:
+    """(the last sampled row, entry) of each entry that samples."""
+    ends = accumulate(entry.num_sampled for entry in plan.sampled)
+    return zip((end - 1 for end in ends), plan.sampled, strict=True)
 
 
 def usable(drafts: list[int], num_ids: int) -> list[int]:

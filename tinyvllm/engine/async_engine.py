@@ -29,6 +29,7 @@ from tinyvllm.engine.step_history import CompletedStep
 from tinyvllm.engine.thread_host import ThreadHost
 from tinyvllm.errors import DeviceError, EngineDeadError, RequestError
 from tinyvllm.scheduling.adapter_slots import AdapterInfo as AdapterInfo  # for the rooms above, as those below
+from tinyvllm.scheduling.block_hashes import pack_tokens
 from tinyvllm.scheduling.plan import STEP_SIZES as STEP_SIZES  # for the rooms above, which may not import scheduling
 from tinyvllm.scheduling.plan import StepStats as StepStats
 from tinyvllm.text.chat import ChatTemplate
@@ -211,6 +212,20 @@ class AsyncEngine:
         answers = await self._ask_all("latest_steps")
         return [msgspec.convert(answer, list[CompletedStep], from_attributes=True) for answer in answers]
 
+    async def look_up_prefix(self, prompt_ids: Sequence[int], cache_salt: str | None = None) -> list[list[int]]:
+        """For each engine, the tokens of a prompt that it has cached: in its pool, there or in host memory, and there
+        or on disk. Raises RequestError for an empty salt, and EngineDeadError."""
+        if not self._host.is_ready:
+            await self._host.wait_ready()
+        [request] = self._loaded.factory.make("", prompt_ids, EMBEDDING_PARAMS, cache_salt=cache_salt)
+        tokens = pack_tokens(request.prompt_ids).hex()
+        return await self._ask_all("look_up_prefix", tokens, request.hash_seed.hex())
+
+    async def reset_prefix_cache(self, *, reset_external: bool = False) -> None:
+        """Forget all cached prefixes, on all engines. reset_external: also in host memory and on disk. Raises
+        EngineDeadError."""
+        await self._ask_all("reset_prefix_cache", *["external"] * reset_external)
+
     async def audit(self) -> list[dict[str, int]]:
         """Check each engine's pool, and count what it holds. Raises EngineDeadError, also for a pool with a fault."""
         return [msgspec.convert(answer, dict[str, int]) for answer in await self._ask_all("audit")]
@@ -265,10 +280,10 @@ class AsyncEngine:
         asked = (client.ask(question, engine, *arguments, timeout_s=timeout_s) for engine in range(self.num_engines))
         return await asyncio.gather(*asked, return_exceptions=True)
 
-    async def _ask_all(self, question: str) -> list[Any]:
+    async def _ask_all(self, question: str, *arguments: str) -> list[Any]:
         """The answers of the engines that can answer. Raises EngineDeadError if none can."""
         client = self._client()
-        questions = (client.ask(question, engine) for engine in range(self.num_engines))
+        questions = (client.ask(question, engine, *arguments) for engine in range(self.num_engines))
         results = await asyncio.gather(*questions, return_exceptions=True)
         answers = [result for result in results if not isinstance(result, BaseException)]
         if not answers and isinstance(results[0], BaseException):

@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tinyvllm.config import Capacity, ModelConfig
+from tinyvllm.config import Capacity, ModelConfig, SamplingParams
 from tinyvllm.engine.adapters import EngineAdapters, require_adapters
 from tinyvllm.engine.step_clock import (
     CAPTURE,
@@ -38,6 +38,7 @@ from tinyvllm.profiling import measure
 from tinyvllm.scheduling.plan import StepOutput, StepPlan, StepStats, TokenOut, count_step
 from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import Scheduler
+from tinyvllm.scheduling.tiers import DISK, HOST, POOL
 
 MAX_CONSECUTIVE_FAILURES = 3  # one may be caused by its batch; this many in a row mean a broken device
 
@@ -197,6 +198,14 @@ class EngineCore:
         """End a request for a reason found in its text. If it has just ended, the new reason replaces the old one."""
         self.scheduler.finish(request, reason, stop_reason, error)
         self._publish(self.stats)
+
+    def look_up_prefix(self, prompt_ids: list[int], hash_seed: bytes = b"") -> list[int]:
+        """Tokens of a prompt that are cached: in the pool, there or in host memory, and there or on disk."""
+        manager = self.scheduler.block_manager
+        if not manager.enable_prefix_caching:
+            return [0, 0, 0]
+        request = Request("", prompt_ids, SamplingParams(), hash_seed=hash_seed)
+        return [manager.num_found(request, depth) * manager.block_size for depth in (POOL, HOST, DISK)]
 
     @property
     def has_captures_to_come(self) -> bool:

@@ -161,6 +161,10 @@ class LLM:
         encode = self._loaded.tokenizer.encode_chat
         return self._run([(text, encode(text)) for text in texts], params, use_tqdm, lora_request=lora_request)
 
+    def reset_prefix_cache(self, reset_external: bool = False) -> None:
+        """Forget all cached prefixes; with reset_external also the copies in host memory and on disk."""
+        self._loaded.core.scheduler.block_manager.reset(with_tiers=reset_external)
+
     def close(self) -> None:
         """Free the device's memory. The LLM cannot be used afterwards."""
         self._loaded.runner.close()

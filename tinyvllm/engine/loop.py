@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -424,6 +425,16 @@ class EngineLoop:
     def latest_steps(self) -> list[Any]:
         return self._history.latest()
 
+    def look_up_prefix(self, tokens: str, hash_seed: str) -> list[int]:
+        """As `EngineCore.look_up_prefix`. tokens, hash_seed: in hexadecimal, the prompt's ids as int32."""
+        prompt_ids = array("i", bytes.fromhex(tokens)).tolist()
+        return self.core.look_up_prefix(prompt_ids, bytes.fromhex(hash_seed))
+
+    def reset_prefix_cache(self, external: str = "") -> None:
+        """Forget all cached prefixes; with `external` also the copies in the tiers."""
+        self.core.scheduler.block_manager.reset(with_tiers=bool(external))
+        self._report()
+
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -444,4 +455,6 @@ QUESTIONS: dict[str, Callable[..., Any]] = {
     "pool_states": EngineLoop.pool_states,
     "latest_steps": EngineLoop.latest_steps,
     "audit": EngineLoop.audit,
+    "look_up_prefix": EngineLoop.look_up_prefix,
+    "reset_prefix_cache": EngineLoop.reset_prefix_cache,
 }

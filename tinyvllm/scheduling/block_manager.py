@@ -301,7 +301,8 @@ class BlockManager:
         pool.hide_hash(block_hash)
         if self._tiers is not None:
             self._tiers.drop(Key(pool.number, block_hash))
-            self._tiers.drop(Key(STATE, block_hash))
+            if pool.number == 0 and self.state_pool is not None:
+                self._tiers.drop(Key(STATE, block_hash))
 
     def _longest_match(self, request: Request, depth: int = POOL) -> int:
         """The number of blocks of the longest prefix of which every group still has what it needs."""

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from tinyvllm.engine.async_engine import STEP_SIZES, StepStats
 from tinyvllm.server.memory import memory_by_kind
+from tinyvllm.server.tier_metrics import tier_metrics
 
 if TYPE_CHECKING:
     from tinyvllm.engine.async_engine import AdapterUse, AsyncEngine
@@ -110,6 +111,8 @@ class EngineCollector(Collector):
                 counter.add_metric(values, value_of(stats))
             yield counter
         yield from self._drafts(each)
+        if self._engine.config.has_kv_tiers:
+            yield from tier_metrics(each)
         yield from self._labeled_gauges(each)
         yield self._step_sizes(each)
         yield self._cache_config()

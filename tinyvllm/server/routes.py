@@ -26,6 +26,7 @@ ROUTES = (
     "ollama.embed",
     "ollama.models",
     "ollama.library",
+    "cache_routes",
     "operations",
     "request_routes",
     "profile_routes",

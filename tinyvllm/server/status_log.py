@@ -40,6 +40,8 @@ class StatusReporter:
         self._num_prompt = self._num_output = 0
         self._queries = self._hits = 0
         self._hit_rate = 0.0
+        self._tier_queries = self._tier_hits = 0.0
+        self._tier_rate = 0.0
         self._drafts_s, self._drafts = self._last_s, StepStats()  # when `drafts` was last asked, and the stats then
 
     def line(self) -> str | None:
@@ -66,7 +68,19 @@ class StatusReporter:
             f"Avg generation throughput: {output_rate:.1f} tokens/s, "
             f"Running: {stats.num_running} reqs, Waiting: {stats.num_waiting} reqs, "
             f"GPU KV cache usage: {100 * usage:.1f}%, Prefix cache hit rate: {100 * self._hit_rate:.1f}%"
+            f"{self._tiers(stats)}"
         )
+
+    def _tiers(self, stats: StepStats) -> str:
+        """The hit rate of the tiers below the pool since the previous line, as vLLM says it; "" without tiers."""
+        if not self._engine.config.has_kv_tiers:
+            return ""
+        queries, hits = (stats.extra.get(name, 0) for name in ("tier_queries", "tier_host_hits"))
+        hits += stats.extra.get("tier_disk_hits", 0)
+        if queries > self._tier_queries:
+            self._tier_rate = (hits - self._tier_hits) / (queries - self._tier_queries)
+        self._tier_queries, self._tier_hits = queries, hits
+        return f", External prefix cache hit rate: {100 * self._tier_rate:.1f}%"
 
     def drafts(self) -> str | None:
         """What became of the drafts since the previous call; None without any. As vLLM says it."""

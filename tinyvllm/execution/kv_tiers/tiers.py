@@ -219,6 +219,7 @@ class KvTiers:
         self._copy_out()
         if self._ins:
             self._copy_in()
+        self.poll()
 
     def launched(self) -> None:
         self._num_launched += 1

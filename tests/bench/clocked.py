@@ -126,6 +126,8 @@ class ClockedInspector:
             numbers=dict.fromkeys(counts.numbers, 1) | {"eager_kernels": 0, "compilations": 0}, details=counts.details
         )
 
+    def fill_adapters(self, seed: int) -> None: ...
+
     def fill_pool(self, num_blocks: int, seed: int) -> None:
         """There is no pool."""
 

@@ -86,6 +86,8 @@ class FakeRunner:
         written = plan.num_tokens * KV_BYTES_PER_TOKEN
         return StepCost(name, 10, WEIGHT_BYTES, read, written, moved_bytes=2 * (WEIGHT_BYTES + read + written))
 
+    def fill_adapters(self, seed: int) -> None: ...
+
     def fill_pool(self, num_blocks: int, seed: int) -> None:
         self.filled.append(num_blocks)
 

@@ -66,6 +66,9 @@ class Inspector(Protocol):
 
     def fill_pool(self, num_blocks: int, seed: int) -> None: ...
 
+    def fill_adapters(self, seed: int) -> None:
+        """Random adapters in all slots."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -74,6 +77,7 @@ class Case:
     phase: str  # prefill or decode
     batch: int
     length: int
+    num_adapters: int = 0  # different ones, which the sequences have in turn
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,8 @@ def measure_latency(inspector: Inspector, machine: Machine, work: LatencyWork, r
                 f"{case.batch} sequences of {work.max_tokens(case)} tokens need {needed} KV blocks, but the pool has "
                 f"{available}: lower --batch or --context, or raise --gpu-memory-utilization"
             )
+    if any(case.num_adapters for case in work.cases):
+        inspector.fill_adapters(work.seed)
     inspector.fill_pool(1 + max(work.num_blocks(case, size) for case in work.cases), work.seed)
     makers: dict[str, type[_TimedCase]] = {"prefill": _TimedPrefill, "decode": _TimedDecode}
     timed = [makers[case.phase](inspector.runner, work, case) for case in work.cases]
@@ -184,6 +190,7 @@ def make_requests(runner: Runner, work: LatencyWork, case: Case) -> list[Request
             params,
             tables=tables[index],
             state=states[index],
+            adapter_slot=1 + index % case.num_adapters if case.num_adapters else 0,
         )
         for index in range(case.batch)
     ]
@@ -233,7 +240,9 @@ class _TimedCase(ABC):
     def row(self, inspector: Inspector, machine: Machine) -> Row:
         case = self._case
         return Row(
-            test=self._name + (f", batch {case.batch}" if case.batch > 1 else ""),
+            test=self._name
+            + (f", batch {case.batch}" if case.batch > 1 else "")
+            + (f", {case.num_adapters} adapters" if case.num_adapters else ""),
             phase=case.phase,
             batch=case.batch,
             num_tokens=self._num_tokens,

@@ -46,6 +46,14 @@ def latency(
         str,
         Option(metavar="LENGTHS", help="Tokens already in each sequence when decoding starts; runs with every batch."),
     ] = "128,1024",
+    adapters: Annotated[
+        str,
+        Option(
+            metavar="COUNTS",
+            help="Low-rank adapters of the sequences, in turn, such as 0,1,4, for each case; none: they are off.",
+        ),
+    ] = "none",
+    lora_rank: Annotated[int, Option(metavar="RANK", help="Rank of the adapters, whose weights are random.")] = 16,
     tokens: Annotated[int, Option(metavar="COUNT", help="Decode steps per repeat.")] = 32,
     repeats: Annotated[
         int, Option(metavar="COUNT", help="Timed repeats of each case, in turn; up to twice as many if noisy.")
@@ -70,7 +78,11 @@ def latency(
     if unfused and compare_capture:
         raise TinyvllmError("--unfused and --compare-capture each show two runs side by side: give one of them")
     runner.apply()
+    counts = parse_counts("adapters", adapters)
     config = EngineConfig(model=subject.model or "", max_num_seqs=1, **runner.settings())
+    if counts:
+        most = max(1, *counts)
+        config = dataclasses.replace(config, enable_lora=True, max_loras=most, max_lora_rank=lora_rank)
 
     from tinyvllm.bench.capture_table import capture_table
     from tinyvllm.bench.fusion_table import fusion_table
@@ -80,6 +92,7 @@ def latency(
     cases = [Case("prefill", *parse_prompt(text)) for text in split_list(prefill)]
     pairs = itertools.product(parse_counts("batch", batch), parse_counts("context", context))
     cases += [Case("decode", *pair) for pair in pairs]
+    cases = [dataclasses.replace(case, num_adapters=count) for case in cases for count in counts or [0]]
     work = LatencyWork(tuple(cases), tokens, repeats, warmup, runner.seed, num_extra=repeats)
     found = subject.find(pull=runner.pull)
     fitted = fit_config(config, work, found.model_config)

@@ -8,10 +8,12 @@ from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
+
 from tinyvllm.config import ModelConfig
 from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.model.adapters import ModelAdapters
-from tinyvllm.model.weights.adapters import AdapterWeights, read_adapter
+from tinyvllm.model.weights.adapters import AdapterWeights, LowRank, read_adapter
 from tinyvllm.scheduling.adapter_slots import AdapterInfo, SlotWrite
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,17 @@ class AdapterTable:
                 raise ModelError(f"the files of the adapter in {path} have changed since it was loaded: load it again")
         self._hold(write.adapter, weights)
         self._sites.write(write.slot, weights)
+
+    def fill_slots(self, seed: int) -> None:
+        """Put random adapters of the largest rank into all slots, for measurements."""
+        rng = np.random.default_rng(seed)
+        for slot in range(1, self._sites.num_slots + 1):
+            modules = {}
+            for name, module in self._modules.items():
+                a = rng.random((self._max_rank, module.num_cols), np.float32) - 0.5
+                b = rng.random((module.num_rows, self._max_rank), np.float32) - 0.5
+                modules[name] = LowRank(a / module.num_cols, b)
+            self._sites.write(slot, AdapterWeights("", self._max_rank, modules, ""))
 
     def _hold(self, key: str, weights: AdapterWeights) -> None:
         self._weights[key] = weights

@@ -130,6 +130,11 @@ class RunnerInspector:
         """Bytes a second of the device's memory, by a test of a second or less."""
         return measure_bandwidth(self.runner.backend.device)
 
+    def fill_adapters(self, seed: int) -> None:
+        """Put random adapters of the largest rank into all slots."""
+        assert self.runner.adapters is not None, "adapters are on"
+        self.runner.adapters.fill_slots(seed)
+
     def fill_pool(self, num_blocks: int, seed: int) -> None:
         """Write random keys and values to the first blocks of each layer. Memory that was never written may not exist
         yet: a CPU reads all untouched pages from one page of zeros, out of its cache."""

@@ -41,6 +41,10 @@ class ModelAdapters:
         return {module.name: module for placed in self.sites for module in placed.modules}
 
     @property
+    def num_slots(self) -> int:
+        return self.sites[0].site.shape.num_slots if self.sites else 0
+
+    @property
     def nbytes(self) -> int:
         return sum(placed.site.nbytes for placed in self.sites)
 

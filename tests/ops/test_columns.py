@@ -10,9 +10,10 @@ import pytest
 from tests.ops.builders import largest_difference, make_epilogue, make_host, normal, run_product
 from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import open_device
-from tinyvllm.ops.backend import Backend, Epilogue, Norm
+from tinyvllm.ops.backend import Backend, Epilogue, Norm, Step
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.step_inputs import StepLayout
 
 GROUP, GROUPS, HIDDEN = 64, 5, 64
 
@@ -81,3 +82,26 @@ def finished(ops: Backend, tokens: int) -> np.ndarray:
     )
     out = ops.finish(total, tokens, epilogue)
     return np.concatenate([part.numpy().reshape(tokens, -1) for part in ops.parts_of(out)], axis=1)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_normed_rows_are_stored_and_taken_like_the_references(
+    backend: Backend, reference: ReferenceBackend, tokens: int
+) -> None:
+    """Side by side with other columns, in memory that outlives steps; then some of the rows by number."""
+    first, stride = 2 * HIDDEN, 3 * HIDDEN
+    layout = StepLayout(num_tokens=4, num_seqs=4, max_blocks=1, block_size=8)
+    numbers = np.zeros(layout.size, np.int32)
+    layout.views(numbers)["logit_rows"][:] = [tokens - 1, 0, tokens // 2, 99]  # the last one is beyond the end
+
+    def run(ops: Backend) -> np.ndarray:
+        norm = Norm(ops.device.upload(1 + 0.3 * normal(HIDDEN, seed=2)), 0.05)
+        matrix = ops.matrix(make_host("Q8_0", HIDDEN, HIDDEN, seed=7))
+        x = run_product(ops, ops.device.upload(normal(tokens, HIDDEN, seed=1)), matrix, tokens)
+        rows = ops.store_normed(x, norm, tokens, ops.make_rows(tokens * stride), first, stride)
+        pool = ops.make_pool((), [], 8, "float32")
+        step = Step(layout, ops.device.upload(np.minimum(numbers, tokens - 1)), pool, is_decode=True)
+        taken = ops.take_rows(rows, step, stride, tokens)
+        return np.concatenate([ops.parts_of(one)[0].numpy().reshape(-1) for one in (rows, taken)])
+
+    assert largest_difference(run(backend), run(reference)) < 1e-5

@@ -26,6 +26,7 @@ from tinyvllm.profiling.names import SAMPLE, is_generated, role_of, strip_colors
 _LAYER = re.compile(r"\.(?:layers|keys|values|key_scales|value_scales|matrices|convs)\.(\d+)")
 STATES = ("pool.matrices.", "pool.convs.")  # the paths of tensors of recurrent states
 UNPACK = "unpack"  # the role of a kernel that unpacks a quantized matrix for a product
+DRAFTING = "notes for drafts"
 _OUTSIDE_LAYERS = ("take rows", "embed")  # roles of kernels that touch no tensor with a name
 
 
@@ -103,7 +104,7 @@ class CallNamer:
     def name(self, calls: Sequence[Call], cut: int) -> list[CallName]:
         """Names in the order of the calls. `cut`: the first call that samples."""
         names: list[CallName | None] = [
-            CallName(SAMPLE, None) if number >= cut else self._by_tensors(call) for number, call in enumerate(calls)
+            self._after_cut(call) if number >= cut else self._by_tensors(call) for number, call in enumerate(calls)
         ]
         consumers = list(_consumers(calls))
         for number in reversed(range(len(calls))):  # a consumer comes later, so it has its name already
@@ -112,6 +113,10 @@ class CallNamer:
                 after = None if consumer is None else names[consumer]
                 names[number] = after and CallName(f"{after.operation}, its input", after.layer)
         return [name or self._by_place(calls, names, number) for number, name in enumerate(names)]
+
+    def _after_cut(self, call: Call) -> CallName:
+        """Sampling touches none of the model's tensors; what a drafting layer notes after it does."""
+        return CallName(DRAFTING if self.touched(call) else SAMPLE, None)
 
     def _by_tensors(self, call: Call) -> CallName | None:
         touched = self.touched(call)

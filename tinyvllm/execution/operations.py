@@ -83,12 +83,12 @@ class FlopCounter:
         in_pool = {id(buffer.base) for buffer in call.buffers} & set(self._pool)
         if all(id(buffer.base) in in_pool for buffer in written_by(call)):
             return 0
-        kind = self._model.config.layers[layer]
+        kind, mixer = self._model.attention_of(layer)
         seen = sum(attended_keys(entry.start, entry.count, kind.window) for entry in plan.entries)
         if kind.latent is not None:  # cores share the heads, and each reads the whole latents
-            (up,) = self._model.layers[layer].mixer.matrices["key_up"]
+            (up,) = mixer.matrices["key_up"]
             return operations_a_key(kind) * seen // len(up.shards)
         group = kind.num_heads // kind.num_kv_heads  # query heads that a KV head serves
-        shards = len(self._model.layers[layer].mixer.matrices["qkv"][0].shards)
+        shards = len(mixer.matrices["qkv"][0].shards)
         cores = max(1, min(group, shards // kind.num_kv_heads))  # that divide these: of a CPU, or 1
         return 2 * group * seen * sum(self._pool[base] for base in in_pool) // cores

@@ -17,7 +17,7 @@ from tinyvllm.config import ConvKind, LayerKind, ModelConfig, QueryScaling, Rope
 from tinyvllm.device.recording import keep
 from tinyvllm.model.attention import Placed, load_attention
 from tinyvllm.model.delta_net import load_delta_net
-from tinyvllm.model.drafting import DraftingLayer, HiddenRows, drafting_kind, load_drafting
+from tinyvllm.model.drafting import DraftingHead, HiddenRows, drafting_kind, load_drafting
 from tinyvllm.model.experts import load_sparse
 from tinyvllm.model.feed_forward import load_dense
 from tinyvllm.model.latent_attention import load_latent_attention
@@ -78,7 +78,7 @@ class Decoder:
         table = self.load.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
         self.embedding = backend.matrix(table)
         self._load_more()
-        self.drafting = self._load_drafting() if config.has_drafting else None
+        self.drafting: DraftingHead | None = self._load_drafting() if config.has_drafting else None
         self.hidden: HiddenRows | None = None  # what `drafting` reads, once `keep_hidden` was called
         self.norm = self.load.norm("model.norm.weight")
         self.head = self.embedding
@@ -109,8 +109,6 @@ class Decoder:
         ops, config, num_rows = self.backend, self.config, step.num_tokens
         x = ops.embed(self.embedding, step, self.embedding_scale(config))  # (T * hidden,)
         x = self._run_layers(x, step)
-        if self.hidden is not None:
-            self.hidden.store(ops, x, self.norm, step.num_tokens)
         if not step.is_decode:
             keep(*ops.parts_of(x))  # embedding requests read them
             x = ops.take_rows(x, step, config.hidden_size)
@@ -132,10 +130,22 @@ class Decoder:
             self.hidden.note(self.backend, self.drafting, embedded, step)
 
     def _run_layers(self, x: Tensor, step: Step) -> Tensor:
-        for layer in self.layers:
+        outputs = []
+        for index, layer in enumerate(self.layers):
             x = layer.mixer.run(self.backend, x, step)
             x = layer.feed_forward.run(self.backend, x, step)
+            if self.drafting is not None and index in self.drafting.taps:
+                outputs.append(x)
+        if self.drafting is not None and self.hidden is not None:
+            self.drafting.keep(self.backend, outputs, self.norm, step.num_tokens, self.hidden)
         return x
+
+    def attention_of(self, layer: int) -> tuple[LayerKind, Mixer]:
+        """The kind of a layer of the pool, and its mixer; the one after the model's layers is that which drafts."""
+        if layer < self.config.num_layers:
+            return self.config.layers[layer], self.layers[layer].mixer
+        assert self.drafting is not None, f"layer {layer} of {self.config.num_layers}"
+        return drafting_kind(self.config), self.drafting.layer.mixer
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
@@ -155,7 +165,7 @@ class Decoder:
         found = ((kind.rope, kind.head_dim, kind.query_scaling) for kind in kinds if kind.rope is not None)
         return list(dict.fromkeys(found))
 
-    def _load_drafting(self) -> DraftingLayer:
+    def _load_drafting(self) -> DraftingHead:
         """The layer after the last one."""
         index = self.config.num_layers
         return load_drafting(self.load, index, self._load_layer(index, drafting_kind(self.config)))

@@ -18,8 +18,9 @@ which begins with the hidden state of a sequence's last accepted row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 from tinygrad import Tensor
 
@@ -39,11 +40,48 @@ def drafting_kind(config: ModelConfig) -> LayerKind:
     return next(kind for kind in reversed(config.layers) if kind.state is None)
 
 
+class DraftingHead(Protocol):
+    """What drafts from a model's hidden states, one row for each token: `DraftingLayer`, or another method in a file of
+    its own (docs/SPECULATION.md)."""
+
+    @property
+    def layer(self) -> Layer:
+        """Its attention is one more layer of the model's pool."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers of the model whose outputs it reads."""
+
+    @property
+    def matrices(self) -> list[Matrix]: ...
+
+    def keep(self, ops: Operations, outputs: Sequence[Tensor], norm: Norm, num_tokens: int, kept: HiddenRows) -> None:
+        """Store the hidden state of each of a model's rows. outputs: of `taps`, (T * hidden,) each; norm: the model's
+        final one."""
+
+    def enter(self, ops: Operations, embedded: Tensor, hidden: Tensor, num_tokens: int, both: Tensor) -> Tensor:
+        """(T * hidden,): the layer's input, of the next tokens' embeddings and the stored hidden states. both: memory
+        for (T, 2 * hidden)."""
+
+    def write(self, ops: Operations, x: Tensor, step: Step) -> None:
+        """Write the keys and values of the layer's input x."""
+
+    def run(self, ops: Operations, x: Tensor, step: Step) -> Tensor:
+        """(T * hidden,): the layer's output."""
+
+    def logits(self, ops: Operations, y: Tensor, head: Matrix, num_tokens: int) -> Tensor:
+        """(T * head.num_rows,) float32, of the layer's output. head: the model's."""
+
+    def keep_own(self, ops: Operations, y: Tensor, num_tokens: int, kept: HiddenRows) -> None:
+        """Store the hidden states that the next drafts continue, in the rows for the layer's own."""
+
+
 @dataclass(frozen=True)
 class DraftingLayer:
-    """Owns the layer's weights. `layer.mixer` is an `Attention`."""
+    """Qwen3.5's. Owns the layer's weights. `layer.mixer` is an `Attention`."""
 
     layer: Layer
+    taps: tuple[int, ...]  # the model's last layer
     fc: Matrix  # (hidden, 2 * hidden)
     embedding_norm: Norm
     hidden_norm: Norm
@@ -53,9 +91,10 @@ class DraftingLayer:
     def matrices(self) -> list[Matrix]:
         return [self.fc, *(matrix for role in self.layer.matrices.values() for matrix in role)]
 
+    def keep(self, ops: Operations, outputs: Sequence[Tensor], norm: Norm, num_tokens: int, kept: HiddenRows) -> None:
+        kept.store(ops, outputs[0], norm, num_tokens)
+
     def enter(self, ops: Operations, embedded: Tensor, hidden: Tensor, num_tokens: int, both: Tensor) -> Tensor:
-        """(T * hidden,): the layer's input, of the tokens' embeddings and hidden states. both: memory for (T, 2 *
-        hidden)."""
         size = self.fc.num_cols // 2
         both = ops.store_normed(embedded, self.embedding_norm, num_tokens, both, 0, 2 * size)
         both = ops.store_normed(hidden, self.hidden_norm, num_tokens, both, size, 2 * size)
@@ -63,14 +102,18 @@ class DraftingLayer:
         return ops.finish(x, num_tokens, PLAIN)
 
     def write(self, ops: Operations, x: Tensor, step: Step) -> None:
-        """Write the keys and values of the layer's input x."""
         attention = cast(Attention, self.layer.mixer)
         qkv = ops.linear("qkv", x, attention.qkv, step.num_tokens, attention.attention_norm)
         ops.attend(qkv, attention.attention, step)
 
     def run(self, ops: Operations, x: Tensor, step: Step) -> Tensor:
-        """(T * hidden,): the layer's output, not normed."""
         return self.layer.feed_forward.run(ops, self.layer.mixer.run(ops, x, step), step)
+
+    def logits(self, ops: Operations, y: Tensor, head: Matrix, num_tokens: int) -> Tensor:
+        return ops.linear("lm_head", y, [head], num_tokens, self.norm)[0]
+
+    def keep_own(self, ops: Operations, y: Tensor, num_tokens: int, kept: HiddenRows) -> None:
+        kept.store(ops, y, self.norm, num_tokens, kept.num_tokens)
 
 
 def load_drafting(load: Loader, index: int, layer: Layer) -> DraftingLayer:
@@ -78,6 +121,7 @@ def load_drafting(load: Loader, index: int, layer: Layer) -> DraftingLayer:
     prefix, hidden = f"model.layers.{index}.mtp", load.config.hidden_size
     return DraftingLayer(
         layer=layer,
+        taps=(index - 1,),
         fc=load.backend.matrix(load.take(f"{prefix}.fc.weight", hidden, 2 * hidden)),
         embedding_norm=load.norm(f"{prefix}.pre_fc_norm_embedding.weight"),
         hidden_norm=load.norm(f"{prefix}.pre_fc_norm_hidden.weight"),
@@ -106,7 +150,7 @@ class HiddenRows:
         size = self.hidden_size
         ops.store_normed(x, norm, num_tokens, self.rows, first * size, size)
 
-    def note(self, ops: Operations, layer: DraftingLayer, embedded: Tensor, step: Step) -> None:
+    def note(self, ops: Operations, layer: DraftingHead, embedded: Tensor, step: Step) -> None:
         """Write the drafting layer's keys and values of a step's rows, whose hidden states are stored. embedded: the
         embedding of the token after each row."""
         tokens = step.num_tokens

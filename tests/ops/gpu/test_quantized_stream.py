@@ -29,6 +29,7 @@ from tinyvllm.ops.kernel.tuning import candidates
 
 Streamed = StreamedVectorSpec | StreamedMatrixSpec
 FORMATS = ("Q4_K", "Q6_K", "Q4_0", "FP8-float32", "MXFP4-e8m0", "NVFP4-e4m3", "affine4_g64-float16", "Q3_K-float16")
+TAKEN = ("Q4_K", "Q2_K")  # those that `is_worth_streaming` lets stream
 SHAPES = ((6144, 4096), (4096, 14336), (5120, 17408), (2560, 9728), (3072, 2048), (2048, 8192), (96, 512))
 
 
@@ -114,9 +115,17 @@ def test_products_that_streams_cover_take_them(monkeypatch: pytest.MonkeyPatch) 
     assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == usual
 
 
+@pytest.mark.parametrize(("tokens", "rows", "cols"), [(3, 2048, 8192), (2, 96, 4096)])
+def test_a_threadgroup_may_have_a_single_tile(tokens: int, rows: int, cols: int) -> None:
+    """Then there is no tile before, whose sums would be stored meanwhile."""
+    spec = streamed("Q4_K", tokens, rows, cols)
+    assert spec.ring.most_tiles == 1
+    assert "cp.async.bulk.shared" in to_program(render(spec), make_renderer("CUDA sm_90")).src[2].arg
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 2, 8])
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", TAKEN)
 def test_streams_compute_what_the_values_give(fmt: str, tokens: int) -> None:
     """In Q4_K by every choice of the knobs; a row's result does not depend on the others."""
     device = open_device()

@@ -298,9 +298,10 @@ class _StreamedRows:
             row, token = place.lane // 4 + i // 2 % 2 * 8, i // 4 * TOKENS + place.lane % 4 * 2
             at = first + (place.warp * spec.partial_stride + row * spec.held_tokens + token) * 4
             kept.append(statement(KEEP_TWO, number(at), *totals[i : i + 2]))
-        before = number(tile) - 1
-        stored = self._store(out, before, self._wait(before, *totals), before >= 0)
-        kept = [statement(KEEP_TWO, *kept_two.src, *stored) for kept_two in kept]
+        if loop is not None:  # otherwise there is no tile before
+            before = number(tile) - 1
+            stored = self._store(out, before, self._wait(before, *totals), before >= 0)
+            kept = [statement(KEEP_TWO, *kept_two.src, *stored) for kept_two in kept]
         arrived = statement(ARRIVE, spec.ring.done_at + number(tile) % 2 * 8, *kept)
         end = arrived if loop is None else arrived.end(loop)
         last = number(self.walk.tiles) - 1

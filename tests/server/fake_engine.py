@@ -24,6 +24,7 @@ from tinyvllm.config import (
     SamplingParams,
     SpeculativeConfig,
 )
+from tinyvllm.engine.adapters import AdapterUse
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.client import Receiver
 from tinyvllm.engine.constraints import GrammarCompiler
@@ -205,7 +206,9 @@ class FakeEngine:
         self.statistics.num_preemptions, self.statistics.num_captures = 3, 7
         self.statistics.num_captures_to_come, self.statistics.num_failed_captures = 2, 1
         self.statistics.num_general_operations = 5
-        self.config = EngineConfig("tiny", speculative_config=SpeculativeConfig(num_speculative_tokens=3))
+        self.config = EngineConfig(
+            "tiny", speculative_config=SpeculativeConfig(num_speculative_tokens=3), enable_lora=True
+        )
         self.history = StepHistory()
         self.inner = SimpleNamespace(
             core=SimpleNamespace(scheduler=SimpleNamespace(block_manager=BlockManager([BlockGroup(101)], 16)))
@@ -221,6 +224,9 @@ class FakeEngine:
 
     def adapters(self) -> list[AdapterInfo]:
         return self.loaded_adapters
+
+    async def adapter_uses(self) -> list[list[AdapterUse]]:
+        return [[AdapterUse(info) for info in self.loaded_adapters]]
 
     def engine_stats(self) -> list[StepStats]:
         return [self.statistics]

@@ -85,12 +85,12 @@ class _Reader:
         halves = self._pair(tensors)
         found: dict[str, LowRank] = {}
         for module, pair in halves.items():
+            parts = self._parts(module, next(iter(pair.values())))
             if len(pair) != 2:
                 (half,) = pair
                 other = "B" if half == "A" else "A"
                 self._refuse(f"tensor {pair[half]} has no lora_{other} beside it: the file is incomplete")
-            for part, low_rank in self._read_pair(module, pair, tensors).items():
-                found[part] = low_rank
+            found |= self._read_pair(module, parts, pair, tensors)
         if not found:
             self._refuse("it has no tensors of LoRA (lora_A, lora_B)")
         return found
@@ -112,10 +112,9 @@ class _Reader:
         return halves
 
     def _read_pair(
-        self, module: str, pair: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+        self, module: str, parts: list[Module], pair: Mapping[str, str], tensors: Mapping[str, StoredTensor]
     ) -> dict[str, LowRank]:
         """A module's matrices; of a module that the engine splits (Phi's qkv_proj), those of its parts."""
-        parts = self._parts(module, pair["A"])
         rows, cols = sum(part.num_rows for part in parts), parts[0].num_cols
         a, b = (self._values(pair[half], tensors[pair[half]]) for half in "AB")
         if self._config.is_mlx:

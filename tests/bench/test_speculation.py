@@ -39,9 +39,9 @@ def measure(runner: FakeModelRunner, *shares: float, drafts: int = 3) -> list[Ro
 def test_acceptance_and_steps_follow_the_share_of_right_drafts() -> None:
     none, half, all_right = measure(make_runner(), 0.0, 0.5, 1.0)
     assert (none.more["acceptance"], all_right.more["acceptance"]) == (0.0, 1.0)
-    assert none.more["tokens_per_step"] == pytest.approx(1.0)
-    assert all_right.more["tokens_per_step"] == pytest.approx(3.9, abs=0.1)
-    assert 1.5 < half.more["tokens_per_step"] < 2.5
+    assert none.more["mean_acceptance_length"] == pytest.approx(1.0)
+    assert all_right.more["mean_acceptance_length"] == pytest.approx(3.9, abs=0.1)
+    assert 1.5 < half.more["mean_acceptance_length"] < 2.5
     assert none.more["equal_tokens"] == half.more["equal_tokens"] == all_right.more["equal_tokens"] == 1.0
     assert half.batch == 2 and half.more["plain_tok_s"].count == half.more["speedup"].count == 2
 

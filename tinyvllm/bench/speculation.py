@@ -1,7 +1,9 @@
 """What speculative decoding gains and costs: the same requests with drafts and without, in turn.
 
 Real tasks need a model's files. `ReplayDrafter` needs none: it drafts what the model has answered without drafts, each
-token with a given probability of being right, so the gain is known for any acceptance, even with random weights.
+token with a given probability of being right, so the gain is known for any acceptance, even with random weights. Their
+answers are sampled at a temperature at which the noise decides: at a low one many tokens are about as likely as each
+other, and rounding would decide.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.scheduler import Scheduler
 
+REPLAY_TEMPERATURE = 100.0
 Report = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -37,6 +40,7 @@ class SpeculationCase:
     prompts: tuple[tuple[int, ...], ...]  # token ids
     drafter: Drafter
     eos_ids: frozenset[int] = frozenset()  # ids that end an answer before `SpeculationWork.output_len`; (): none
+    temperature: float | None = None  # None: the work's
     num_tokens: int = 1  # of a draft, at most
     is_adaptive: bool = False
     rule: DraftRule = field(default_factory=AlwaysDraft)
@@ -71,8 +75,7 @@ class Run:
 
     outputs: list[list[int]]
     decode_s: float
-    num_steps: int  # after all prompts were computed
-    num_decoded: int  # tokens, in these steps
+    num_decoded: int  # tokens
     step_ms: list[float] = field(default_factory=list)
     num_drafts: int = 0
     num_drafted: int = 0
@@ -137,7 +140,10 @@ def run_case(runner: Runner, case: SpeculationCase, work: SpeculationWork, specu
     core = EngineCore(runner, Scheduler(blocks, capacity, speculator=speculator))
     factory = RequestFactory(runner.model_config.vocab_size, capacity, case.eos_ids, work.seed)
     params = SamplingParams(
-        temperature=work.temperature, max_tokens=work.output_len, seed=work.seed, ignore_eos=not case.eos_ids
+        temperature=work.temperature if case.temperature is None else case.temperature,
+        max_tokens=work.output_len,
+        seed=work.seed,
+        ignore_eos=not case.eos_ids,
     )
     requests = []
     for index, prompt in enumerate(case.prompts):
@@ -146,7 +152,7 @@ def run_case(runner: Runner, case: SpeculationCase, work: SpeculationWork, specu
         core.add(request)
     while not all(request.output_ids for request in requests):
         _step(core)
-    run = Run([request.output_ids for request in requests], 0.0, 0, 0)
+    run = Run([request.output_ids for request in requests], 0.0, 0)
     num_known, start_s = sum(map(len, run.outputs)), time.perf_counter()
     before_s = start_s
     while core.has_work:
@@ -156,7 +162,6 @@ def run_case(runner: Runner, case: SpeculationCase, work: SpeculationWork, specu
         before_s = now_s
     run.decode_s = before_s - start_s
     run.num_decoded = sum(map(len, run.outputs)) - num_known
-    run.num_steps = len(run.step_ms)
     if speculator is not None:
         counts = speculator.counts
         run.num_drafts, run.num_drafted = counts.num_drafts, counts.num_draft_tokens
@@ -196,7 +201,7 @@ def _row(case: SpeculationCase, machine: Machine, plain: list[Run], drafted: lis
             "draft_tokens": num_drafted,
             "accepted_tokens": num_accepted,
             "acceptance": num_accepted / num_drafted if num_drafted else None,
-            "tokens_per_step": num_decoded / max(1, sum(run.num_steps for run in drafted)) / len(case.prompts),
+            "mean_acceptance_length": 1 + num_accepted / max(1, sum(run.num_drafts for run in drafted)),
             "equal_tokens": _equal_share(plain, drafted),
         },
     )

@@ -12,8 +12,8 @@ from tinyvllm.bench.rows import Row
 from tinyvllm.bench.tables import doubts, format_number, make_title
 
 NOTE = (
-    "Plain and with drafts in turn, from the first token on. Accepted: of the drafted tokens. Tokens per step: of each "
-    "sequence; 1 without drafts. Equal: tokens before the first that differs with drafts."
+    "Plain and with drafts in turn, from the first token on. Accepted: of the drafted tokens. Length: mean tokens "
+    "of a sequence in a step with drafts. Equal: tokens before the first that differs with drafts."
 )
 
 
@@ -27,7 +27,7 @@ def speculation_table(rows: Sequence[Row]) -> RenderableType:
         "tok/s",
         "speed-up",
         "accepted",
-        "tokens/step",
+        "length",
         "plain ms",
         "ms",
         "equal",
@@ -45,7 +45,7 @@ def speculation_table(rows: Sequence[Row]) -> RenderableType:
             format_number(row.tok_s.mean),
             f"{more['speedup'].median:.2f} x",
             "-" if more["acceptance"] is None else f"{more['acceptance']:.0%} of {more['draft_tokens']:,}",
-            f"{more['tokens_per_step']:.2f}",
+            f"{more['mean_acceptance_length']:.2f}",
             format_number(more["plain_step_ms"].median),
             format_number(row.step_ms.median),
             f"{more['equal_tokens']:.0%}",

@@ -162,7 +162,7 @@ def _opened(subject: Subject, config: EngineConfig) -> Iterator[tuple[Opened, Pr
 
 
 def _make_cases(cases: Cases, opened: Opened, seed: int) -> list[SpeculationCase]:
-    from tinyvllm.bench.speculation import ReplayDrafter, SpeculationCase
+    from tinyvllm.bench.speculation import REPLAY_TEMPERATURE, ReplayDrafter, SpeculationCase
 
     vocab_size = opened.runner.model_config.vocab_size
     made = []
@@ -172,7 +172,8 @@ def _make_cases(cases: Cases, opened: Opened, seed: int) -> list[SpeculationCase
         made.append(SpeculationCase(task, tuple(prompts), opened.drafter, opened.eos_ids))
     for batch, share in itertools.product(cases.batches, cases.shares):
         prompts = [tuple(make_ids(cases.input_len, vocab_size, seed + number)) for number in range(batch)]
-        made.append(SpeculationCase(f"{share:.0%} right", tuple(prompts), ReplayDrafter(share, vocab_size, seed)))
+        drafter = ReplayDrafter(share, vocab_size, seed)
+        made.append(SpeculationCase(f"{share:.0%} right", tuple(prompts), drafter, temperature=REPLAY_TEMPERATURE))
     return [
         case.with_rule(cases.config, count, opened.runner.verify_sizes)
         for case, count in itertools.product(made, cases.counts)

@@ -9,7 +9,7 @@ nothing is drafted where a batch is so large that its rows cost time, where litt
 slow.
 
 p and q are estimated for each request, with a decay, and start at the estimates over all requests. T is measured too: a
-size that was not run yet is extrapolated, but only up to twice the largest one that was.
+size that was not run yet is extrapolated from those with drafts, but only up to twice the largest one that was.
 
 A budget bounds the loss whatever the estimates say. Every step adds `EARNED_SHARE` of a plain step's time to it; a step
 with drafts adds what it gained over plain decoding, or takes what it lost. No step may have drafts whose loss, should
@@ -245,6 +245,7 @@ class _Samples:
 
     latest: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_SAMPLES))
     number: int = 0  # of the last of them
+    is_new: bool = True  # its graph has not run yet: the first time takes longer, and does not count
 
 
 class StepTimes:
@@ -260,7 +261,13 @@ class StepTimes:
         self._note(self._plain, num_rows, num_seqs, seconds)
 
     def note_verified(self, num_rows: int, num_seqs: int, seconds: float) -> None:
-        self._note(self._verified, num_rows, num_seqs, seconds)
+        samples = self._verified.setdefault(num_rows, _Samples())
+        if samples.is_new:
+            samples.is_new = False
+            self.num_steps += 1
+            self.latest_seqs = num_seqs
+        else:
+            self._note(self._verified, num_rows, num_seqs, seconds)
 
     def _note(self, times: dict[int, _Samples], num_rows: int, num_seqs: int, seconds: float) -> None:
         self.num_steps += 1
@@ -276,26 +283,29 @@ class StepTimes:
 
     def verified_s(self, num_rows: int, num_seqs: int, *, is_smallest: bool = False) -> float | None:
         """A step with drafts of `num_rows` rows, of which `num_seqs` would be there without. None: more than twice as
-        large as any known size, unless there is no smaller one. A size between two known ones is interpolated; a larger
-        one is extrapolated from the last two."""
+        large as any known size, unless there is no smaller one.
+
+        The smallest step with drafts may take much longer than a plain one, by other kernels and without overlap, and
+        larger ones little longer. So a larger size is extrapolated from the last two with drafts. From one alone, it is
+        taken to last as long, and from none as long as a plain step: trying it will tell."""
         plain_s = self.plain_s(num_seqs)
         if plain_s is None:
             return None
-        known = {num_seqs: plain_s} | {
+        known = {
             rows: median(samples.latest)
             for rows, samples in self._verified.items()
-            if rows > num_seqs and self.num_steps - samples.number <= MOST_AGE
+            if rows > num_seqs and samples.latest and self.num_steps - samples.number <= MOST_AGE
         }
         if num_rows in known:
             return known[num_rows]
-        below = max(rows for rows in known if rows < num_rows)
+        smaller = sorted(rows for rows in known if rows < num_rows)
         above = min((rows for rows in known if rows > num_rows), default=None)
-        if above is None:
-            if num_rows > 2 * below and not is_smallest:
-                return None
-            before = max((rows for rows in known if rows < below), default=None)
-            if before is None:
-                return known[below]
-            per_row_s = max(0.0, known[below] - known[before]) / (below - before)
-            return known[below] + (num_rows - below) * per_row_s
-        return known[below] + (known[above] - known[below]) * (num_rows - below) / (above - below)
+        below, below_s = (smaller[-1], known[smaller[-1]]) if smaller else (num_seqs, plain_s)
+        if above is not None:
+            return below_s + (known[above] - below_s) * (num_rows - below) / (above - below)
+        if num_rows > 2 * below and not is_smallest:
+            return None
+        if len(smaller) < 2:
+            return below_s
+        before = smaller[-2]
+        return below_s + max(0.0, below_s - known[before]) / (below - before) * (num_rows - below)

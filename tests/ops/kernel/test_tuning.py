@@ -38,7 +38,7 @@ def test_a_choice_overrules_a_rule_and_no_other_spec() -> None:
 def test_candidates_turn_one_knob_each_and_are_possible() -> None:
     spec = make_spec(6)
     rows = [candidate.rows_per_pass for candidate in candidates(spec)]
-    assert rows == [2, 1]
+    assert rows == [3, 2, 1]
     assert len(list(candidates(make_spec(1)))) == 1
 
 
@@ -101,4 +101,4 @@ def test_combinations_are_each_value_once_and_the_fastest_by_prediction_first() 
     assert len(set(every)) == len(every) > 100
     assert all(one.is_possible() for one in others)
     small = make_spec(6)  # a kernel of a CPU, without predictions
-    assert [one.values for one in combinations(small)] == [(("rows_per_pass", 2),), (("rows_per_pass", 1),)]
+    assert [one.values for one in combinations(small)] == [(("rows_per_pass", rows),) for rows in (3, 2, 1)]

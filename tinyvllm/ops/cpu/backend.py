@@ -39,7 +39,7 @@ from tinyvllm.ops.cpu.adapter_layers import SiteOnCores
 from tinyvllm.ops.cpu.attention import CpuAttentionSpec, attention_kernel, write_kv_kernel
 from tinyvllm.ops.cpu.columns import GateSpec, GroupNormSpec, gate_columns_kernel, norm_groups_kernel
 from tinyvllm.ops.cpu.cores import Team, count_cores, share
-from tinyvllm.ops.cpu.dots import DOT_ROWS
+from tinyvllm.ops.cpu.dots import DOT_ROWS, FEW_DOT_ROWS
 from tinyvllm.ops.cpu.expert_layers import ExpertProducts, route_rows, scale_activation
 from tinyvllm.ops.cpu.inputs import Inputs
 from tinyvllm.ops.cpu.latent_attention import latent_attention_kernel, write_latents_kernel
@@ -52,6 +52,7 @@ from tinyvllm.ops.cpu.linear import (
     join_kernel,
     linear_kernel,
 )
+from tinyvllm.ops.cpu.product import STAGED_ROWS
 from tinyvllm.ops.cpu.recurrent import CpuRecurrentSpec, recur_on_core
 from tinyvllm.ops.cpu.sharded import Activation, Sharded, sharded, tensors_of, widths_of
 from tinyvllm.ops.cpu.whole_norm import WholeNormSpec, whole_norm_kernel
@@ -506,6 +507,10 @@ class CpuBackend(DeviceSampling):
         """x (T, K) for products. `shape`: (T, K)."""
         return Inputs(x, norm, shape, self.cores)
 
+    def _dot_rows(self, num_tokens: int) -> int:
+        """Rows of x in a pass over a panel, in products of integers."""
+        return FEW_DOT_ROWS if num_tokens <= STAGED_ROWS and has_many_registers() else DOT_ROWS
+
     def _linear(
         self,
         name: str,
@@ -535,7 +540,7 @@ class CpuBackend(DeviceSampling):
                 softcap=epilogue.softcap,
                 bias_starts=None if epilogue.bias is None else (sum(widths), all_cols + sum(widths)),
                 x_cols=x.x_cols,
-                tile_rows=self.tile_rows if shard.layout == "panel" else DOT_ROWS,
+                tile_rows=self.tile_rows if shard.layout == "panel" else self._dot_rows(num_tokens),
                 layout=shard.layout,
             )
             spec = choose(spec)

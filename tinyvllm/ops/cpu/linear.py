@@ -36,7 +36,7 @@ from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, clamp, exp2,
 from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.sampling.token_ids import token_id
 
-ROWS_PER_PASS = (8, 4, 2, 1)
+ROWS_PER_PASS = (8, 4, 2, 1)  # to be searched
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class LinearSpec(Tunable):
 
     @property
     def rows_per_pass(self) -> int:
-        """Input rows of one pass over a panel: a divisor of T, up to `tile_rows`."""
-        wanted = self.knob("rows_per_pass", self.tile_rows)
-        return next(rows for rows in ROWS_PER_PASS if rows <= wanted and self.num_tokens % rows == 0)
+        """Input rows of one pass over a panel: a divisor of T, up to `tile_rows`; or one row more if these are all."""
+        most = self.tile_rows + (self.num_tokens == self.tile_rows + 1)  # to unpack a panel again would cost more
+        return self.knob("rows_per_pass", next(n for n in range(most, 0, -1) if self.num_tokens % n == 0))
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         rows = tuple(rows for rows in ROWS_PER_PASS if rows != self.rows_per_pass and self.num_tokens % rows == 0)

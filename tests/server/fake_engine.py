@@ -191,6 +191,7 @@ class FakeEngine:
     running: set[str] = field(default_factory=set)
     closed: list[str] = field(default_factory=list)  # requests that were closed before they ended
     has_shut_down: bool = False
+    resets: list[bool] = field(default_factory=list)  # of the prefix cache: whether the tiers' too
     loaded_adapters: list[AdapterInfo] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -241,6 +242,14 @@ class FakeEngine:
 
     async def latest_steps(self) -> list[list[CompletedStep]]:
         return [self.history.latest()]
+
+    async def look_up_prefix(self, prompt_ids: list[int], cache_salt: str | None = None) -> list[list[int]]:
+        """Two engines, of which the second has all on disk; none has salted prompts."""
+        num_tokens = 0 if cache_salt else len(prompt_ids)
+        return [[0, 0, num_tokens // 2], [0, num_tokens // 2, num_tokens]]
+
+    async def reset_prefix_cache(self, *, reset_external: bool = False) -> None:
+        self.resets.append(reset_external)
 
     async def shutdown(self) -> None:
         self.has_shut_down = True

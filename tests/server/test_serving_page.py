@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.cli.commands import app as cli
+from tinyvllm.config import EngineConfig, SpeculativeConfig
 from tinyvllm.door.metrics import ModelsCollector
 from tinyvllm.server.app import make_app
 from tinyvllm.server.failures import _STATES
@@ -39,7 +40,9 @@ def test_routes() -> None:
 
 
 async def test_metrics() -> None:
-    app = make_app(FakeEngine())  # type: ignore[arg-type]
+    engine = FakeEngine()
+    engine.config = EngineConfig("tiny", kv_offloading_size=1.0, speculative_config=SpeculativeConfig(method="ngram"))
+    app = make_app(engine)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         await client.post("/v1/completions", json={"prompt": "x"})
         text = (await client.get("/metrics")).text

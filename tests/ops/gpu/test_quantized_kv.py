@@ -22,6 +22,7 @@ from tests.ops.builders import Piece, largest_difference, make_step
 from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_attention, rendered, swept
 from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.ops.gpu import attention_prefill
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.kernel.lanes import Lanes
 from tinyvllm.ops.reference import ReferenceBackend
@@ -113,6 +114,20 @@ def test_attention_over_quantized_keys_and_values_equals_the_reference(
             assert (difference > 2e-3 + 2e-3 * np.abs(wanted[slots])).mean() < 5e-3
             moved = max(moved, float(difference.max()))
         assert largest_difference(got.out[:live], expected.out[:live]) < TOLERANCE + moved / 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_prompts_without_wgmma_equal_the_reference(
+    monkeypatch: pytest.MonkeyPatch, device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, dim: int
+) -> None:
+    """The kernel of other devices of CUDA, which Hopper takes where keys or values alone are quantized."""
+    monkeypatch.setattr(attention_prefill, "has_wgmma", lambda name: False)
+    case = Case(4, 2, dim, StepLayout(70, 3, 12, 16), False, "q8_0/q4_0")
+    buffer, history = make_step(case.layout, [Piece(40, 50), Piece(150, 20)]), make_history(case)
+    backend = FusedGpuBackend(device, "float16", lanes)
+    got, expected = (attend(ops, case, buffer, history) for ops in (backend, reference))
+    assert largest_difference(got.out, expected.out) < 2e-2 and not backend.coverage.lines()
 
 
 @pytest.mark.gpu

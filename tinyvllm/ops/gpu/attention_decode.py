@@ -16,6 +16,7 @@ from typing import Any
 
 from tinygrad import UOp
 from tinygrad.dtype import DType
+from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.attention_spec import KEYS, QUERIES
 from tinyvllm.ops.gpu.attention_decode_codes import (
@@ -175,7 +176,8 @@ class _Tile:
 
     @property
     def loaded(self) -> list[UOp]:
-        return [*_leaves(self.keys), *_leaves(self.values)]
+        leaves = [*_leaves(self.keys), *_leaves(self.values)]
+        return [leaf.src[0] if leaf.op is Ops.CUSTOMI else leaf for leaf in leaves]  # of words, their load
 
     def or_zeros(self, has_tokens: UOp) -> _Tile:
         """The tile, with zeros for values if its split has no tokens: what was loaded may be NaN then."""

@@ -55,7 +55,7 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
         if self.lanes.kind == "CUDA" and (self.is_long or self.layout.num_tokens == 1):
             knobs["num_splits"] = (1, 2, 4, 8, 16, 32)
         if self.packs(self.kv.keys) or self.packs(self.kv.values):
-            knobs["resident"] = (0, 2, 3, 4)
+            knobs |= {"resident": (0, 2, 3, 4), "early": (0, 1)}
         return knobs
 
     def is_possible(self) -> bool:
@@ -216,7 +216,13 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
     def loads_early(self) -> bool:
         """Whether a warp loads its first tiles while the previous kernel still runs: if it has registers for them, and
         no kernel of the step has written any of their tokens."""
-        return self.lanes.is_chained and self.adds_own and not self.is_wide
+        return self.lanes.is_chained and self.adds_own and not self.is_wide and self.early > 0
+
+    @property
+    def early(self) -> int:
+        """1 if registers are worth more for early loads than for more threadgroups on a multiprocessor."""
+        is_packed = self.packs(self.kv.keys) or self.packs(self.kv.values)
+        return self.knob("early", int(not (is_packed and self.is_long and self.layout.num_tokens > 1)))
 
     @property
     def resident(self) -> int:
@@ -255,7 +261,7 @@ def take_buffers(spec: DecodeSpec, operands: list[UOp]) -> Buffers:
     out = operands.pop(0) if spec.combines_splits or not spec.is_split else None
     split_values, split_sums = (operands.pop(0) if spec.is_split else None for _ in range(2))
     arrivals = operands.pop(0) if spec.combines_splits else None
-    keys, values = StoredHeads.of(spec, spec.take_planes(operands))
+    keys, values = StoredHeads.of(spec, spec.take_planes(operands), spec.lanes)
     return Buffers(out, split_values, split_sums, arrivals, keys, values)
 
 

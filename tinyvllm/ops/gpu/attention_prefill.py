@@ -18,6 +18,7 @@ from tinygrad import Tensor, UOp
 from tinyvllm.ops.attention_spec import KEYS, QUERIES, VALUES, AttentionLayer
 from tinyvllm.ops.backend import Step
 from tinyvllm.ops.gpu.attention_prefill_hopper import HopperTile
+from tinyvllm.ops.gpu.attention_prefill_hopper_codes import UnpackingTile
 from tinyvllm.ops.gpu.attention_prefill_inputs import Inputs, PrefillSpec
 from tinyvllm.ops.gpu.attention_prefill_metal import MetalTile
 from tinyvllm.ops.gpu.attention_prefill_tile import AttentionTile
@@ -77,7 +78,7 @@ def store_kernel(spec: PrefillSpec) -> KernelFn:
 
     def kernel(*operands: UOp) -> UOp:
         body, half, rest = Body(), spec.head_dim // 2, list(operands)
-        keys, values = StoredHeads.of(spec, spec.take_planes(rest))
+        keys, values = StoredHeads.of(spec, spec.take_planes(rest), spec.lanes)
         step = Inputs(spec, rest.pop(0), rest, KEYS, VALUES)
         step.qkv = dict(zip(step.qkv, await_previous(spec.lanes, *step.qkv.values()), strict=True))
         per_row = spec.num_kv_heads * half // PIECE
@@ -105,11 +106,16 @@ def store_kernel(spec: PrefillSpec) -> KernelFn:
 
 @cached_kernel
 def hopper_kernel(spec: PrefillSpec) -> KernelFn:
-    """fn(out (T, H * D), maps, tiles, inputs, *sinks, queries, keys, values), the last three as `maps` describe them.
-    Does not write rows of padding."""
+    """fn(out (T, H * D), maps, tiles, inputs, *sinks, queries, *planes of the pool). `maps` describe queries, and keys
+    and values in float16. Does not write rows of padding."""
 
     def kernel(out: UOp, maps: UOp, tiles: UOp, inputs: UOp, *operands: UOp) -> UOp:
-        tile = HopperTile(spec, maps, tiles, inputs, operands)
+        if spec.kv.is_quantized:
+            count = len(operands) - spec.num_planes
+            pool = StoredHeads.of(spec, spec.take_planes(list(operands[count:])), spec.lanes)
+            tile: HopperTile = UnpackingTile(spec, pool, maps, tiles, inputs, operands[:count])
+        else:
+            tile = HopperTile(spec, maps, tiles, inputs, operands)
         done = tile.attend_and_store(out)
         return finish(done.end(*reversed(tile.axes)), _name(spec), **_work(spec))
 
@@ -136,7 +142,7 @@ def prefill_kernel(spec: PrefillSpec) -> KernelFn:
 
     def kernel(out: UOp, *operands: UOp) -> UOp:
         rest = list(operands)
-        pool = StoredHeads.of(spec, spec.take_planes(rest))
+        pool = StoredHeads.of(spec, spec.take_planes(rest), spec.lanes)
         tiles, inputs, *rest = rest
         kind = AttentionTile if spec.tiles.is_cuda else MetalTile
         tile = kind(spec, pool, tiles, inputs, rest)

@@ -17,7 +17,6 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.attention_spec import Tables
 from tinyvllm.ops.gpu.attention_prefill_inputs import (
-    FETCHER_REGISTERS,
     GROUP_WARPS,
     ROW_BYTES,
     STAGES,
@@ -61,11 +60,12 @@ class HopperTile(AttentionTile):
     """Rows of queries, keys and values are in tiles of 64 columns, 128 bytes, swizzled as wgmma expects them."""
 
     extra_warps: ClassVar[int] = GROUP_WARPS  # only the first of them fetches; registers belong to whole groups
+    num_described: ClassVar[int] = 3  # buffers that the copy engine fetches
 
     def __init__(self, spec: PrefillSpec, maps: UOp, tiles: UOp, inputs: UOp, operands: Sequence[UOp]) -> None:
         """`operands`: perhaps the sinks, and then the buffers that the maps describe."""
         super().__init__(spec, None, tiles, inputs, operands)
-        self.maps, self.described = maps, operands[-3:]
+        self.maps, self.described = maps, operands[-self.num_described :]
         self.type_name = PTX_NAMES[self.mma.mma.dtype]
         self.role = uniform(self.warp)  # the warp's number, without limits that tinygrad knows
         self.group = self.thread // (GROUP_WARPS * LANES)
@@ -84,9 +84,14 @@ class HopperTile(AttentionTile):
         """The UOp after which the barriers are ready. Ends threadgroups without rows."""
         memory = declare(self.spec.shared_bytes)
         ended = exit_if(self.count < 1)
-        at, fetchers = self._barriers, self.spec.fetchers
-        made = make_barriers(at + 16, 2 * STAGES, fetchers, self.spec.groups, memory, ended, *self.described_places())
+        at, places = self._barriers, self.described_places()
+        made = make_barriers(at + 16, 2 * STAGES, self.fillers, self.spec.groups, memory, ended, *places)
         return UOp(Ops.BARRIER, src=(make_barriers(at, 1, 1, 1, made),))
+
+    @property
+    def fillers(self) -> int:
+        """How many arrivals tell that a stage is full."""
+        return self.spec.fetchers
 
     def described_places(self) -> list[UOp]:
         """What the maps describe, so that tinygrad sees that it is read."""
@@ -116,7 +121,7 @@ class HopperTile(AttentionTile):
         """The work of the group of the fetching warp."""
         is_here = uniform((self.role < self.spec.num_warps).where(UOp.const(0, I32), 1))
         loop = self.body.fold_while(is_here)
-        given = give_registers(FETCHER_REGISTERS, loop, ready)
+        given = give_registers(self.spec.fetcher_registers, loop, ready)
         return self._fetch_tiles(self._fetch_queries(given)).end(loop)
 
     def _is_fetcher(self, lanes: int) -> UOp:
@@ -259,10 +264,14 @@ class HopperTile(AttentionTile):
     def _last_tile(self, words: UOp, sums: UOp) -> UOp:
         """The end of the last products. Values after the context are zeros first: the pool may hold anything there, and
         a weight of 0 does not erase NaN."""
-        spec, size = self.spec, self.spec.layout.block_size
         last = self.steps - 1
         values, full, _, parity = self._stage(last, 1)
-        here = wait(full, parity, words[0], sums[0])
+        here = self.clear_outside(values, last, wait(full, parity, words[0], sums[0]))
+        return await_products(0, sums, self._weigh_values(words, values, sums, here))
+
+    def clear_outside(self, values: UOp, last: UOp, here: UOp) -> UOp:
+        """Make the values of the last tile that are outside the context zeros."""
+        spec, size = self.spec, self.spec.layout.block_size
         first, per_row = self.context - (last + self.begin) * spec.keys, spec.head_dim // PIECE
         thread, threads = self.thread % (GROUP_WARPS * LANES), GROUP_WARPS * LANES
         end = (first + (size - 1)) // size * size
@@ -271,8 +280,7 @@ class HopperTile(AttentionTile):
             row, piece = first + item // per_row, item % per_row
             place = values + piece // 8 * (spec.keys * ROW_BYTES) + swizzled_place(row, piece % 8)
             here = clear_piece(place, row < end, here)
-        here = meet_threads(self.group + FIRST_GROUP, threads, fence_proxy(here))
-        return await_products(0, sums, self._weigh_values(words, values, sums, here))
+        return meet_threads(self.group + FIRST_GROUP, threads, fence_proxy(here))
 
     def _release(self, empty: UOp, *after: UOp) -> UOp:
         """Tell the fetching warp that this group of warps has read a stage."""

@@ -22,6 +22,7 @@ STAGES = 2  # tiles of keys, and of values, in Hopper's threadgroup memory
 BARRIER_BYTES = 1024
 REGISTERS = 1 << 16  # of a multiprocessor
 FETCHER_REGISTERS = 24  # that a thread of the fetching warp's group keeps
+UNPACKER_REGISTERS = {64: 80, 128: 104, 256: 72}  # if it unpacks codes, by dimensions of a head
 SPARE_REGISTERS = 40  # of a thread, besides scores, weights and sums
 MAP_THREADS = 256
 MIN_LOOP = 2  # iterations that a loop must be able to run: Body.fold_while
@@ -79,8 +80,10 @@ class PrefillSpec(FusedAttentionSpec, Tunable):
 
     @property
     def uses_wgmma(self) -> bool:
-        """Whether Hopper's kernel is used: if a head is whole tiles of 64 columns."""
-        return self.has_wgmma and self.mma.dtype == F16 and self.head_dim % WGMMA_COLS == 0 and not self.kv.is_quantized
+        """Whether Hopper's kernel is used: if a head is whole tiles of 64 columns, and keys and values are both in
+        float16 or both quantized."""
+        is_alike = not self.kv.is_quantized
+        return self.has_wgmma and self.mma.dtype == F16 and self.head_dim % WGMMA_COLS == 0 and is_alike
 
     @property
     def groups(self) -> int:
@@ -106,7 +109,12 @@ class PrefillSpec(FusedAttentionSpec, Tunable):
     def registers(self) -> int:
         """Registers of a thread that multiplies, with those that the fetching warp's group gives. More than there are
         would never be given."""
-        return (self.launch_registers * (self.groups + 1) - FETCHER_REGISTERS) // self.groups // 8 * 8
+        return (self.launch_registers * (self.groups + 1) - self.fetcher_registers) // self.groups // 8 * 8
+
+    @property
+    def fetcher_registers(self) -> int:
+        """Registers of a thread of the fetching warp's group."""
+        return UNPACKER_REGISTERS[self.head_dim] if self.kv.is_quantized else FETCHER_REGISTERS
 
     @property
     def tile_bytes(self) -> int:
@@ -119,8 +127,15 @@ class PrefillSpec(FusedAttentionSpec, Tunable):
 
     @property
     def shared_bytes(self) -> int:
-        """Threadgroup memory of Hopper's kernel: queries, the stages of keys and of values, and barriers."""
-        return self.query_bytes + 2 * STAGES * self.tile_bytes + BARRIER_BYTES
+        """Threadgroup memory of Hopper's kernel: queries, the stages of keys and of values, barriers, and codes."""
+        return self.query_bytes + 2 * STAGES * self.tile_bytes + BARRIER_BYTES + self.staging_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of the codes of a tile of keys and one of values that threads copy, whole turns of the threads."""
+        turn = GROUP_WARPS * LANES * 16
+        forms = [form for form in (self.kv.keys, self.kv.values) if form.is_quantized]
+        return sum(-(-form.code_bytes(self.keys * self.head_dim) // turn) * turn for form in forms)
 
     @property
     def query_box(self) -> Box:

@@ -27,7 +27,7 @@ from tinyvllm.ops.kernel.kv_format import (
     group_scale,
     largest,
 )
-from tinyvllm.ops.kernel.lanes import HALF_PAIR, Lanes, Mma
+from tinyvllm.ops.kernel.lanes import HALF_PAIR, Lanes, Mma, load_cuda_words
 
 QUAD = 4  # codes of a quad
 PIECE = 8  # elements of two quads
@@ -53,14 +53,15 @@ class StoredHeads:
     head_dim: int  # D
     codes: UOp  # words; of a dtype, its numbers
     scales: UOp | None
+    is_cuda: bool = False
 
     @classmethod
-    def of(cls, spec: AttentionSpec, planes: PoolPlanes) -> tuple[StoredHeads, StoredHeads]:
+    def of(cls, spec: AttentionSpec, planes: PoolPlanes, lanes: Lanes | None = None) -> tuple[StoredHeads, StoredHeads]:
         """(keys, values)."""
-        shape = (spec.num_kv_heads, spec.head_dim)
+        shape, is_cuda = (spec.num_kv_heads, spec.head_dim), lanes is not None and lanes.kind == "CUDA"
         return (
-            cls(spec.kv.keys, *shape, planes.keys, planes.key_scales),
-            cls(spec.kv.values, *shape, planes.values, planes.value_scales),
+            cls(spec.kv.keys, *shape, planes.keys, planes.key_scales, is_cuda),
+            cls(spec.kv.values, *shape, planes.values, planes.value_scales, is_cuda),
         )
 
     @property
@@ -101,6 +102,8 @@ class StoredHeads:
     def words(self, head: UOp, dim: UOp | int, count: int) -> list[UOp]:
         """`count` words from the one of element `dim` on."""
         at = self.word_at(head, dim)
+        if self.is_cuda:
+            return load_cuda_words(self.codes, at, count)
         return [self.codes[at + i].load() for i in range(count)]
 
     def scale(self, head: UOp, dim: UOp | int) -> UOp | None:

@@ -41,7 +41,9 @@ MULTIPLY_WORDS = (
     ' : "+f"({sums}_0), "+f"({sums}_1), "+f"({sums}_2), "+f"({sums}_3) : {words});'
 )
 WORDS = VectorType(20, 128, "uint4", None)  # four words of two halves
+TWO_WORDS = VectorType(20, 64, "uint2", None)
 LOAD_WORDS = "*((uint4*)({0}))"
+LOAD_TWO = "*((uint2*)({0}))"
 PERMUTE = "__byte_perm({0}, %#x, %#x)"
 PERMUTE_BY = "__byte_perm({0}, {1}, {2})"  # nibbles of {2}, without their highest bits, choose among eight bytes
 FUSE = (
@@ -318,13 +320,14 @@ def await_previous(lanes: Lanes, *buffers: UOp, ahead: Iterable[UOp] = ()) -> tu
     each of our kernels passes its inputs through here, once, except those that no kernel of a step writes: weights and
     the step's inputs.
 
-    `ahead`: values of such inputs, to be loaded while the kernel waits, and statements to be executed before. Otherwise
-    the compiler, which does not know of the wait, would load them where they are used."""
+    `ahead`: values of such inputs, to be loaded while the kernel waits, and statements and loads of several words, to
+    be executed before. Otherwise the compiler, which does not know of the wait, would load them where they are used."""
     if not lanes.is_chained:
         return buffers
     ahead = list(ahead)
     done = dict.fromkeys(uop for value in ahead for uop in value.toposort() if uop.op is Ops.LOAD)
-    done |= dict.fromkeys(value for value in ahead if value.op is Ops.CUSTOM and value.dtype == dtypes.void)
+    statements = (dtypes.void, WORDS, TWO_WORDS)
+    done |= dict.fromkeys(value for value in ahead if value.op is Ops.CUSTOM and value.dtype in statements)
     # after a barrier, because tinygrad does not order loads after a CUSTOM statement
     ready = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=tuple(done), arg=CHAIN),))
     return tuple(buffer.after(ready) for buffer in buffers)
@@ -371,6 +374,16 @@ def carry(body: Body, init: Sequence[UOp], count: int | UOp, outer: Sequence[UOp
 def load_floats(buffer: UOp, at: UOp, count: int) -> list[UOp]:
     """Neighbors as float32, by one vector load or a few."""
     return [buffer[at + i].load().cast(F32) for i in range(count)]
+
+
+def load_cuda_words(buffer: UOp, at: UOp, count: int) -> list[UOp]:
+    """`count` neighboring words of an aligned buffer, by one load of two or a few of four. tinygrad would load each
+    by itself."""
+    if count == 1:
+        return [buffer[at].load()]
+    size, kind, text = (4, WORDS, LOAD_WORDS) if count % 4 == 0 else (2, TWO_WORDS, LOAD_TWO)
+    loads = [UOp(Ops.CUSTOM, kind, src=(buffer[at + i],), arg=text) for i in range(0, count, size)]
+    return [UOp(Ops.CUSTOMI, dtypes.uint, src=(load,), arg=f"{{0}}.{name}") for load in loads for name in "xyzw"[:size]]
 
 
 def dot(a: Sequence[UOp], b: Sequence[UOp]) -> UOp:

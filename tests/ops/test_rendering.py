@@ -113,6 +113,18 @@ def test_a_step_with_logits_processing_renders_within_the_limits(target: str, vo
         check_limits(kernel, target)
 
 
+def test_hidden_states_are_stored_one_by_one() -> None:
+    """A kernel that stores a value of each thread, whatever the shape of what it reads."""
+    backend = gpu_backend("float16")
+    norm = Norm(unwritten(backend, 96), 1e-6)
+    stored = backend.store_normed(unwritten(backend, 3 * 96), norm, 3, unwritten(backend, 1024), 96, 192)
+    (kernel,) = [kernel for kernel in kernels_of([stored]) if kernel.arg.name.startswith("store_rows")]
+    for target in GENERAL_TARGETS:
+        check_limits(kernel, target)
+        source = to_program(kernel, make_renderer(target)).src[2].arg
+        assert source.count("(data0_1024+") == 1, source
+
+
 def test_cuda_devices_are_given_the_same_general_kernels() -> None:
     formats = ("float16", "Q8_0")
     for kernel in kernels_of(plan_layer(gpu_backend("float16"), StepLayout(2, 2, 2, 16), formats, is_decode=True)):

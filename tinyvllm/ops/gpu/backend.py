@@ -277,8 +277,9 @@ class GpuBackend(DeviceSampling):
         return run_kernel(gate_columns_kernel(spec), [self._empty(size)], [*read, start])[0]
 
     def store_normed(self, x: Tensor, norm: Norm, num_tokens: int, out: Tensor, start: int, stride: int) -> Tensor:
-        rows = self._normed(self.parts_of(x)[0], norm, num_tokens)
-        return run_kernel(store_rows_kernel(num_tokens, int(rows.shape[1]), start, stride), [out], [rows])[0]
+        rows = self._normed(self.parts_of(x)[0], norm, num_tokens).reshape(-1)
+        fn = store_rows_kernel(num_tokens, int(rows.numel()) // num_tokens, start, stride)
+        return run_kernel(fn, [out], [rows])[0]
 
     def take_rows(self, x: Tensor, step: Step, num_cols: int, num_rows: int | None = None) -> Tensor:
         fn = take_rows_kernel(step.layout, num_cols, num_rows)

@@ -627,6 +627,7 @@ class LoraModule:
 
     name: str
     path: str
+    base_model: str = ""  # the model that it belongs to, where several are served; "": any
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any] | LoraModule) -> LoraModule:
@@ -646,10 +647,10 @@ class LoraModule:
             raise TinyvllmError(f"--lora-modules is {value!r:.100}: {form}")
         if unknown := sorted(set(value) - {"name", "path", "base_model_name"}):
             raise TinyvllmError(f"--lora-modules has the unknown key {unknown[0]!r:.100}: {form}")
-        name, path = value.get("name"), value.get("path")
-        if not isinstance(name, str) or not isinstance(path, str) or not name or not path:
+        name, path, base = value.get("name"), value.get("path"), value.get("base_model_name") or ""
+        if not all(isinstance(text, str) for text in (name, path, base)) or not name or not path:
             raise TinyvllmError(f"--lora-modules is {value!r:.100}: {form}")
-        return cls(name, path)
+        return cls(name, path, base)
 
 
 @dataclass(frozen=True)

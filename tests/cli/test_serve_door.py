@@ -121,6 +121,25 @@ def test_what_is_wrong_is_named(files: Path) -> None:
         ProcessFlags(data_parallel_size=2).num_front_ends_each()
 
 
+def test_an_adapter_belongs_to_one_model(files: Path) -> None:
+    a, b = str(files / "a.gguf"), str(files / "b.gguf")
+
+    def settings(*modules: str) -> DoorSettings:
+        return DoorFlags().settings((a, b), (), EngineFlags(enable_lora=True, lora_modules=list(modules)), 0)
+
+    module = '{"name": "sql", "path": "/x", "base_model_name": "b"}'
+    found = settings(module)
+    assert [model.adapters for model in found.models] == [(), ("sql",)]
+    owner = found.find("sql:latest")
+    assert owner is not None and owner.name == "b" and found.find("nobody") is None
+    with pytest.raises(TinyvllmError, match=r"does not say which of a, b 'sql' belongs to: give '\{"):
+        settings("sql=/x")
+    with pytest.raises(TinyvllmError, match="belongs to 'c', which is not served: give one of a, b"):
+        settings(module.replace('"b"', '"c"'))
+    with pytest.raises(TinyvllmError, match="two models have the name 'a'"):
+        settings(module.replace("sql", "a"))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to see which process has ended")
 def test_every_process_ends_with_a_door_that_is_killed(files: Path) -> None:
     a, b = str(files / "a.gguf"), files / "b"

@@ -12,7 +12,7 @@ import msgspec
 from typer import Argument, Option
 
 from tinyvllm.cli.flags import SERVED_STRETCH, EngineFlags, RunnerFlags
-from tinyvllm.config import DEVICE_VARIABLE, MODELS_DIR_VARIABLE
+from tinyvllm.config import DEVICE_VARIABLE, MODELS_DIR_VARIABLE, LoraModule
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 
@@ -97,6 +97,7 @@ class DoorFlags:
         if names:
             tables[0] = {**tables[0], "name": names[0], "aliases": list(names[1:])}
         found = [_model_settings(table, self.pin or (), engine, num_front_ends) for table in tables]
+        _check_adapters(engine, [model.name for model in found])
         unknown = set(self.pin or ()) - {model.name for model in found}
         if unknown:
             known = ", ".join(model.name for model in found)
@@ -109,6 +110,22 @@ class DoorFlags:
         if (load_timeout := _first(self.load_timeout, top.get("load_timeout"))) is not None:
             given["load_timeout_s"] = _value("load_timeout", load_timeout, float)
         return DoorSettings(models=found, **given)
+
+
+def _check_adapters(engine: EngineFlags, names: Sequence[str]) -> None:
+    """Raise TinyvllmError if the flag's adapters do not say to which of several models they belong."""
+    known = ", ".join(names)
+    for module in map(LoraModule.of, engine.lora_modules or ()):
+        if len(names) > 1 and not module.base_model:
+            raise TinyvllmError(
+                f"--lora-modules does not say which of {known} {module.name!r} belongs to: give "
+                f'\'{{"name": "{module.name}", "path": "{module.path}", "base_model_name": "{names[0]}"}}\''
+            )
+        if module.base_model and module.base_model not in names:
+            raise TinyvllmError(
+                f"--lora-modules says that {module.name!r} belongs to {module.base_model!r}, which is not served: give "
+                f"one of {known}"
+            )
 
 
 def _first(flag: object, value: object) -> object:
@@ -170,6 +187,9 @@ def _model_settings(
     config = dataclasses.replace(engine, **overrides).make_config(
         model, warm_up="background", max_step_stretch=SERVED_STRETCH, served_model_name=name
     )
+    if "lora_modules" not in table:  # those of the flag are for all models
+        mine = tuple(one for one in config.lora_modules if one.base_model in ("", name))
+        config = dataclasses.replace(config, lora_modules=mine)
     share = overrides.get("gpu_memory_utilization")  # of the whole memory; the door divides the rest
     config = dataclasses.replace(config, gpu_memory_utilization=engine.gpu_memory_utilization)
     keep_alive = table.get("keep_alive")

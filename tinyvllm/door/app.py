@@ -41,7 +41,6 @@ from tinyvllm.server.failures import (
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.intake import does_not_exist, json_response
 from tinyvllm.server.live import EngineState
-from tinyvllm.server.model_names import is_name_of
 from tinyvllm.server.ollama.keep_alive import read_duration
 from tinyvllm.server.ollama.model_details import rfc3339
 from tinyvllm.server.ollama.wire import unknown_model
@@ -79,6 +78,8 @@ OWN_PATHS = frozenset(
         "/api/blobs/{digest}",
     )
 )
+LOAD_ADAPTER_PATH, UNLOAD_ADAPTER_PATH = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+MAX_ADAPTERS = 4096  # whose models are remembered
 RESPONSE_PATH = "/v1/responses/{response_id}"
 # Routes whose streams are server-sent events, which comments can keep alive while a client waits.
 SSE_PATHS = frozenset(("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"))
@@ -100,10 +101,15 @@ class DoorState:
         self.metrics = DoorMetrics(fleet, self.front_ends)
         self.requests = RequestLog(max_records=1)  # the models' servers keep those that they answer
         self.start_s = time.monotonic()
+        self.adapters: dict[str, str] = {}  # models by the adapters that clients had them load
 
     @property
     def model_names(self) -> Sequence[str]:
-        return [name for model in self.fleet.settings.models for name in model.names]
+        return [name for model in self.fleet.settings.models for name in (*model.names, *model.adapters)]
+
+    @property
+    def all_names(self) -> Sequence[str]:
+        return [*self.model_names, *self.adapters]
 
     def require_engine(self) -> None:
         """Models can be listed at any time."""
@@ -114,12 +120,26 @@ class DoorState:
         models = self.fleet.settings.models
         if name is None:
             return models[0].name
-        found = next((model.name for model in models if isinstance(name, str) and is_name_of(name, model.names)), None)
-        if found is None and path.startswith("/api/"):
-            raise unknown_model(name, self.model_names)
-        if found is None:
-            raise does_not_exist(name, self.model_names)
-        return found
+        found = self.fleet.settings.find(name) if isinstance(name, str) else None
+        if found is not None:
+            return found.name
+        if isinstance(name, str) and (model := self.adapters.get(name.removesuffix(":latest"))) is not None:
+            return model
+        if path.startswith("/api/"):
+            raise unknown_model(name, self.all_names)
+        raise does_not_exist(name, self.all_names)
+
+    def note_adapter(self, path: str, name: str, model: str) -> None:
+        """Remember which model has been asked to load or to forget an adapter: requests for it are that model's."""
+        if path == LOAD_ADAPTER_PATH:
+            self.adapters[name] = model
+            while len(self.adapters) > MAX_ADAPTERS:
+                del self.adapters[next(iter(self.adapters))]
+        elif path == UNLOAD_ADAPTER_PATH:
+            self.adapters.pop(name, None)
+
+    def find_adapter(self, name: str) -> None:
+        """None: a model's own server knows its adapters."""
 
 
 def make_door_app(fleet: Fleet, settings: ServerSettings) -> FastAPI:
@@ -164,7 +184,7 @@ async def ready(request: Request) -> DoorReadiness:
     """200 while new requests are accepted, whether or not a model is loaded; 503 from the first stop signal on."""
     state = door_of(request)
     _refuse_in_drain(state)
-    return DoorReadiness(models={model.name: model.state for model in state.fleet.models()})
+    return DoorReadiness(models={model.name: model.state for model in state.fleet.models() if model.parent is None})
 
 
 @router.get("/metrics", response_class=Response)
@@ -298,7 +318,12 @@ class _Exchange:
         if name is None and isinstance(fields.previous_response_id, str):
             maker = await until_disconnect(self._receive, self._child_with(fields.previous_response_id))
             name = None if maker is None else maker.process.name
+        adapter = fields.lora_name if isinstance(fields.lora_name, str) else None
+        if name is None and adapter is not None and self._path == UNLOAD_ADAPTER_PATH:
+            name = adapter
         model = self._state.find(name, self._path)
+        if adapter is not None:
+            self._state.note_adapter(self._path, adapter, model)
         if self._only_unloads(fields) and self._fleet.state_of(model) is State.UNLOADED:
             await self._answer_unloaded(fields)
             return

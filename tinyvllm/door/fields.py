@@ -26,6 +26,7 @@ class BodyFields(msgspec.Struct):
     stream: object = None
     keep_alive: object = None
     previous_response_id: object = None
+    lora_name: object = None
     prompt: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
 

@@ -193,7 +193,12 @@ class Fleet:
 
     def models(self) -> Sequence[ShelvedModel]:
         """All models, for the routes that list them: the door is their Shelf."""
-        return [self._shelved(model) for model in self.settings.models]
+        found = []
+        for model in self.settings.models:
+            shelved = self._shelved(model)
+            found.append(shelved)
+            found += [shelved.adapter(module.name, module.path) for module in model.config.lora_modules]
+        return found
 
     def _shelved(self, model: ModelSettings) -> ShelvedModel:
         entry, facts = self._policy.entries[model.name], self.facts[model.name]

@@ -32,6 +32,11 @@ class ModelSettings:
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that are loaded with it."""
+        return tuple(module.name for module in self.config.lora_modules)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoorSettings:
@@ -50,7 +55,7 @@ class DoorSettings:
         if not 0 < self.load_timeout_s < math.inf:
             raise TinyvllmError(f"--load-timeout is {self.load_timeout_s}: give a number of seconds above 0")
         taken: list[str] = []
-        for name in (name for model in self.models for name in model.names):
+        for name in (name for model in self.models for name in (*model.names, *model.adapters)):
             if not name or is_name_of(name, taken):
                 raise TinyvllmError(f"two models have the name {name!r}: give each a name of its own, as in NAME=MODEL")
             taken.append(name)
@@ -65,6 +70,10 @@ class DoorSettings:
     def num_slots(self) -> int:
         """Models that may be loaded at once."""
         return min(self.max_loaded or MAX_LOADED, len(self.models))
+
+    def find(self, name: str) -> ModelSettings | None:
+        """The model that has a name, or an adapter of that name."""
+        return next((one for one in self.models if is_name_of(name, (*one.names, *one.adapters))), None)
 
     def keep_alive_of(self, model: ModelSettings) -> float:
         return self.keep_alive_s if model.keep_alive_s is None else model.keep_alive_s

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from tinyvllm.config import ModelFiles
-    from tinyvllm.engine.async_engine import AdapterInfo
     from tinyvllm.server.state import ServerState
 
 LoadState = Literal["unloaded", "loading", "ready", "failed"]
@@ -43,6 +42,18 @@ class ShelvedModel:
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
 
+    def adapter(self, name: str, path: str, loaded_s: float | None = None) -> ShelvedModel:
+        """An adapter of it, as a model. loaded_s: Unix time; None: with the model."""
+        return replace(
+            self,
+            name=name,
+            aliases=(),
+            root=Path(path).name,
+            parent=self.name,
+            created=self.created if loaded_s is None else int(loaded_s),
+            num_device_bytes=None,
+        )
+
     def files(self) -> ModelFiles | None:
         """None if they are not on this machine."""
         try:
@@ -64,19 +75,6 @@ class Shelf(Protocol):
     """All models of one server. Used on its event loop."""
 
     def models(self) -> Sequence[ShelvedModel]: ...
-
-
-def _adapter_of(model: ShelvedModel, info: AdapterInfo) -> ShelvedModel:
-    """An adapter, as a model."""
-    return replace(
-        model,
-        name=info.name,
-        aliases=(),
-        root=Path(info.path).name,
-        parent=model.name,
-        created=int(info.loaded_s),
-        num_device_bytes=None,
-    )
 
 
 class SingleModel:
@@ -101,7 +99,7 @@ class SingleModel:
             chat_template=config.chat_template,
             reasoning_parser=config.reasoning_parser,
         )
-        return [model, *[_adapter_of(model, info) for info in engine.adapters()]]
+        return [model, *[model.adapter(info.name, info.path, info.loaded_s) for info in engine.adapters()]]
 
     def _num_device_bytes(self) -> int:
         engine = self._state.engine

@@ -18,6 +18,7 @@ from tests.builders import write_byte_tokenizer
 from tinyvllm.cli.door_flags import DoorFlags, split_name
 from tinyvllm.cli.flags import EngineFlags
 from tinyvllm.cli.server_flags import ProcessFlags
+from tinyvllm.config import SpeculativeConfig
 from tinyvllm.door.settings import DoorSettings
 from tinyvllm.errors import TinyvllmError
 
@@ -74,6 +75,12 @@ def test_flags_and_tables_become_settings(files: Path) -> None:
     assert (first.memory_share, first.environment, second.memory_share) == (0.25, {"DEV": "CPU:1"}, None)
     assert (first.config.max_model_len, first.config.served_model_name) == (128, "first")
     assert [(model.config.seed, model.config.max_num_seqs) for model in found.models] == [(7, 3)] * 2
+
+    drafting = files / "drafts.toml"
+    tables = f"[[models]]\nmodel='{files}/a.gguf'\n[models.speculative-config]\nnum-speculative-tokens=3\n"
+    drafting.write_text(f"{tables}[[models]]\nmodel='{files}/b.gguf'\nspeculative_config='{{}}'")
+    wanted = [model.config.speculative_config for model in settings_of(config=str(drafting)).models]
+    assert wanted == [SpeculativeConfig(num_speculative_tokens=3), SpeculativeConfig()]
 
     a, b = str(files / "a.gguf"), str(files / "b.gguf")
     given = settings_of(f"x={a}", b, keep_alive="90s", max_loaded=2, load_timeout=5.0, pin=["b"])

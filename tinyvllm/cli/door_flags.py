@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -211,6 +212,8 @@ def _overrides(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in given.items():
         if key == "max_model_len" and isinstance(value, int):
             value = str(value)  # the flag takes "auto", too
+        if key == "speculative_config" and isinstance(value, dict):
+            value = json.dumps(_underscored(value))  # a table, in place of the flag's JSON
         yield key, _value(key, value, hints[key])
 
 

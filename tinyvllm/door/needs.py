@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,6 +20,9 @@ from tinyvllm.config import DEVICE_VARIABLE, EngineConfig
 from tinyvllm.door.policy import Need
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.server.process import path_flags
+
+if TYPE_CHECKING:
+    from tinyvllm.execution.capacity import DraftMemory
 
 MAX_UNIFIED_SHARE = 0.9  # of the free memory: an engine refuses more on a device that shares the host's memory
 
@@ -39,17 +43,31 @@ def examine(config: EngineConfig) -> Need:
     with _quietly():  # loading logs the same again
         report = examine_files(resolve_model(config.model), device, config.planned_kv)
     least = least_memory(report, config, fit_limits(config, limits_of_kind(device, free)), device)
+    draft = _draft_memory(config)
     return Need(
         device=device,
-        weights=least.weights,
+        weights=least.weights + draft.fixed_bytes,
         scratch=least.scratch,
-        kv=least.kv,
+        kv=least.kv + least.context * draft.bytes_per_token,
         context=least.context,
         free=free,
         share=config.gpu_memory_utilization or kind.default_share,
         max_share=MAX_UNIFIED_SHARE if kind.is_unified else 1.0,
         is_total=kind.name == "METAL",  # which says what it recommends, whoever uses it
     )
+
+
+def _draft_memory(config: EngineConfig) -> DraftMemory:
+    """What the draft model takes that `config` asks for; nothing without one."""
+    from tinyvllm.execution.capacity import NO_DRAFT
+    from tinyvllm.execution.draft_model import measure_draft
+    from tinyvllm.storage.resolve import resolve_model
+
+    wanted = config.speculative_config
+    if wanted is None or wanted.model is None:
+        return NO_DRAFT
+    with _quietly():
+        return measure_draft(resolve_model(wanted.model), config)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.ops.attention import FEATURES, Case, attend, decode_pieces, make_history, mixed_pieces
-from tests.ops.builders import Piece, make_step
+from tests.ops.attention import FEATURES, Case, attend, decode_pieces, make_history, make_layer, mixed_pieces
+from tests.ops.builders import Piece, make_pool, make_step, make_step_of, normal
 from tinyvllm.config import KVFormats, LatentKind, LayerKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import DeviceError, UnsupportedModelError
@@ -48,6 +48,22 @@ def test_attention_over_quantized_keys_and_values_equals_the_reference(
             np.testing.assert_array_equal(now[others], then[others])  # padding wrote to the dummy block alone
         difference = np.abs(got.out[:live] - expected.out[:live]).max()
         assert flips <= 2 and difference < 2e-5 + 0.1 * flips, (difference, flips)
+
+
+def test_a_layer_reads_the_quantized_keys_of_another(backend: Backend, reference: ReferenceBackend) -> None:
+    case = Case(4, 2, 32, StepLayout(2, 2, 4, 8), True, "q8_0/q4_0", widths=(4, 4))
+    buffer, history, outs = make_step(case.layout, [Piece(9), Piece(20)]), make_history(case), []
+    for ops in (backend, reference):
+        pool = make_pool(ops, case.kind, 8, case.dtype, *history)
+        qkv = normal(2, sum(case.parts), seed=3)
+        parts = [ops.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
+        step = make_step_of(ops, case.layout, buffer, pool, is_decode=True)
+        writer = make_layer(ops, case)
+        reader = replace(writer, index=1, kind=replace(case.kind, kv_layer=0), qkv_cols=case.parts[:1])
+        both = [ops.attend(parts, writer, step).numpy(), ops.attend(parts[:1], reader, step).numpy()]
+        np.testing.assert_allclose(both[1], both[0], atol=1e-6)
+        outs.append(both[0].reshape(-1))
+    np.testing.assert_allclose(outs[0], outs[1], atol=2e-5)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

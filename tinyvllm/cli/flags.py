@@ -86,7 +86,7 @@ class RunnerFlags:
             help="Data type of the KV cache: auto (float16 on most devices), "
             f"{', '.join(KV_FORMATS)}. With 8 bits (fp8_e4m3, also called fp8, or q8_0, which is more exact) it holds "
             "about twice as many tokens as in float16, and long contexts decode faster; with q4_0 3.6 times as many, "
-            "for outputs that differ more (docs/QUANTIZATION.md).",
+            "for outputs that differ more (docs/KV_CACHE.md).",
         ),
     ] = _STANDARD.kv_cache_dtype
     kv_cache_dtype_k: Annotated[

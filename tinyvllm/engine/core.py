@@ -272,10 +272,20 @@ class EngineCore:
             self._run(plan, schedule_s, outs)
         except Exception as error:
             outs += self._fail([] if plan is None else [entry.request for entry in plan.entries], error)
-        if self._tiers is not None and not self.has_work:
+        if not self.has_work:
+            self.flush_tiers()
+        return outs
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether the disk is to get blocks while nothing runs, by calling `flush_tiers` now and then."""
+        return self._tiers is not None and self._tiers.has_backlog
+
+    def flush_tiers(self) -> None:
+        """Begin what the tiers would do before the next step."""
+        if self._tiers is not None:
             self._tiers.flush()
             self._publish(self.stats)
-        return outs
 
     def _draft(self) -> None:
         """Have tokens guessed for the next step, if all tokens are known."""

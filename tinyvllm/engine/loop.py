@@ -55,6 +55,8 @@ COMPILE_POLL_S = 0.01  # how often an idle engine checks whether background comp
 # how long an engine that captures while idle waits for a request first: one that comes during a trace waits for its end
 IDLE_S = 0.5
 
+BACKLOG_POLL_S = 0.02  # how often an idle engine hands blocks to a disk that had no room for more
+
 ClientId = Hashable
 Task = Callable[[], None]  # runs on the loop's thread, between two steps; one that fails is run once more
 Item = tuple[ClientId, ToEngine | Unreadable] | Task
@@ -139,6 +141,8 @@ class EngineLoop:
                 outs = core.step()
                 with measure.span(measure.REPLY):
                     self._pass_on(outs)
+            elif core.has_backlog:
+                core.flush_tiers()
             if core.has_captures_to_come and not (is_busy and core.captures_when_idle):
                 self._pass_on(core.advance_captures())
 
@@ -152,6 +156,8 @@ class EngineLoop:
             return 0.0
         if self._stop_at_s is not None:
             return max(0.0, self._stop_at_s - time.monotonic()) if self._waiting else 0.0
+        if self.core.has_backlog:
+            return BACKLOG_POLL_S
         if not self.core.has_captures_to_come:
             return None
         return IDLE_S if self.core.captures_when_idle else COMPILE_POLL_S

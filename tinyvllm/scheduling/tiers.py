@@ -100,6 +100,10 @@ class Tiers(Protocol):
     def poll(self, timeout_s: float = 0.0) -> None:
         """Take notice of transfers that have ended; if there are none yet, wait up to `timeout_s` for one from disk."""
 
+    @property
+    def has_backlog(self) -> bool:
+        """Whether blocks wait until the disk has room for them: `flush` is to be called again soon."""
+
     def flush(self) -> None:
         """Begin what waits for the next step: no step comes soon."""
 

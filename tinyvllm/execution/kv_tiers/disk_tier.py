@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tinyvllm.config import usable_cores
 from tinyvllm.errors import CacheError
 from tinyvllm.execution.kv_tiers.files import SUFFIX, Block, key_of, read_block, write_block
 from tinyvllm.faults import reach
@@ -28,7 +29,7 @@ from tinyvllm.scheduling.tiers import Key
 
 logger = logging.getLogger(__name__)
 
-NUM_READERS = 4
+MAX_READERS = 8  # threads; they are as many as cores
 RESCAN_S = 30.0  # how often files of other servers are looked for
 PAUSE_S = 30.0  # after a failure to write
 TRIMMED = 0.9  # of the limit that is left after deleting
@@ -60,7 +61,7 @@ class DiskTier:
         self.num_failed = 0  # files that could not be read or written, or were damaged
         self._known: dict[Key, int] = {}  # the files, with their sizes
         self._jobs: queue.SimpleQueue[_Write | Callable[[], None] | None] = queue.SimpleQueue()
-        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="tinyvllm-kv-read")
+        self._readers = ThreadPoolExecutor(min(MAX_READERS, usable_cores()), thread_name_prefix="tinyvllm-kv-read")
         self._lock = threading.Lock()
         self._paused_until_s, self._has_warned = 0.0, False
         self._scanned_s = 0.0
@@ -78,13 +79,14 @@ class DiskTier:
     def num_files(self) -> int:
         return len(self._known)
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing is written at all, for now or for good."""
+        return not self.is_usable or time.monotonic() < self._paused_until_s
+
     def can_write(self, nbytes: int) -> bool:
-        """Whether a block may be handed over now. Copies that come faster than the disk writes are left out."""
-        return (
-            self.is_usable
-            and self.queued_bytes + nbytes <= self._max_queued_bytes
-            and time.monotonic() >= self._paused_until_s
-        )
+        """Whether a block may be handed over now."""
+        return self.queued_bytes + nbytes <= self._max_queued_bytes and not self.is_paused
 
     def write(
         self, key: Key, tokens: bytes, data: NDArray[np.uint8], done: Done, wait: Callable[[], None] = lambda: None

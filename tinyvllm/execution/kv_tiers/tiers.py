@@ -24,6 +24,8 @@ from tinyvllm.scheduling.tiers import DISK, HOST, Key, PoolView
 logger = logging.getLogger(__name__)
 
 FETCH_S = 10.0  # how long a request waits for the disk
+CLOSE_S = 10.0  # how long the end of the server waits for the disk to take all blocks, and as long again to write them
+CLOSE_POLL_S = 5e-3
 WRITE_BATCH = 16  # sealed blocks that are worth a transfer of their own
 
 Place = tuple[int, int]  # a kind, and a block or slot of it
@@ -188,6 +190,10 @@ class KvTiers:
             timeout_s = 0.0
             arrive()
 
+    @property
+    def has_backlog(self) -> bool:
+        return bool(self._sealed) and self.disk is not None and not self.disk.is_paused
+
     def flush(self) -> None:
         self.poll()
         self._take_sealed(at_least=1)
@@ -236,11 +242,14 @@ class KvTiers:
 
     def close(self) -> None:
         """Write what is to be kept on disk, and stop."""
-        if self.disk is not None:
-            self._outs.clear()
-            self._take_sealed(at_least=1)
-            self._copy_out()
-            self.disk.close()
+        if self.disk is None:
+            return
+        self._outs.clear()
+        end_s = time.monotonic() + CLOSE_S
+        while self.has_backlog and time.monotonic() < end_s:
+            self.flush()
+            self.poll(CLOSE_POLL_S)
+        self.disk.close()
 
     # -- its parts -----------------------------------------------------------------------------------------------------
 
@@ -260,20 +269,22 @@ class KvTiers:
             del self._fresh[place]
 
     def _take_sealed(self, at_least: int) -> None:
-        """Have sealed blocks copied for the disk, if there are enough. Those that a step in flight may still compute
-        are left for later."""
+        """Have sealed blocks copied for the disk, if there are enough. Left for later are those that a step in flight
+        may still compute, and those that the disk, or host memory, has no room for yet."""
         if len(self._sealed) < at_least:
             return
         for place, sealed in list(self._sealed.items()):
             if place in self._fresh and self._num_collected < self._num_launched:
                 continue
-            del self._sealed[place]
-            if not self._is_sealed(sealed.key, sealed.block_id) or not self._can_write(sealed.key):
+            if not self._is_sealed(sealed.key, sealed.block_id):
+                del self._sealed[place]
                 continue
+            if self.disk is None or not self.disk.can_write(self._sizes[sealed.key.kind]):
+                return
             entry = self.host.borrow(sealed.key, sealed.tokens)
             if entry is None:
-                self._counts["skipped"] += 1
                 return
+            del self._sealed[place]
             self._outs.append(_Out(entry, sealed.block_id, is_for_disk=True))
 
     def _settle_for(self, places: Sequence[Place], *, is_written: bool) -> None:

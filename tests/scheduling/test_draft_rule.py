@@ -178,3 +178,15 @@ def test_a_slow_first_step_with_drafts_does_not_hide_that_larger_ones_pay() -> N
     """Kernels for a few rows may take twice as long as those for single ones, and hardly longer for more rows."""
     bench = Bench("stepped gpu", 4, lambda place, step: 0.95).run(400)
     assert bench.speedup >= 0.88 * best_fixed("stepped gpu", 4, 0.95) > 2.5
+
+
+def test_nothing_is_kept_of_requests_without_drafts() -> None:
+    rule, request = MeasuredRule(8, SIZES, is_free=True), make_decoding("r")
+    for _ in range(5):
+        rule.note_step(StepPlan((Scheduled(request, 5, 1),)), 1, 0.01)
+        assert rule.wants([request])
+    assert rule.counts([request], [8]) == [1] and not rule._each
+    rule.foreseen(request, 8, 2)
+    assert rule._each
+    rule.forget(request)
+    assert not rule._each

@@ -19,6 +19,7 @@ accepted by now, the budget also pays for probes.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ class MeasuredRule:
         self._asked: tuple[int, int] | None = None  # the step and the batch that `_answer` is for
         self._answer = False
         self._quiet_until = 0  # step
+        self._options_for: tuple[int, int] | None = None  # the step and the batch of `_known_options`
+        self._known_options: list[tuple[int, float]] = []
         self._probed = 0  # step: the latest with drafts
         self._has_missed = False  # the step to come is such a one
 
@@ -113,7 +116,7 @@ class MeasuredRule:
     def foreseen(self, request: Request, num_drafted: int, num_accepted: int) -> None:
         """So many of the tokens that would have been drafted were those that came."""
         self._all.add(num_drafted, num_accepted, KEPT_OF_ALL)
-        self._acceptance(request).add(num_drafted, num_accepted, KEPT)
+        self._each.setdefault(request, Acceptance()).add(num_drafted, num_accepted, KEPT)
 
     def missed(self) -> None:
         """The next step could not overlap with the one before it, because drafts were wanted, but has none."""
@@ -144,20 +147,21 @@ class MeasuredRule:
         self._each.pop(request, None)
 
     def _acceptance(self, request: Request) -> Acceptance:
-        found = self._each.get(request)
-        if found is None:
-            found = self._each[request] = Acceptance()
-        return found
+        """What is known of a request. Nothing is kept of one whose drafts were never compared with anything."""
+        return self._each.get(request, UNKNOWN)
 
     def _size(self, num_rows: int) -> int:
         """The rows of the graph for so many."""
         return next((size for size in self._sizes if size >= num_rows), num_rows)
 
     def _options(self, num_seqs: int) -> list[tuple[int, float]]:
-        """The sizes of a step with drafts whose times are known or can be extrapolated, and these times."""
-        sizes = [size for size in self._sizes if size > num_seqs]
-        times = [(size, self._times.verified_s(size, num_seqs, is_smallest=size == sizes[0])) for size in sizes]
-        return [(size, seconds) for size, seconds in times if seconds is not None]
+        """The sizes of a step with drafts whose times are known or can be extrapolated, and these times. They are kept
+        for the step, since they are needed up to three times."""
+        asked = self._times.num_steps, num_seqs
+        if asked != self._options_for:
+            self._options_for = asked
+            self._known_options = self._times.options(self._sizes, num_seqs)
+        return self._known_options
 
     def _choose(self, requests: Sequence[Request], limits: Sequence[int]) -> list[int]:
         """The number of drafts of each request with the most expected tokens per second."""
@@ -239,11 +243,15 @@ class Acceptance:
         return self.first.estimate(prior), self.later.estimate(everyone.later.estimate(prior))
 
 
+UNKNOWN = Acceptance()  # of a request; never changed
+
+
 @dataclass
 class _Samples:
     """Seconds of the latest steps of a size."""
 
     latest: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_SAMPLES))
+    median_s: float = 0.0
     number: int = 0  # of the last of them
     is_new: bool = True  # its graph has not run yet: the first time takes longer, and does not count
 
@@ -274,38 +282,53 @@ class StepTimes:
         self.latest_seqs = num_seqs
         samples = times.setdefault(num_rows, _Samples())
         samples.latest.append(seconds)
+        samples.median_s = median(samples.latest)
         samples.number = self.num_steps
 
     def plain_s(self, num_seqs: int) -> float | None:
         """A step of so many sequences without drafts. None: none was measured."""
         holding = [rows for rows in self._plain if rows >= num_seqs]
-        return median(self._plain[min(holding)].latest) if holding else None
+        return self._plain[min(holding)].median_s if holding else None
 
-    def verified_s(self, num_rows: int, num_seqs: int, *, is_smallest: bool = False) -> float | None:
-        """A step with drafts of `num_rows` rows, of which `num_seqs` would be there without. None: more than twice as
-        large as any known size, unless there is no smaller one.
+    def options(self, sizes: Sequence[int], num_seqs: int) -> list[tuple[int, float]]:
+        """The sizes, in rows of a step with drafts of so many sequences, whose seconds are known or can be guessed.
 
         The smallest step with drafts may take much longer than a plain one, by other kernels and without overlap, and
-        larger ones little longer. So a larger size is extrapolated from the last two with drafts. From one alone, it is
-        taken to last as long, and from none as long as a plain step: trying it will tell."""
+        larger ones little longer. So a larger size is extrapolated from the last two with drafts. From one alone, it
+        is taken to last as long, and from none as long as a plain step: trying it will tell. A size that is more than
+        twice as large as any known one is left out, unless there is no smaller one."""
         plain_s = self.plain_s(num_seqs)
         if plain_s is None:
-            return None
-        known = {
-            rows: median(samples.latest)
+            return []
+        known = sorted(
+            (rows, samples.median_s)
             for rows, samples in self._verified.items()
             if rows > num_seqs and samples.latest and self.num_steps - samples.number <= MOST_AGE
-        }
-        if num_rows in known:
-            return known[num_rows]
-        smaller = sorted(rows for rows in known if rows < num_rows)
-        above = min((rows for rows in known if rows > num_rows), default=None)
-        below, below_s = (smaller[-1], known[smaller[-1]]) if smaller else (num_seqs, plain_s)
-        if above is not None:
-            return below_s + (known[above] - below_s) * (num_rows - below) / (above - below)
-        if num_rows > 2 * below and not is_smallest:
-            return None
-        if len(smaller) < 2:
-            return below_s
-        before = smaller[-2]
-        return below_s + max(0.0, below_s - known[before]) / (below - before) * (num_rows - below)
+        )
+        found: list[tuple[int, float]] = []
+        for size in sizes:
+            if size > num_seqs:
+                seconds = _guess(size, (num_seqs, plain_s), known, is_smallest=not found)
+                if seconds is None:
+                    break
+                found.append((size, seconds))
+        return found
+
+
+def _guess(
+    size: int, plain: tuple[int, float], known: Sequence[tuple[int, float]], *, is_smallest: bool
+) -> float | None:
+    """The seconds of a size, as in `StepTimes.options`. plain, known: rows and seconds, ascending."""
+    place = bisect_left(known, (size, 0.0))
+    if place < len(known) and known[place][0] == size:
+        return known[place][1]
+    below, below_s = known[place - 1] if place else plain
+    if place < len(known):  # interpolate
+        above, above_s = known[place]
+        return below_s + (above_s - below_s) * (size - below) / (above - below)
+    if size > 2 * below and not is_smallest:
+        return None
+    if place < 2:
+        return below_s
+    before, before_s = known[place - 2]
+    return below_s + max(0.0, below_s - before_s) / (below - before) * (size - below)

@@ -154,14 +154,27 @@ def _check(flag: str, sizes: tuple[int, ...], limit_flag: str, limit: int) -> No
 
 def choose_bucket(buckets: Iterable[Bucket], plan: StepPlan) -> Bucket:
     """The smallest bucket that holds the plan; decode buckets come first, then verify buckets."""
-    fitting = [bucket for bucket in buckets if bucket.holds(plan)]
-    if not fitting:
+    best = first_fit(ranked(buckets), plan)
+    if best is None:
         raise InvariantError(
             f"no bucket for a plan of {plan.num_tokens} tokens, {plan.num_drafts} of them drafts, of "
             f"{len(plan.entries)} sequences with {plan.num_logit_rows} rows of logits ({plan.is_decode=}) among "
             f"{[b.name for b in buckets]}"
         )
-    return min(fitting, key=_rank)
+    return best
+
+
+def ranked(buckets: Iterable[Bucket]) -> list[Bucket]:
+    """In the order in which a plan takes them."""
+    return sorted(buckets, key=_rank)
+
+
+def first_fit(ranked: Iterable[Bucket], plan: StepPlan) -> Bucket | None:
+    """The first bucket that holds the plan; None if none does."""
+    for bucket in ranked:
+        if bucket.holds(plan):
+            return bucket
+    return None
 
 
 def _rank(bucket: Bucket) -> tuple[bool, bool, int, int, bool]:

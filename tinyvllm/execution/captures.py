@@ -12,7 +12,7 @@ from tinyvllm.device.compiling import Compiler, num_workers
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.device.scratch import own_bytes
 from tinyvllm.errors import InvariantError
-from tinyvllm.execution.buckets import Bucket, choose_bucket, first_buckets
+from tinyvllm.execution.buckets import Bucket, choose_bucket, first_buckets, first_fit, ranked
 from tinyvllm.execution.graphs import Graph, PendingGraph
 from tinyvllm.execution.step_code import GraphContext
 from tinyvllm.execution.tracing import MANY_LAYERS, Tracer
@@ -37,6 +37,7 @@ class Captures:
 
     def __init__(self, buckets: Sequence[Bucket], context: GraphContext, store: ProgramStore | None) -> None:
         self.buckets = tuple(buckets)
+        self._ranked = ranked(buckets)
         self.graphs: dict[Bucket, Graph] = {}
         self.num_made = 0  # since the start, repeated captures included
         self.failed: dict[Bucket, Exception] = {}  # of the graphs that `advance` captures
@@ -79,9 +80,10 @@ class Captures:
 
     def graph_for(self, plan: StepPlan) -> Graph:
         """The smallest captured graph that holds the plan."""
-        best = choose_bucket(self.buckets, plan)
-        graph = self.graphs.get(best)
-        if graph is None:
+        best = first_fit(self._ranked, plan)
+        graph = None if best is None else self.graphs.get(best)
+        if best is None or graph is None:
+            best = choose_bucket(self.buckets, plan)
             if not self.graphs:
                 raise InvariantError(f"graph {best.name} was not captured: warm_up() must run before a step")
             self._requested[best] += 1

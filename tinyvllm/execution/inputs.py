@@ -137,21 +137,31 @@ class InputPacker:
             self._tables[index] = (request, request.num_preemptions, num_blocks)
 
     def _pack_tokens(self, entries: tuple[Scheduled, ...]) -> None:
-        """Token rows in the order of the entries. Those of single tokens are written together, field by field."""
-        rows: list[int] = []  # of single tokens: their token rows ...
+        """Token rows in the order of the entries. Those of single tokens, and of drafts, are written together, field by
+        field."""
+        single: list[Scheduled] = []
+        rows: list[int] = []  # of `single` and of drafts: their token rows ...
         indices: list[int] = []  # ... and their sequences
+        drafted: list[tuple[int, Scheduled]] = []  # (sequence, entry)
+        firsts: list[int] = []  # token rows of `drafted`
         row = 0
         for index, entry in enumerate(entries):
             if entry.count == 1:
+                single.append(entry)
                 rows.append(row)
                 indices.append(index)
+            elif entry.drafts:
+                drafted.append((index, entry))
+                firsts.append(row)
             else:
                 self._pack_run(index, entry, row)
             row += entry.count
         if len(rows) == row:
-            self._pack_single_tokens(entries, slice(0, row), indices)
+            self._pack_single_tokens(single, slice(0, row), indices)
         elif rows:
-            self._pack_single_tokens([entries[index] for index in indices], rows, indices)
+            self._pack_single_tokens(single, rows, indices)
+        if drafted:
+            self._pack_drafts(drafted, firsts)
 
     def _pack_single_tokens(self, entries: Sequence[Scheduled], rows: slice | list[int], indices: list[int]) -> None:
         views, size = self.views, self.layout.block_size
@@ -165,13 +175,39 @@ class InputPacker:
             ]
         views["seq_rows"][rows] = indices
 
+    def _pack_drafts(self, entries: list[tuple[int, Scheduled]], firsts: list[int]) -> None:
+        """The known tokens of entries with drafts, and these, from the token rows `firsts` on. A few rows each, so
+        plain lists take a third of the time of arrays for each."""
+        views, size = self.views, self.layout.block_size
+        rows: list[int] = []
+        ids: list[int] = []
+        positions: list[int] = []
+        indices: list[int] = []
+        for (index, entry), first in zip(entries, firsts, strict=True):
+            count, start, request = entry.count, entry.start, entry.request
+            rows += range(first, first + count)
+            ids += request.tokens(start, request.num_tokens)
+            ids += entry.drafts
+            positions += range(start, start + count)
+            indices += [index] * count
+        at: slice | list[int] = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
+        views["token_ids"][at] = ids
+        views["positions"][at] = positions
+        views["seq_rows"][at] = indices
+        for group, (slots, _) in self._groups:
+            slots[at] = [
+                table[position // size] * size + position % size
+                for _, entry in entries
+                for table in (entry.request.tables[group],)
+                for position in range(entry.start, entry.start + entry.count)
+            ]
+
     def _pack_run(self, index: int, entry: Scheduled, row: int) -> None:
         """Several tokens of one sequence, from token row `row` on."""
         views, size, stop = self.views, self.layout.block_size, entry.start + entry.count
         rows = slice(row, row + entry.count)
         positions = np.arange(entry.start, stop, dtype=np.int32)
-        known = known_or_fed(entry.request, entry.start, stop - len(entry.drafts))
-        views["token_ids"][rows] = [*known, *entry.drafts] if entry.drafts else known
+        views["token_ids"][rows] = known_or_fed(entry.request, entry.start, stop)
         views["positions"][rows] = positions
         for _, (slots, tables) in self._groups:
             slots[rows] = tables[index, positions // size] * size + positions % size
@@ -180,24 +216,10 @@ class InputPacker:
     def _pack_samples(self, plan: StepPlan) -> None:
         """Sampling parameters of each sampled row, in the order of `plan.sampled`: of drafts too."""
         views, samplers = self.views, self._samplers
-        requests, places = sampled_rows(plan)
+        requests, places, logit_rows, draws = sampled_rows(plan)
         num = len(requests)
-        ends = accumulate(entry.count for entry in plan.entries)
-        if plan.num_drafts:
-            firsts = [end - entry.num_sampled for end, entry in zip(ends, plan.entries, strict=True) if entry.samples]
-            own = [entry.num_sampled for entry in plan.sampled]
-            views["logit_rows"][:num] = [
-                first + i for first, count in zip(firsts, own, strict=True) for i in range(count)
-            ]
-        else:
-            views["logit_rows"][:num] = [
-                end - 1 for end, entry in zip(ends, plan.entries, strict=True) if entry.samples
-            ]
-        if plan.hidden_rows:  # of a drafting layer's step, which is a decode step
-            views["logit_rows"][:num] = plan.hidden_rows
-        views["draw"][:num] = [
-            request.num_output_tokens + place for request, place in zip(requests, places, strict=True)
-        ]
+        views["logit_rows"][:num] = logit_rows
+        views["draw"][:num] = draws
         self._pack_settings(
             [index for index, request in enumerate(requests) if samplers[index] is not request], requests
         )
@@ -265,12 +287,27 @@ class InputPacker:
         self._pack_suppressed(index, ())
 
 
-def sampled_rows(plan: StepPlan) -> tuple[list[Request], Sequence[int]]:
-    """(the request of each sampled row, how many drafts the token of the row follows)."""
+def sampled_rows(plan: StepPlan) -> tuple[list[Request], Sequence[int], list[int], list[int]]:
+    """Of each sampled row: its request, the number of drafts that its token follows, its token row, and the number of
+    its draw."""
     if not plan.num_drafts:
-        return [entry.request for entry in plan.sampled], (0,) * len(plan.sampled)
-    requests = [entry.request for entry in plan.sampled for _ in range(entry.num_sampled)]
-    return requests, [place for entry in plan.sampled for place in range(entry.num_sampled)]
+        requests = [entry.request for entry in plan.sampled]
+        ends = accumulate(entry.count for entry in plan.entries)
+        rows = [end - 1 for end, entry in zip(ends, plan.entries, strict=True) if entry.samples]
+        return requests, (0,) * len(requests), rows, [request.num_output_tokens for request in requests]
+    requests, end = [], 0
+    places: list[int] = []
+    draws: list[int] = []
+    rows = []
+    for entry in plan.entries:
+        end += entry.count
+        if entry.samples:
+            count, first = entry.num_sampled, entry.request.num_output_tokens
+            requests += [entry.request] * count
+            places += range(count)
+            rows += range(end - count, end)
+            draws += range(first, first + count)
+    return requests, places, rows, draws
 
 
 def single_token(entry: Scheduled) -> int:

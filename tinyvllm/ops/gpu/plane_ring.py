@@ -23,7 +23,7 @@ from tinyvllm.arrays import Format
 from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
 from tinyvllm.ops.formats.runs import PlaneReader
 from tinyvllm.ops.kernel.body import F32, I32, U32, Body
-from tinyvllm.ops.kernel.hopper import declare, make_barriers, statement, wait
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, declare, make_barriers, statement, wait
 from tinyvllm.ops.kernel.lanes import VectorType
 
 MULTIPROCESSORS = 132
@@ -36,7 +36,10 @@ MAX_BITS, FEWEST_CODES = 4, 1 << 23  # of a matrix that is worth a ring
 BARRIER_BYTES = 256
 MIN_WARPS = 7  # that are worth a stage
 STAGE_BYTES = 76_000  # that a stage takes at most
-RING_BYTES = 100_000  # that a ring takes at most, so that the next kernel's fits beside it
+RING_BYTES = 100_000  # that a ring takes at most
+# Threadgroup memory that a kernel takes at least, so that no two of its threadgroups share a multiprocessor: in a step
+# they would start two by two on those that happen to be free, and others would have nothing to do
+LEAST_BYTES = (HOPPER_SHARED_BYTES >> 1) + 1024
 
 BULK = (
     'asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"'

@@ -20,6 +20,7 @@ from tinyvllm.ops.formats.pairs import pair_forms, read_pairs
 from tinyvllm.ops.gpu.chunk_scales import ChunkScales, Scaled
 from tinyvllm.ops.gpu.plane_ring import (
     CHUNK_COLS,
+    LEAST_BYTES,
     MAX_WARPS,
     MULTIPROCESSORS,
     RING_BYTES,
@@ -115,7 +116,7 @@ class StreamedVectorSpec(QuantizedVectorSpec):
 
     @property
     def dynamic_bytes(self) -> int:
-        return self.ring.bytes + self.ring.most_tiles * self.warps * TILE_ROWS * 4
+        return max(LEAST_BYTES, self.ring.bytes + self.ring.most_tiles * self.warps * TILE_ROWS * 4)
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         return {"parts": (1, 2, 4, 7, 8), "warps": (4, 8, 16), "stages": (2, 3, 4, 6), "holds_x": (0, 1)}

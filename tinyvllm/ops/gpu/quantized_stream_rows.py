@@ -23,6 +23,7 @@ from tinyvllm.ops.formats.runs import groups_in_run
 from tinyvllm.ops.gpu.chunk_scales import ChunkScales, Scaled
 from tinyvllm.ops.gpu.plane_ring import (
     CHUNK_COLS,
+    LEAST_BYTES,
     MAX_WARPS,
     MULTIPROCESSORS,
     RING_BYTES,
@@ -188,7 +189,7 @@ class StreamedMatrixSpec(Tunable):
 
     @property
     def dynamic_bytes(self) -> int:
-        return self.partials_at + 2 * self.partial_bytes
+        return max(LEAST_BYTES, self.partials_at + 2 * self.partial_bytes)
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         splits = () if self.is_gated else (1, 2, 4)

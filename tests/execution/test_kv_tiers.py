@@ -242,20 +242,36 @@ def test_a_copy_to_the_device_that_fails_ends_the_step_and_leaves_no_wrong_block
     runner.tiers.host.audit()  # type: ignore[union-attr]
 
 
-def test_blocks_of_a_request_that_failed_are_forgotten_everywhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_written", [False, True])
+def test_blocks_of_a_request_that_failed_are_forgotten_everywhere(is_written: bool, tmp_path: Path) -> None:
     scheduler, runner = start(tmp_path)
     scheduler.add(request := make_request("r", PROMPT, max_tokens=50))
     flights = TieredFlights(scheduler, runner)
-    for _ in range(3):
+    for _ in range(2):
         flights.step()
-    assert runner.tiers is not None and runner.tiers.disk is not None
-    runner.tiers.flush()
-    runner.tiers.disk.wait_idle()
-    assert list(tmp_path.rglob("*.kv"))
+    assert runner.tiers is not None and runner.tiers.disk is not None and runner.tiers.has_backlog
+    if is_written:
+        runner.tiers.flush()
+        runner.tiers.disk.wait_idle()
+        assert list(tmp_path.rglob("*.kv"))
     scheduler.finish(request, "error")
+    runner.tiers.flush()
     runner.tiers.disk.wait_idle()
     assert not list(tmp_path.rglob("*.kv"))
     stop(runner)
+
+
+def test_what_is_being_restored_does_not_give_way_to_what_falls_out_meanwhile() -> None:
+    scheduler = make_scheduler(13)  # 12 blocks of 4 tokens
+    runner = attach(scheduler, num_rows=11)
+    prompts = [[number] * 42 for number in range(3)]
+    for number, prompt in enumerate([*prompts, *prompts]):  # each takes the pool from the others, and fills the tier
+        answer(scheduler, runner, make_request(f"r{number}", prompt, max_tokens=4))
+    assert runner.tiers is not None
+    answer(scheduler, runner, make_request("again", [*prompts[1], 7], max_tokens=1))
+    counts = runner.tiers.counts()
+    assert counts["tier_host_hits"] >= 40 and counts["tier_skipped"] > 0, counts
+    runner.tiers.host.audit()
 
 
 def test_a_reset_forgets_the_pool_and_if_asked_the_tiers(tmp_path: Path) -> None:

@@ -135,6 +135,12 @@ class BlockManager:
             return self.state_pool is not None and self.state_pool.is_sealed_with(block_id, key.block_hash)
         return self.pools[key.kind].is_sealed_with(block_id, key.block_hash)
 
+    def is_found(self, key: Key, block_id: int) -> bool:
+        """As PoolView."""
+        if key.kind == STATE:
+            return self.state_pool is not None and self.state_pool.slot_of(key.block_hash) == block_id
+        return self.pools[key.kind].is_found(block_id, key.block_hash)
+
     def forget(self, key: Key) -> None:
         """As PoolView."""
         if key.kind == STATE and self.state_pool is not None:
@@ -166,8 +172,16 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return 0
         reach("pool.match")
+        if self._tiers is None:
+            return self._take_prefix(request, POOL)
         self._num_restored = 0
-        depth = self._worthwhile_depth(request)
+        try:
+            return self._take_prefix(request, self._worthwhile_depth(request, self._tiers))
+        finally:
+            self._tiers.let_go()
+
+    def _take_prefix(self, request: Request, depth: int) -> int:
+        """`match_prefix` in the pool, and with `depth` HOST in host memory."""
         num_blocks = self._longest_match(request, depth)
         if self.state_pool is not None:
             num_blocks = self._resume(request, self.state_pool, num_blocks, depth)
@@ -444,19 +458,22 @@ class BlockManager:
         """Tokens of the prefix that was matched last whose blocks the pool lacked."""
         return self._num_restored
 
-    def _worthwhile_depth(self, request: Request) -> int:
+    def _worthwhile_depth(self, request: Request, tiers: Tiers) -> int:
         """HOST if the tier in host memory makes a request's prefix longer, faster than computing it, and the pool has
-        room for it; else POOL."""
-        tiers = self._tiers
-        if tiers is None:
+        room for it; what it has is then held. Else POOL."""
+        num_here = self.num_found(request, POOL)
+        if num_here == (request.num_tokens - 1) // self.block_size:
             return POOL
-        num_blocks, num_here = self.num_found(request, HOST), self.num_found(request, POOL)
+        num_blocks = self.num_found(request, HOST)
         if num_blocks <= num_here:
             return POOL
         keys = [key for key, _ in self.missing(request, num_blocks, HOST)]
         num_tokens = (num_blocks - num_here) * self.block_size
         fits = all(self._has_room(pool, request, num_blocks) for pool in self.pools)
-        return HOST if fits and tiers.pays(num_tokens, keys, HOST) else POOL
+        if not fits or not tiers.pays(num_tokens, keys, HOST):
+            return POOL
+        tiers.hold(keys)
+        return HOST
 
     def _has_room(self, pool: GroupPool, request: Request, num_blocks: int) -> bool:
         """Whether a group has free blocks for what the pool lacks of a prefix, besides those that are found in it."""
@@ -479,7 +496,10 @@ class BlockManager:
         return hashes[index]
 
     def _block_tokens(self, request: Request, index: int) -> bytes:
-        return pack_tokens(request.tokens(index * self.block_size, (index + 1) * self.block_size))
+        start, stop = index * self.block_size, (index + 1) * self.block_size
+        if stop <= len(request.prompt_ids):
+            return request.packed_prompt[4 * start : 4 * stop]
+        return pack_tokens(request.tokens(start, stop))
 
     def _audit_table(self, request: Request, pool: GroupPool, table: list[int]) -> None:
         """Check that what is needed is there, that shared blocks are sealed, and that sealed blocks are full and hold
@@ -506,5 +526,6 @@ class BlockManager:
                     f"block {block_id} of request {name} is sealed, but not full: its index is {index} and "
                     f"{request.num_computed} tokens are computed"
                 )
-            if tokens is not None and tokens != self._block_tokens(request, index):
+            start, stop = index * self.block_size, (index + 1) * self.block_size
+            if tokens is not None and tokens != pack_tokens(request.tokens(start, stop)):
                 raise InvariantError(f"block {block_id} of request {name} is sealed with other tokens")

@@ -141,6 +141,10 @@ class GroupPool:
         """Whether a block still holds what was sealed with this hash."""
         return self._hashes[block_id] == block_hash
 
+    def is_found(self, block_id: int, block_hash: bytes) -> bool:
+        """Whether this block is found by the hash."""
+        return self._findable.get(block_hash) == block_id
+
     def is_shared(self, block_id: int) -> bool:
         return self._ref_counts[block_id] > 1
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tinyvllm.config import SamplingParams
+from tinyvllm.scheduling.block_hashes import pack_tokens
 from tinyvllm.scheduling.state_pool import SequenceState
 
 if TYPE_CHECKING:
@@ -166,6 +167,11 @@ class Request:
         if self.num_output_tokens + num_drafts >= self.params.min_tokens:
             return ()
         return tuple(sorted({*self.eos_ids, *self.params.stop_token_ids}))
+
+    @cached_property
+    def packed_prompt(self) -> bytes:
+        """The prompt's ids as int32."""
+        return pack_tokens(self.prompt_ids)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:

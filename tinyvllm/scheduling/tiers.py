@@ -61,6 +61,9 @@ class PoolView(Protocol):
     def is_sealed(self, key: Key, block_id: int) -> bool:
         """Whether a block, or a slot of states, still has what the key names."""
 
+    def is_found(self, key: Key, block_id: int) -> bool:
+        """Whether it is what is found by the key."""
+
     def forget(self, key: Key) -> None:
         """A block, or a checkpoint, does not have its content: nobody is to find it."""
 
@@ -84,6 +87,12 @@ class Tiers(Protocol):
 
     def evict(self, key: Key, block_id: int, tokens: bytes) -> None:
         """The block is about to be reallocated. What the next step overwrites is copied before that step."""
+
+    def hold(self, keys: Sequence[Key]) -> None:
+        """Keep copies that `has` has just found in host memory until `let_go`, whatever else falls out of the pool."""
+
+    def let_go(self) -> None:
+        """End what `hold` has begun, if anything."""
 
     def restore(self, key: Key, block_id: int) -> None:
         """Copy what `has` has just found in host memory to a block before the next step."""

@@ -101,9 +101,9 @@ class DiskTier:
         self._readers.submit(self._read, Block(self._digest, key, tokens), data, done)
 
     def drop(self, key: Key) -> None:
-        """Delete a block's file."""
-        if self._known.pop(key, None) is not None:
-            self._jobs.put(lambda: self._delete(key))
+        """Delete a block's file, or the one that is about to be written."""
+        self._known.pop(key, None)
+        self._jobs.put(lambda: self._delete(key))
 
     def clear(self) -> None:
         """Delete the files of this model and format."""
@@ -230,6 +230,7 @@ class DiskTier:
                     folder.rmdir()
 
     def _delete(self, key: Key) -> None:
+        self._known.pop(key, None)
         with contextlib.suppress(OSError):
             (self._folder / Block(self._digest, key, b"").name).unlink()
 

@@ -98,6 +98,7 @@ class KvTiers:
         self._num_launched = self._num_collected = 0  # steps
         # blocks that a step in flight may still compute: the number of steps launched when they were sealed
         self._fresh: dict[Place, int] = {}
+        self._held: list[Entry] = []  # while a prefix is being taken
         self._has_warned = False
         self._counts: dict[str, float] = dict.fromkeys(
             ("queries", "host_hits", "disk_hits", "load_bytes", "store_bytes", "read_bytes", "written_bytes"), 0
@@ -141,6 +142,18 @@ class KvTiers:
             entry = self.host.borrow(key, tokens)
         if entry is not None:
             self._outs.append(_Out(entry, block_id, is_for_disk))
+
+    def hold(self, keys: Sequence[Key]) -> None:
+        for key in keys:
+            entry = self.host.entry(key)
+            if entry is not None:
+                entry.users += 1
+                self._held.append(entry)
+
+    def let_go(self) -> None:
+        held, self._held = self._held, []
+        for entry in held:
+            self.host.release(entry)
 
     def restore(self, key: Key, block_id: int) -> None:
         entry = self.host.entry(key)
@@ -208,6 +221,9 @@ class KvTiers:
     def clear(self, *, with_disk: bool) -> None:
         self.host.clear()
         self._sealed.clear()
+        outs, self._outs = self._outs, []
+        for out in outs:
+            self._abandon(out.entry)
         if with_disk and self.disk is not None:
             self.disk.clear()
 
@@ -276,7 +292,7 @@ class KvTiers:
         for place, sealed in list(self._sealed.items()):
             if place in self._fresh and self._num_collected < self._num_launched:
                 continue
-            if not self._is_sealed(sealed.key, sealed.block_id):
+            if self._pool is not None and not self._pool.is_found(sealed.key, sealed.block_id):
                 del self._sealed[place]
                 continue
             if self.disk is None or not self.disk.can_write(self._sizes[sealed.key.kind]):

@@ -11,7 +11,7 @@ from tinyvllm.config import SpeculativeConfig
 from tinyvllm.scheduling.draft_rule import MeasuredRule, make_rule
 from tinyvllm.scheduling.drafts import AlwaysDraft, Speculator
 from tinyvllm.scheduling.ngram_drafter import NgramDrafter
-from tinyvllm.scheduling.plan import StepPlan
+from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.scheduler import Scheduler
 
@@ -92,3 +92,24 @@ def test_the_rule_can_be_left_out() -> None:
     requests = [make_request(f"r{i}") for i in range(2)]
     assert rule.wants(requests[:1]) and not rule.wants(requests)
     assert rule.counts(requests, [3, 1]) == [3, 1]
+
+
+def test_a_step_that_waited_for_drafts_in_vain_is_no_plain_step() -> None:
+    """Its time, without overlap, would make plain steps look slow. It is charged to the budget."""
+    _, speculator = make_speculating(num_speculative_tokens=4)
+    rule = speculator.rule
+    assert isinstance(rule, MeasuredRule)
+    request = make_request("r", [1, 2, 3, 1], max_tokens=50)
+    request.output_ids.append(2)
+    plan = StepPlan((Scheduled(request, 4, 1),))
+    for _ in range(3):
+        rule.note_step(plan, 1, 0.010)
+    assert speculator.wants([request]), "the text's end has occurred before"
+    request.output_ids.append(77)  # what was in flight
+    speculator.draft([request])
+    assert not request.drafts
+    budget = rule.budget
+    rule.note_step(plan, 1, 0.012)
+    assert rule._times.plain_s(1) == 0.010 and rule.budget < budget
+    rule.note_step(plan, 1, 0.020)
+    assert list(rule._times._plain[1].latest)[-1] == 0.020, "only that step"

@@ -60,6 +60,13 @@ class Answer:
         seconds = self.timing.last_token_s - self.timing.first_token_s
         return (len(self.token_ids) - 1) / seconds if seconds > 0 else None
 
+    @property
+    def draft_counts(self) -> dict[str, int]:
+        """Drafted tokens that were verified, and those accepted, by llama.cpp's names; empty without any."""
+        if self.timing is None or not self.timing.num_drafted:
+            return {}
+        return {"draft_n": self.timing.num_drafted, "draft_n_accepted": self.timing.num_accepted}
+
     def add(self, delta: Delta) -> None:
         """Record everything but the text, which may need parsing."""
         self.token_ids += delta.token_ids

@@ -242,6 +242,7 @@ def _as_json(index: int, answer: Answer) -> dict[str, Any]:
         "timings": {
             "first_token_s": _rounded(answer.first_token_s),
             "tokens_per_s": _rounded(answer.tokens_per_s),
+            **answer.draft_counts,
         },
     }
 

@@ -309,7 +309,10 @@ def act_order(path: Path) -> Path:
 
 
 ODD: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "LoRA adapter": (adapter, "is a LoRA adapter of org/base, not a model: merge it"),
+    "LoRA adapter": (
+        adapter,
+        "is a LoRA adapter of org/base, not a model: serve that model with --enable-lora --lora-modules",
+    ),
     "diffusion pipeline": (pipeline, "is a StableDiffusionPipeline pipeline, which makes images or video"),
     "empty directory": (empty, "is an empty directory: download the model into it"),
     "pickle": (pickled, "is a pickle file, which can run code when it is read: convert it"),

@@ -89,8 +89,8 @@ def _odd_directory(path: Path) -> Iterator[str]:
     if (path / ADAPTER).is_file():
         base = _json(path / ADAPTER).get("base_model_name_or_path") or "its base model"
         yield (
-            f"is a LoRA adapter of {base}, not a model: merge it into that model (peft's merge_and_unload, then "
-            "save_pretrained), and give the result"
+            f"is a LoRA adapter of {base}, not a model: serve that model with --enable-lora --lora-modules "
+            f"{path.name}={path}"
         )
     elif (path / PIPELINE).is_file():
         kind = _json(path / PIPELINE).get("_class_name") or "diffusers"

@@ -138,7 +138,7 @@ class Captures:
         arena."""
         report = progress or (lambda stage, done, total: None)
         report("warm-up", 0, len(buckets))
-        order = sorted(buckets, key=lambda bucket: (-bucket.num_tokens, -bucket.num_seqs))
+        order = sorted(buckets, key=lambda bucket: (-bucket.num_tokens, -bucket.num_seqs, not bucket.has_adapters))
         is_long = len(order) * len(self._context.model.layers) >= MANY_LAYERS
         tracer = self._tracer if is_long else None
         pending = [

@@ -136,7 +136,7 @@ def test_a_single_file_is_preferred_to_an_index_of_absent_ones(tmp_path: Path) -
     ("name", "message"),
     [
         ("consolidated.safetensors", "in Mistral's own format: download model"),
-        ("adapter_model.safetensors", "an adapter without its base model: merge it"),
+        ("adapter_model.safetensors", "an adapter without its base model: serve that"),
     ],
 )
 def test_files_in_other_formats_are_left_alone_and_named_if_alone(tmp_path: Path, name: str, message: str) -> None:

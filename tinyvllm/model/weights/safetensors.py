@@ -27,7 +27,7 @@ SINGLE_NAME = "model.safetensors"
 # Beginnings of the names of files that lie beside a model's own, and what to do without those
 OTHER_FORMATS = {
     "consolidated": "in Mistral's own format: download model*.safetensors of the same repository",
-    "adapter_model": "an adapter without its base model: merge it into the base model and save that",
+    "adapter_model": "an adapter without its base model: serve that with --enable-lora --lora-modules NAME=DIRECTORY",
 }
 # Types of codes and of what belongs to them, which hf_formats assembles to matrices
 RAW_DTYPES: dict[str, np.dtype[Any]] = {

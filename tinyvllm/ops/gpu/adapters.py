@@ -15,12 +15,15 @@ from tinyvllm.ops.activation import gated
 from tinyvllm.ops.adapter_spec import ExpandSpec, ShrinkSpec, SiteShape
 from tinyvllm.ops.kernel.body import F32, Body, KernelFn, balanced, cached_kernel, clamp, fill, finish
 
-SHRINK_THREADS = 128
+SHRINK_THREADS = 256
 SUM_LANES = 16  # threads that add up each sum of a threadgroup; with ROWS + 1 sums they are fewer than SHRINK_THREADS
 ROWS = 4  # rows of A of one threadgroup
 EXPAND_THREADS = 64
 VECTOR = 8  # elements of x and A that a thread loads at once
 COLUMNS = 4  # columns that a thread expands
+# Loads that are in flight together, because their latency is most of the time of a step with few rows: runs of x in a
+# pass of the shrink, and ranks in a pass of the expand
+RUNS_AT_ONCE, RANKS_AT_ONCE = 4, 8
 
 
 class _Row:
@@ -28,7 +31,8 @@ class _Row:
 
     def __init__(self, shape: SiteShape, slots_at: int, token: UOp, ranks: UOp, inputs: UOp) -> None:
         self.shape = shape
-        self.slot = clamp(inputs[slots_at + token].load(), 0, shape.num_slots)
+        self.given = inputs[slots_at + token].load()
+        self.slot = clamp(self.given, 0, shape.num_slots)
         self.place = (self.slot - 1).maximum(0)  # in A and B
         self._ranks = ranks
 
@@ -76,20 +80,26 @@ def _partial_sums(
     vector = gcd(shape.num_cols, VECTOR)
     num_runs = shape.num_cols // vector
     sums = fill(body, body.registers(ROWS + 1), 0.0, *axes)
-    num_passes = max(2, -(-num_runs // SHRINK_THREADS))  # a loop of at most one pass could not be empty
-    loop = body.fold_while((first < row.rank(section)).where(num_passes, 0))
-    run = loop.cast(dtypes.weakint) * SHRINK_THREADS + thread
-    is_inside = run < num_runs
-    col = is_inside.where(run, 0) * vector
-    start = ((row.place * shape.num_sections + section) * shape.max_rank + first) * shape.num_cols + col
-    raw = [is_inside.where(x[token * shape.num_cols + col + i].load().cast(F32), 0.0) for i in range(vector)]
-    values = [value * weight[0][col + i].load().cast(F32) for i, value in enumerate(raw)] if weight else raw
-    inner, stores = sums.after(loop), []
-    for j in range(ROWS):
-        products = [a[start + j * shape.num_cols + i].load().cast(F32) * value for i, value in enumerate(values)]
-        stores.append(inner[j].store(inner[j].load() + balanced(products)))
-    if weight:
-        stores.append(inner[ROWS].store(inner[ROWS].load() + balanced(value * value for value in raw)))
+    at_once = min(RUNS_AT_ONCE, -(-num_runs // SHRINK_THREADS))
+    num_passes = -(-num_runs // (SHRINK_THREADS * at_once))
+    rank = row.rank(section)
+    # the second term is never 1, but tinygrad does not know: it would drop a loop of at most one pass
+    loop = body.fold_while((first < rank).where(num_passes, 0) + (row.given < 0).where(1, 0))
+    start = ((row.place * shape.num_sections + section) * shape.max_rank + first) * shape.num_cols
+    added: list[list[UOp]] = [[] for _ in range(ROWS + bool(weight))]
+    for number in range(at_once):
+        run = (loop.cast(dtypes.weakint) * at_once + number) * SHRINK_THREADS + thread
+        is_inside = run < num_runs
+        col = is_inside.where(run, 0) * vector
+        raw = [is_inside.where(x[token * shape.num_cols + col + i].load().cast(F32), 0.0) for i in range(vector)]
+        values = [value * weight[0][col + i].load().cast(F32) for i, value in enumerate(raw)] if weight else raw
+        for j in range(ROWS):
+            row_of_a = [a[start + j * shape.num_cols + col + i].load().cast(F32) for i in range(vector)]
+            added[j].append(balanced(one * value for one, value in zip(row_of_a, values, strict=True)))
+        if weight:
+            added[ROWS].append(balanced(value * value for value in raw))
+    inner = sums.after(loop)
+    stores = [inner[j].store(inner[j].load() + balanced(parts)) for j, parts in enumerate(added)]
     sums = sums.after(UOp.group(*stores).end(loop))
     return [sums[j].load() for j in range(ROWS + bool(weight))]
 
@@ -192,11 +202,18 @@ def _expanded(
     """What the row's adapter adds to `width` columns, whose rows of B begin at `b_row`."""
     (row, section, rank), shape = place, spec.shape
     acc = fill(body, body.registers(width), 0.0, *axes)
-    loop = body.fold_while(rank)
-    j = loop.cast(dtypes.weakint)
-    factor = shrunk[axes[0] * shape.num_shrunk + section * shape.max_rank + j].load()
-    start, inner = (row.place * shape.max_rank + j) * shape.num_rows + b_row, acc.after(loop)
-    stores = [inner[i].store(inner[i].load() + b[start + i].load().cast(F32) * factor) for i in range(width)]
+    at_once = min(RANKS_AT_ONCE, shape.max_rank // 2)
+    loop = body.fold_while((rank + (at_once - 1)) // at_once)
+    added: list[list[UOp]] = [[] for _ in range(width)]
+    for number in range(at_once):
+        j = loop.cast(dtypes.weakint) * at_once + number
+        at = axes[0] * shape.num_shrunk + section * shape.max_rank + j
+        factor = (j < rank).where(shrunk[at].load(), 0.0)  # beyond the rank nothing was written
+        start = (row.place * shape.max_rank + j) * shape.num_rows + b_row
+        for i in range(width):
+            added[i].append(b[start + i].load().cast(F32) * factor)
+    inner = acc.after(loop)
+    stores = [inner[i].store(inner[i].load() + balanced(parts)) for i, parts in enumerate(added)]
     acc = acc.after(UOp.group(*stores).end(loop))
     return [acc[i].load() for i in range(width)]
 

@@ -77,6 +77,7 @@ CASES = [
     Case(8, 2, 64, StepLayout(3, 3, 12, 16), True),
     Case(4, 2, 64, StepLayout(3, 3, 200, 16), True, normed=True),  # on CUDA the last threadgroup joins the parts
     Case(16, 8, 128, StepLayout(1, 1, 40, 16), True, normed=True),
+    Case(8, 2, 128, StepLayout(2, 2, 300, 16), True),
     Case(8, 2, 128, StepLayout(40, 40, 5, 32), True, widths=(8, 2, 2)),
     Case(4, 2, 256, StepLayout(3, 3, 8, 16), True),
     fused_case("all", StepLayout(3, 3, 12, 16), is_decode=True),

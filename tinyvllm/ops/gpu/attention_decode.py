@@ -10,11 +10,11 @@ another kernel first (`DecodeSpec.reads_own`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tinygrad import UOp
+from tinygrad import UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
@@ -35,10 +35,12 @@ from tinyvllm.ops.gpu.attention_decode_row import Buffers, DecodeSpec, Row, Runs
 from tinyvllm.ops.gpu.attention_fused import RUN
 from tinyvllm.ops.gpu.attention_split import NOTHING, TILE_TOKENS
 from tinyvllm.ops.gpu.kv_codes import StoredHeads
-from tinyvllm.ops.kernel.body import F32, LOG2E, KernelFn, balanced, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel.body import F32, LOG2E, U16, U32, KernelFn, balanced, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import share_multiprocessor
 from tinyvllm.ops.kernel.lanes import carry, dot, zeros
 from tinyvllm.ops.kernel.tiles import pack_words, together
+
+FENCE = 'asm volatile("" ::: "memory");'  # the compiler moves no load from after it to before, nor back
 
 
 @cached_kernel
@@ -77,7 +79,10 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         writes = [] if own is None else own.writes
         writes_first = spec.is_wide or spec.packs(spec.kv.keys) or spec.packs(spec.kv.values)  # frees their registers
         outer = (*group.axes, *writes) if writes_first else group.axes
-        state = carry(group.body, state, passes, outer, lambda i, old: softmax.add(context.load(i + skipped), old))
+        if spec.fetches_ahead:
+            state = _walk_ahead(softmax, context, state, passes, skipped, outer)
+        else:
+            state = carry(group.body, state, passes, outer, lambda i, old: softmax.add(context.load(i + skipped), old))
         stores = combine_warps(row, buffers, state)
         tokens, length = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
         done = UOp.group(*writes, *stores)
@@ -91,6 +96,27 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         )
 
     return kernel
+
+
+def _walk_ahead(
+    softmax: _Softmax, context: _Context, state: list[UOp], passes: UOp, skipped: int, outer: Sequence[UOp]
+) -> list[UOp]:
+    """The state after `passes` passes from number `skipped` on. The codes of the next pass, as floats of the same bits,
+    are carried along with the state."""
+    first = context.load(skipped)
+    begun = [as_float(value) for tile in first for value in tile.leaves]
+
+    def step(i: UOp | int, old: list[UOp]) -> list[UOp]:
+        ahead = context.load(i + (skipped + 1))
+        # they are on their way before the first use of those that are here
+        started = UOp(Ops.CUSTOM, dtypes.void, src=tuple(v for tile in ahead for v in tile.loaded), arg=FENCE)
+        held = iter([UOp(Ops.CUSTOMI, F32, src=(value, started), arg="{0}") for value in old[len(state) :]])
+        places = [context.place(number) for number in context.numbers(i + skipped)]
+        tiles = [tile.at(*place, held) for tile, place in zip(ahead, places, strict=True)]
+        new = softmax.add(tiles, old[: len(state)])
+        return [*new, *[as_float(value) for tile in ahead for value in tile.leaves]]
+
+    return carry(softmax.row.group.body, [*state, *begun], passes, outer, step)[: len(state)]
 
 
 def _load_query(row: Row) -> Runs:
@@ -175,13 +201,36 @@ class _Tile:
     slot: UOp  # of the first token
 
     @property
+    def leaves(self) -> list[UOp]:
+        return [*_leaves(self.keys), *_leaves(self.values)]
+
+    @property
     def loaded(self) -> list[UOp]:
-        leaves = [*_leaves(self.keys), *_leaves(self.values)]
-        return [leaf.src[0] if leaf.op is Ops.CUSTOMI else leaf for leaf in leaves]  # of words, their load
+        # of words, their load
+        return list(dict.fromkeys(leaf.src[0] if leaf.op is Ops.CUSTOMI else leaf for leaf in self.leaves))
+
+    def at(self, first: UOp, is_used: UOp, held: Iterator[UOp]) -> _Tile:
+        """A tile of codes at another place, whose leaves are those in `held`, as floats of the same bits."""
+
+        def taken(like: Sequence[Any]) -> list[Any]:
+            return [from_float(next(held), one.dtype) if isinstance(one, UOp) else taken(one) for one in like]
+
+        return replace(self, first=first, is_used=is_used, keys=taken(self.keys), values=taken(self.values))
 
     def or_zeros(self, has_tokens: UOp) -> _Tile:
         """The tile, with zeros for values if its split has no tokens: what was loaded may be NaN then."""
         return replace(self, values=[[has_tokens.where(v, v.const_like(0)) for v in run] for run in self.values])
+
+
+def as_float(value: UOp) -> UOp:
+    """A word or a float16 as a float32 register holds it."""
+    return (value if value.dtype == U32 else value.bitcast(U16).cast(U32)).bitcast(F32)
+
+
+def from_float(value: UOp, dtype: DType) -> UOp:
+    """The inverse of `as_float`."""
+    word = value.bitcast(U32)
+    return word if dtype == U32 else word.cast(U16).bitcast(dtype)
 
 
 def _leaves(loaded: Sequence[Any]) -> list[UOp]:
@@ -211,15 +260,22 @@ class _Context:
 
     def load(self, iteration: UOp | int) -> list[_Tile]:
         """The warp's tiles of a pass."""
-        spec, warp = self.row.spec, self.row.group.warp
-        numbers = [(iteration * spec.tiles_ahead + i) * spec.num_warps + warp for i in range(spec.tiles_ahead)]
-        return [self._load_tile(self.low + number * TILE_TOKENS) for number in numbers]
+        return [self._load_tile(*self.place(number)) for number in self.numbers(iteration)]
 
-    def _load_tile(self, wanted: UOp) -> _Tile:
-        """The tile that begins at token `wanted`, or any of the context's if the split ends before."""
-        row, spec = self.row, self.row.spec
+    def numbers(self, iteration: UOp | int) -> list[UOp | int]:
+        """Those of the warp's tiles in a pass."""
+        spec, warp = self.row.spec, self.row.group.warp
+        return [(iteration * spec.tiles_ahead + i) * spec.num_warps + warp for i in range(spec.tiles_ahead)]
+
+    def place(self, number: UOp | int) -> tuple[UOp, UOp]:
+        """(the first token of a tile, whether it is used). If the split ends before, the token is that of any of the
+        context's tiles."""
+        wanted = self.low + number * TILE_TOKENS
         is_used = wanted < self.high
-        first = is_used.where(wanted, existing_tile(self.low, self.high))
+        return is_used.where(wanted, existing_tile(self.low, self.high)), is_used
+
+    def _load_tile(self, first: UOp, is_used: UOp) -> _Tile:
+        row, spec = self.row, self.row.spec
         size = spec.layout.block_size
         block = clamp(row.inputs[row.table + first // size].load(), 0, spec.num_blocks - 1)
         slot = block * size + first % size

@@ -55,7 +55,8 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
         if self.lanes.kind == "CUDA" and (self.is_long or self.layout.num_tokens == 1):
             knobs["num_splits"] = (1, 2, 4, 8, 16, 32)
         if self.packs(self.kv.keys) or self.packs(self.kv.values):
-            knobs |= {"resident": (0, 2, 3, 4), "early": (0, 1)}
+            knobs |= {"resident": (0, 2, 3, 4), "early": (0, 1), "fetches_ahead": (0, 1)}
+            knobs["num_warps"] = (1, 2, 4, 6, 8, 16)
         return knobs
 
     def is_possible(self) -> bool:
@@ -186,6 +187,8 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
     @property
     def num_warps(self) -> int:
         wanted = self._warps_wanted
+        if self._reads_integers and wanted == 4:
+            wanted = 6
         shared = SHARED_BYTES
         if self.is_wide:
             wanted = min(wanted, 8)
@@ -219,6 +222,22 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
         return self.lanes.is_chained and self.adds_own and not self.is_wide and self.early > 0
 
     @property
+    def fetches_ahead(self) -> int:
+        """1 if a warp loads the codes of a pass while it attends to those of the pass before."""
+        return self.knob("fetches_ahead", int(self._packs_both and self.is_long and not self.is_wide))
+
+    @property
+    def _packs_both(self) -> bool:
+        return self.packs(self.kv.keys) and self.packs(self.kv.values)
+
+    @property
+    def _reads_integers(self) -> bool:
+        """Whether keys and values of long contexts are 8-bit integers, whose codes take the most registers: more warps
+        are worth more than more tiles of each (H200, 8 rows of 32,768 tokens: 158 us, and 170 with two tiles)."""
+        is_long = self._packs_both and self.is_long and not self.is_wide and self.layout.num_tokens > 1
+        return is_long and self.head_dim > 64 and self.kv.keys == self.kv.values and self.kv.keys.name == "q8_0"
+
+    @property
     def early(self) -> int:
         """1 if registers are worth more for early loads than for more threadgroups on a multiprocessor."""
         is_packed = self.packs(self.kv.keys) or self.packs(self.kv.values)
@@ -227,11 +246,13 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
     @property
     def resident(self) -> int:
         """Threadgroups that a multiprocessor's registers must have room for; 0: as many as there happens to be."""
-        return self.knob("resident", 0)
+        return self.knob("resident", 2 if self._reads_integers and self.num_warps == 6 else 0)
 
     @property
     def tiles_ahead(self) -> int:
         """Tiles that a warp loads at once."""
+        if self._packs_both and self.is_long and not self.is_wide and self.layout.num_tokens > 1:
+            return self.knob("tiles_ahead", 1 if self._reads_integers else 2)
         return self.knob(
             "tiles_ahead", 2 if self.head_dim <= 64 and (self.is_long or self.layout.num_tokens >= 32) else 1
         )

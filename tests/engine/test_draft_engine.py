@@ -39,12 +39,16 @@ PARAMS = [
 
 def generate(files: ModelFiles, **more: Any) -> tuple[list[Any], LLM]:
     llm = LLM(str(files.path), **ENGINE | more)
-    outputs = [
+    return outputs_of(llm), llm
+
+
+def outputs_of(llm: LLM) -> list[Any]:
+    """Of all prompts, twice: again, where they are found in the prefix cache."""
+    return [
         (output.outputs[0].token_ids, output.outputs[0].text, output.outputs[0].finish_reason)
-        for _ in range(2)  # again, where the prompts are found in the prefix cache
+        for _ in range(2)
         for output in llm.generate(PROMPTS, PARAMS)
     ]
-    return outputs, llm
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +97,11 @@ def test_a_models_own_layer_changes_no_token(tmp_path: Path) -> None:
     """Recurrent layers, whose states are set back; preempted sequences; prompts from the prefix cache."""
     files = write_hf_with_mtp(tmp_path / "tiny", RECIPES["qwen3_5"])
     config = {"method": "mtp", "num_speculative_tokens": 2, "adaptive": False}
-    outputs, llm = generate(files, dtype="float32", kv_cache_dtype="float32", speculative_config=config)
-    speculator = llm._loaded.engine.core.scheduler.speculator
+    exact = {"dtype": "float32", "kv_cache_dtype": "float32", "verify_buckets": (16,)}
+    outputs, llm = generate(files, speculative_config=config, **exact)
+    scheduler = llm._loaded.engine.core.scheduler
+    speculator, scheduler.speculator = scheduler.speculator, None
     assert speculator is not None
-    assert speculator.counts.num_draft_tokens > 100 and llm.stats.num_preemptions > 0, (speculator.counts, llm.stats)
+    assert speculator.counts.num_drafts > 200 and llm.stats.num_preemptions > 0, (speculator.counts, llm.stats)
+    assert outputs_of(llm) == outputs
     llm.close()
-    expected, llm = generate(files, dtype="float32", kv_cache_dtype="float32")
-    llm.close()
-    assert outputs == expected

@@ -41,8 +41,11 @@ def _draw(recipe: Recipe, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return (middle + 0.2 * values - recipe.norm_offset).astype(np.float32)
 
 
-def write_hf_with_mtp(directory: Path, recipe: Recipe) -> ModelFiles:
-    return write_hf(directory, recipe, transform=lambda weights: weights | mtp_weights(recipe))
+def write_hf_with_mtp(directory: Path, recipe: Recipe, dtype: str = "float32") -> ModelFiles:
+    def transform(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: weight.astype(dtype) for name, weight in (weights | mtp_weights(recipe)).items()}
+
+    return write_hf(directory, recipe, dtype, transform)
 
 
 def write_gguf_with_mtp(path: Path, recipe: Recipe) -> ModelFiles:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.builders import GGUFTweaks, write_tiny_gguf, write_tiny_hf_llama
+from tests.families.mtp import write_hf_with_mtp
 from tests.families.recipe import sizes, write_hf
 from tests.families.recipes import RECIPES
 from tinyvllm import LLM, SamplingParams
@@ -67,6 +68,13 @@ def _family(name: str, **changes: Any) -> Callable[[Path], ModelFiles]:
     return lambda path: write_hf(path, replace(RECIPES[name], config=config), dtype="float16")
 
 
+def _drafting(path: Path) -> ModelFiles:
+    """Qwen3.5 of one layer of attention and two recurrent ones, with the layer that drafts."""
+    own = RECIPES["qwen3_5"]
+    config = {**own.config, **sizes(3, 64, 4, 2, 64, 96), "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    return write_hf_with_mtp(path, replace(own, config=config), "float16")
+
+
 def _quantized(kind: str, quant_of: Mapping[str, str] = {}) -> Callable[[Path], ModelFiles]:
     tweaks = GGUFTweaks(quant_of=quant_of)
     return lambda path: write_tiny_gguf(path.with_suffix(".gguf"), quant=kind, tweaks=tweaks, **FUSED)
@@ -104,6 +112,16 @@ SCENARIOS: dict[str, Scenario] = {
     "qwen3_5": Scenario(
         _family("qwen3_5", num_hidden_layers=3, linear_key_head_dim=64, linear_value_head_dim=64),
         BRIEF | {"decode_buckets": (2,)},
+        PROMPTS[:2],
+        max_tokens=8,
+        tie=0.03,
+    ),
+    # the same with drafts by its own layer
+    "mtp": Scenario(
+        _drafting,
+        BRIEF
+        | {"decode_buckets": (2,), "token_buckets": (16,), "verify_buckets": (6,)}
+        | {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2, "adaptive": False}},
         PROMPTS[:2],
         max_tokens=8,
         tie=0.03,

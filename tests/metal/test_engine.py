@@ -91,7 +91,7 @@ def test_quantized_weights_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> N
     assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
 
 
-@pytest.mark.parametrize("name", ["gemma3", *slow("qwen3", "qwen2", "mistral", "qwen3_5")])
+@pytest.mark.parametrize("name", ["gemma3", *slow("qwen3", "qwen2", "mistral", "qwen3_5", "mtp")])
 def test_every_family_gives_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)
     assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)

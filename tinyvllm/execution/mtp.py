@@ -84,7 +84,7 @@ class MtpDrafter:
         self._rows.clear()
         first = 0
         for entry in plan.entries:
-            place = entry.request.num_computed - 1 - entry.start
+            place = entry.request.num_tokens - 2 - entry.start  # also where a recurrent state must be computed again
             if entry.samples and 0 <= place < entry.count:
                 self._rows[entry.request] = first + place
             first += entry.count
@@ -100,7 +100,7 @@ class MtpDrafter:
         """None if a request can have no drafts now."""
         num_tokens = request.num_tokens
         count = min(count, min(request.room, self._max_len) + 2 - num_tokens)
-        if count < 1 or num_tokens < 2 or request.num_pending != 1 or request not in self._rows:
+        if count < 1 or num_tokens < 2 or request.num_in_flight or request not in self._rows:
             return None
         draft = self._drafts.get(request)
         if draft is None:

@@ -2,8 +2,9 @@
 
 A threadgroup walks along a list of tiles of 16 rows. The copy engine brings them into the ring's stages (bulk copies,
 which need no tensor map), while the warps read those that have arrived. So enough bytes are in flight however many
-registers a lane has, and the first stages arrive while the previous kernel still runs. Small loads, such as of the
-scales of 32 columns, read threadgroup memory: from device memory they would take more time than the codes.
+registers a lane has, and the first stages arrive before the previous kernel has ended on all multiprocessors. Small
+loads, such as of the scales of 32 columns, read threadgroup memory: from device memory they would take more time than
+the codes.
 
 The copy engine takes about 60 cycles for each copy, so that a stage is copied in a few: whole planes of 16 rows where
 that is possible. The warp that is the last to have read a stage starts the copies that fill it again: a warp that did

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,19 @@ import pytest
 from tinygrad import Tensor, dtypes
 
 from tests.builders import write_tiny_gguf, write_tiny_hf_llama
+from tests.ops.attention import Case, make_history, make_layer
+from tests.ops.builders import Piece, make_pool, make_step, make_step_of, normal
 from tests.ops.kernel.examples import add_one_kernel
 from tinyvllm.config import EngineConfig, SamplingParams
-from tinyvllm.device.handle import open_device
+from tinyvllm.device.handle import open_device, upload
 from tinyvllm.device.recording import Call, RecordedStep, record
 from tinyvllm.device.replay import _waits, make_replay
 from tinyvllm.device.scratch import Scratch
 from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.cpu.sharded import Sharded
 from tinyvllm.ops.kernel.body import empty, run_kernel
+from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 
@@ -96,6 +102,33 @@ def _runner(files: object, cores: int, kv: str) -> ModelRunner:
     runner = load_runner(files, config)  # type: ignore[arg-type]
     runner.warm_up()
     return runner
+
+
+def test_cores_that_share_a_kv_head_read_the_queries_of_their_own_parts() -> None:
+    """A layer that reads another's keys has only queries, and each core's are in one part (Gemma 4 E2B)."""
+    layout, cols = StepLayout(24, 3, 4, 8), (128, 128)
+    case = Case(4, 1, 64, layout, False, widths=(2, 2, 2), normed=True)
+    buffer, rows = make_step(layout, [Piece(5, 10), Piece(0, 9)]), normal(24, 256, seed=7)
+    keys, values = make_history(case)
+    found = []
+    for cores in (1, 2):
+        ops = CpuBackend(open_device(cores), None)
+        pool = make_pool(ops, case.kind, 8, "float32", keys, values)
+        kind = replace(case.kind, kv_layer=0)
+        layer = replace(make_layer(ops, case), index=1, kind=kind, qkv_cols=(256,))
+        left, right = (np.ascontiguousarray(half) for half in np.split(rows, 2, axis=1))
+        qkv = upload(rows, "CPU") if cores == 1 else Sharded((upload(left, "CPU"), upload(right, "CPU:1")), cols)
+        step = make_step_of(ops, layout, buffer, pool)
+        outs: list[Tensor] = []
+
+        def trace(outs: list[Tensor] = outs, ops: Any = ops, parts: Any = (qkv, layer, step)) -> Tensor:
+            outs[:] = [part.realize() for part in ops.parts_of(ops.attend([parts[0]], *parts[1:]))]
+            return outs[-1]
+
+        make_replay(ops.device, record(trace))()
+        ops.device.wait()
+        found.append(np.concatenate([out.numpy().reshape(24, -1) for out in outs], axis=1))
+    np.testing.assert_allclose(found[1][:19], found[0][:19], atol=1e-6)
 
 
 def test_a_chain_across_cores_runs_in_order_again_and_again() -> None:

@@ -59,6 +59,16 @@ class CpuAttentionSpec(AttentionSpec):
     def first_head(self) -> int:
         return super().first_head + self.first_query
 
+    @property
+    def query_parts(self) -> slice:
+        start = self.first_query * self.head_dim
+        return self.parts_between(start, start + self.num_heads * self.head_dim)
+
+    @property
+    def read_parts(self) -> slice:
+        """The parts of qkv that `attention_kernel` reads, and is given."""
+        return slice(0, len(self.qkv_cols)) if self.fused_write else self.query_parts
+
     def section_start(self, section: int) -> int:
         heads = self.all_queries or self.num_heads
         return (0, heads, heads + self.num_kv_heads)[section] * self.head_dim
@@ -93,13 +103,14 @@ class _Row:
     """One token row inside a kernel: its inputs, and its q, k, v before they are normed and rotated."""
 
     def __init__(
-        self, spec: CpuAttentionSpec, row: UOp, inputs: UOp, operands: Sequence[UOp], *, with_sinks: bool
+        self, spec: CpuAttentionSpec, row: UOp, inputs: UOp, operands: Sequence[UOp], held: slice, *, with_sinks: bool
     ) -> None:
-        """`operands`: the layer's tables, and the parts of qkv."""
+        """`operands`: the layer's tables, and the parts of qkv in `held`."""
         layout, rest = spec.layout, list(operands)
         self.spec, self.row, self.inputs = spec, row, inputs
         self.tables = spec.take_tables(rest, with_sinks=with_sinks)
         self.qkv_parts = rest
+        self.part_cols, self.first_col = spec.qkv_cols[held], sum(spec.qkv_cols[: held.start])
         self.position = inputs[layout.offset("positions") + row].load().maximum(0)
         self.slot = inputs[spec.slots_start + row].load().maximum(0)
         seq = inputs[layout.offset("seq_rows") + row].load()
@@ -121,12 +132,11 @@ class _Row:
 
     def _stored(self, head: UOp, offset: UOp) -> UOp:
         """qkv[row, head * D + offset], from the part that holds it. `head` counts q heads, then k, then v."""
-        spec = self.spec
+        start, value, first = 0, None, self.first_col
+        col = head * self.spec.head_dim + offset - first if first else head * self.spec.head_dim + offset
         if len(self.qkv_parts) == 1:
-            return self.qkv_parts[0][self.row * spec.qkv_cols[0] + head * spec.head_dim + offset].load()
-        start, value = 0, None
-        col = head * spec.head_dim + offset
-        for part, cols in zip(self.qkv_parts, spec.qkv_cols, strict=True):
+            return self.qkv_parts[0][self.row * self.part_cols[0] + col].load()
+        for part, cols in zip(self.qkv_parts, self.part_cols, strict=True):
             here = part[self.row * cols + (col - start).maximum(0).minimum(cols - 1)].load()
             value = here if value is None else (col < start).where(value, here)
             start += cols
@@ -260,14 +270,14 @@ def _end_pairs(groups: list[tuple[UOp, UOp]], outer: UOp) -> UOp:
 
 @cached_kernel
 def write_kv_kernel(spec: CpuAttentionSpec) -> KernelFn:
-    """fn(*planes of the pool, inputs, *tables without sinks, *qkv parts): writes every row's rotated key and its value
-    to the row's slot."""
+    """fn(*planes of the pool, inputs, *tables without sinks, *qkv[kv_parts]): writes every row's rotated key and its
+    value to the row's slot."""
 
     def kernel(*operands: UOp) -> UOp:
         body, rest = Body(), list(operands)
         planes, inputs = spec.take_planes(rest), rest.pop(0)
         row = body.loop(spec.layout.num_tokens)
-        stores = _Row(spec, row, inputs, rest, with_sinks=False).write(body, planes).end(row)
+        stores = _Row(spec, row, inputs, rest, spec.kv_parts, with_sinks=False).write(body, planes).end(row)
         tokens, width = spec.layout.num_tokens, spec.num_kv_heads * spec.head_dim
         nbytes = tokens * (8 * width + spec.kv.num_bytes(width))
         return finish(stores, f"write_kv_{tokens}x{width}", ops=6 * tokens * width, nbytes=nbytes)
@@ -277,8 +287,8 @@ def write_kv_kernel(spec: CpuAttentionSpec) -> KernelFn:
 
 @cached_kernel
 def attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
-    """fn(out (T, H * D), *planes of the pool, inputs, *tables, *qkv parts): causal attention of each row over its own
-    blocks.
+    """fn(out (T, H * D), *planes of the pool, inputs, *tables, *qkv[read_parts]): causal attention of each row over its
+    own blocks.
 
     Online softmax by block (Milakov & Gimelshein 2018). A row's cost depends on its own context, or on its window. With
     `fused_write`, keys and values are written too (they are outputs of the kernel then).
@@ -290,7 +300,7 @@ def attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
         # the rows are the only GLOBAL axis (each is one command of a worker): codegen cannot put a loop whose length is
         # data into a LOOP axis that the length depends on
         axis = body.grid(tokens) if tokens > 1 else body.loop(1)
-        row = _Row(spec, axis, inputs, rest, with_sinks=True)
+        row = _Row(spec, axis, inputs, rest, spec.read_parts, with_sinks=True)
         if spec.fused_write:
             planes = planes.after(row.write(body, planes))
         head = body.loop(spec.num_kv_heads)

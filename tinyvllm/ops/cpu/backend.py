@@ -590,21 +590,21 @@ class CpuBackend(DeviceSampling):
         qkv: list[Tensor],
     ) -> list[tuple[Tensor, int]]:
         """The output of each core of a team, and its number of query heads."""
-        read = [step.inputs, *layer.tables, *qkv]
+        read = [step.inputs, *layer.tables]
 
         def output(spec: CpuAttentionSpec, core: str) -> Tensor:
             return empty(step.num_tokens * spec.num_heads * spec.head_dim, device=core)
 
         if spec.fused_write:
             out = output(spec, cores[0])
-            return [(run_kernel(attention_kernel(spec), [out, *pool], read)[0], spec.num_heads)]
+            return [(run_kernel(attention_kernel(spec), [out, *pool], [*read, *qkv])[0], spec.num_heads)]
         if spec.writes_kv:
-            written = [step.inputs, *layer.key_tables, *qkv]
+            written = [step.inputs, *layer.key_tables, *qkv[spec.kv_parts]]
             pool = run_kernel(write_kv_kernel(spec), pool, written)
         outs = []
         for (first, end), core in share(spec.num_heads, cores) if len(cores) > 1 else [((0, spec.num_heads), cores[0])]:
             own = spec if len(cores) == 1 else spec.with_queries(first, end)
-            (out,) = run_kernel(attention_kernel(own), [output(own, core)], [*pool, *read])
+            (out,) = run_kernel(attention_kernel(own), [output(own, core)], [*pool, *read, *qkv[own.query_parts]])
             outs.append((out, own.num_heads))
         return outs
 

@@ -129,6 +129,19 @@ SCENARIOS: dict[str, Scenario] = {
     # one row at a time: tests/metal/test_kernels.py has products of several
     "mixed": Scenario(_quantized("Q4_K", MIXED), ALONE, PROMPTS[:3], max_tokens=8, tie=0.03),
     "sampled": Scenario(_dense("float32", GENERAL), CROWDED | EXACT, sampling=SAMPLING),
+    # steps that verify drafts, right and wrong, between steps that overlap
+    "drafts": Scenario(
+        _dense("float16", FUSED),
+        BRIEF
+        | {
+            "decode_buckets": (2,),
+            "verify_buckets": (8,),
+            "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "adaptive": False},
+        },
+        ("ababab abab", "0123 0123 01"),
+        max_tokens=12,
+        tie=0.03,
+    ),
 }
 QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 SCENARIOS |= {kind: Scenario(_quantized(kind), BRIEF, PROMPTS[:3], max_tokens=8, tie=0.03) for kind in QUANTIZED}
@@ -143,6 +156,7 @@ class Answer:
     cached_tokens: int
     num_preemptions: int
     num_captures: int
+    num_accepted: int = 0  # drafts
     gaps: list[list[float]] = field(default_factory=list)
 
 
@@ -166,6 +180,7 @@ def answer(name: str, path: Path, *, with_gaps: bool = False) -> Answer:
         cached_tokens=again[0].num_cached_tokens,
         num_preemptions=llm.stats.num_preemptions,
         num_captures=captures,
+        num_accepted=llm.stats.num_accepted_tokens,
     )
     if with_gaps:
         greedy = SamplingParams(max_tokens=scenario.max_tokens, ignore_eos=True, temperature=0.0, logprobs=2)

@@ -97,6 +97,14 @@ def test_every_family_gives_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
 
 
+@pytest.mark.parametrize("name", slow("drafts"))
+def test_steps_with_drafts_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
+    expected = cpu.answer(name)
+    found = answer(name, cpu.folder / name)
+    assert found.num_accepted > 0
+    assert_same_tokens(found, expected, SCENARIOS[name].tie)
+
+
 @pytest.mark.parametrize("name", ["sampled"])
 def test_samplers_with_seeds_draw_the_cpus_tokens_with_its_logprobs(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)

@@ -10,9 +10,9 @@ import pytest
 
 from tests.builders import write_tiny_hf_llama
 from tests.execution.driver import generate, make_request
-from tinyvllm.config import EngineConfig, ModelFiles
+from tinyvllm.config import EngineConfig, LoraModule, ModelFiles
 from tinyvllm.execution.capacity import GIB
-from tinyvllm.execution.draft_model import DraftModel, load_draft_model, measure_draft
+from tinyvllm.execution.draft_model import DraftModel, draft_settings, load_draft_model, measure_draft
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.scheduling.request import Request
 
@@ -172,6 +172,12 @@ def test_a_failed_step_leaves_nothing_behind(drafter: DraftModel, monkeypatch: p
     assert not drafter.blocks.holders
     drafter.propose(requests, [3] * 4)
     forget(drafter, requests)
+
+
+def test_adapters_are_not_loaded_for_a_draft_model(target: ModelRunner) -> None:
+    config = replace(CONFIG, enable_lora=True, lora_modules=(LoraModule("a", "/nowhere"),))
+    own = draft_settings(config, target.capacity, target.model_config)
+    assert (own.enable_lora, own.lora_modules, own.verify_buckets) == (False, (), (2, 4, 8))
 
 
 def test_memory_is_planned_for_both(files: ModelFiles) -> None:

@@ -70,7 +70,7 @@ def load_draft_model(
 
 def draft_settings(config: EngineConfig, capacity: Capacity, model: ModelConfig, path: str = "") -> EngineConfig:
     """The settings of a draft model beside a model of `config` that has this capacity. Steps of two rows for each
-    sequence catch up on a call in which all drafts were accepted."""
+    sequence catch up on a call in which all drafts were accepted. Adapters are the model's alone: they fit no other."""
     num_usable = (capacity.num_blocks - 1) * capacity.block_size
     most = min(2 * capacity.max_num_seqs, MOST_VERIFY_ROWS, capacity.max_num_batched_tokens)
     sizes = {most, *(1 << power for power in range(1, most.bit_length()))}
@@ -81,6 +81,8 @@ def draft_settings(config: EngineConfig, capacity: Capacity, model: ModelConfig,
         max_num_seqs=capacity.max_num_seqs,
         max_num_batched_tokens=capacity.max_num_batched_tokens,
         num_gpu_blocks_override=capacity.num_blocks,
+        enable_lora=False,
+        lora_modules=(),
         speculative_config=SpeculativeConfig("ngram", 1) if most > 1 else None,
         verify_buckets=tuple(sorted(sizes)) if most > 1 else (),
     )

@@ -4,9 +4,11 @@ DEV=CUDA python -m pytest -m gpu tests/ops/gpu/test_quantized_kv.py"""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from tinygrad import dtypes
 from tinygrad.codegen import to_program
 
 from tests.ops.attention import (
@@ -20,11 +22,13 @@ from tests.ops.attention import (
 )
 from tests.ops.builders import Piece, largest_difference, make_step
 from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_attention, rendered, swept
-from tinyvllm.config import LayerKind, Rope
+from tinyvllm.config import KVFormats, LayerKind, Rope
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.gpu import attention_prefill
+from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
-from tinyvllm.ops.kernel.lanes import Lanes
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, declared_bytes
+from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -51,7 +55,6 @@ def rendered_cases() -> list[tuple[str, str, int, bool]]:
             ("METAL", "q8_0/q4_0", 128, False),
             ("METAL", "fp8_e4m3", 64, True),
             ("CUDA", "q4_0", 128, True),
-            ("CUDA", "fp8_e4m3", 64, False),
         },
     ),
 )
@@ -64,6 +67,28 @@ def test_a_step_over_quantized_keys_and_values_renders_within_the_limits(
     assert {kernel.arg.name.split("_")[0] for kernel in kernels} == NAMES[is_decode]
     for kernel in kernels:
         check_limits(kernel, KINDS[kind])
+
+
+def test_prompts_on_hopper_unpack_codes_in_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_prefill, "has_wgmma", lambda name: True)
+    kernels = kernels_of(plan_attention(rendered("CUDA"), LayerKind(4, 2, 64, Rope(10000.0)), "q4_0/fp8_e4m3"))
+    by_name = {kernel.arg.name.split("_")[0]: kernel for kernel in kernels}
+    assert by_name.keys() == {"tile", "rotate", "prefill"}
+    source = to_program(by_name["prefill"], make_renderer("CUDA sm_90")).src[2].arg
+    assert "wgmma.mma_async" in source and "cp.async.cg" in source and source.count("cp.async.bulk.tensor") == 1
+    assert 0 < declared_bytes(source.encode()) <= HOPPER_SHARED_BYTES
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "fp8_e4m3/q4_0"])
+def test_hoppers_memory_holds_stages_and_codes(name: str, dim: int) -> None:
+    layout = StepLayout(512, 4, 64, 16)
+    shape: dict[str, Any] = dict(num_heads=16, num_kv_heads=4, head_dim=dim, num_blocks=9, qkv_cols=(24 * dim,))
+    own: dict[str, Any] = dict(lanes=Lanes("CUDA"), mma=Mma("CUDA", dtypes.half), qkv_partials=(1,), has_wgmma=True)
+    spec = PrefillSpec(layout=layout, kv=KVFormats.of(*name.split("/")), **shape, **own)
+    assert spec.uses_wgmma and spec.is_possible()
+    assert spec.shared_bytes <= HOPPER_SHARED_BYTES
+    assert spec.groups * spec.registers + spec.fetcher_registers <= (spec.groups + 1) * spec.launch_registers
 
 
 def test_hopper_converts_e4m3_by_its_instruction() -> None:
@@ -82,6 +107,7 @@ CASES = [
     Case(4, 2, 256, StepLayout(3, 3, 8, 16), True),
     fused_case("all", StepLayout(3, 3, 12, 16), is_decode=True),
     fused_case("gpt-oss", StepLayout(3, 3, 12, 16), is_decode=True),
+    Case(8, 2, 64, StepLayout(5, 2, 12, 16), False, verifies=True),
     Case(4, 2, 64, StepLayout(70, 3, 12, 16), False),
     Case(16, 2, 128, StepLayout(100, 3, 12, 16), False, normed=True),
     Case(4, 2, 256, StepLayout(40, 3, 8, 16), False),

@@ -82,7 +82,7 @@ class PrefillSpec(FusedAttentionSpec, Tunable):
     def uses_wgmma(self) -> bool:
         """Whether Hopper's kernel is used: if a head is whole tiles of 64 columns, and keys and values are both in
         float16 or both quantized."""
-        is_alike = not self.kv.is_quantized
+        is_alike = self.kv.keys.is_quantized == self.kv.values.is_quantized
         return self.has_wgmma and self.mma.dtype == F16 and self.head_dim % WGMMA_COLS == 0 and is_alike
 
     @property

@@ -684,7 +684,7 @@ class FusedGpuBackend(GpuBackend):
     def _as_partials(self, products: Sequence[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
         """(the number of partial products of each, the partial products), for kernels that add them up, and compute no
         epilogue. A product that has an epilogue is computed first, and counts as one."""
-        sums = [x if isinstance(x, Summed) and x.epilogue.is_plain else None for x in products]
+        sums = [x if isinstance(x, Summed) and not x.is_written and x.epilogue.is_plain else None for x in products]
         counts = tuple(1 if lazy is None else lazy.num_partials for lazy in sums)
         return counts, [
             self.whole(x) if lazy is None else lazy.partials for x, lazy in zip(products, sums, strict=True)

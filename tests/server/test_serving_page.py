@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,6 @@ from typer.main import get_command
 
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.cli.commands import app as cli
-from tinyvllm.config import EngineConfig, SpeculativeConfig
 from tinyvllm.door.metrics import ModelsCollector
 from tinyvllm.server.app import make_app
 from tinyvllm.server.failures import _STATES
@@ -30,7 +30,8 @@ def test_flags() -> None:
     flags = _flags_of("serve")
     named = set(re.findall(r"(?<!\w)--[a-z][a-z-]+", PAGE)) - {"--unix-socket"}  # curl's
     assert named - flags - _flags_of("why") - {"--no-access-log"} == set()
-    assert flags - named == {"--max-num-queued-reqs"}  # vLLM's spelling, an alias
+    # aliases: vLLM's spelling, and llama.cpp's
+    assert flags - named == {"--max-num-queued-reqs", "--cache-type-k", "--cache-type-v"}
 
 
 def test_routes() -> None:
@@ -41,7 +42,7 @@ def test_routes() -> None:
 
 async def test_metrics() -> None:
     engine = FakeEngine()
-    engine.config = EngineConfig("tiny", kv_offloading_size=1.0, speculative_config=SpeculativeConfig(method="ngram"))
+    engine.config = replace(engine.config, kv_offloading_size=1.0)
     app = make_app(engine)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         await client.post("/v1/completions", json={"prompt": "x"})

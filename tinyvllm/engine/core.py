@@ -329,7 +329,9 @@ class EngineCore:
             if request.passage is not None:
                 request.passage.leave_queue()
         if self._tiers is not None:
-            self._tiers.before_step()
+            with measure.span(measure.TIERS):
+                self._tiers.before_step()
+            clock.mark(SCHEDULE)
         handle: Launched = self.runner.launch(plan)
         if self._tiers is not None:
             self._tiers.launched()

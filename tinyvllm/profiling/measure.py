@@ -31,6 +31,7 @@ TOKENIZE, QUEUE, DRAFT, SCHEDULE, PACK = "tokenize", "queue", "draft", "schedule
 LAUNCH, WAIT, TOKENS, COMMIT, DETOKENIZE = "launch", "wait", "tokens", "commit", "detokenize"
 STAGES = (TOKENIZE, QUEUE, DRAFT, SCHEDULE, PACK, LAUNCH, WAIT, TOKENS, COMMIT, DETOKENIZE)
 STEP = "step"  # one turn of the engine loop, around its stages; facts: kind (prefill, decode, mixed), bucket
+TIERS = "tiers"  # KV blocks are copied to and from host memory before a step
 CAPTURE = "capture"  # part of capturing a graph between two steps, on the engine's thread
 
 # What a server adds, so that one request can be followed from socket to socket (request_stages.py). Facts: `http`, the

@@ -16,6 +16,7 @@ class WarmRunner(FakeModelRunner):
     """Stands in for a ModelRunner that reports its warm-up, or fails in it."""
 
     failure: BaseException | None = None
+    adapters = None
 
     def warm_up(self, progress: Any) -> None:
         progress("warm-up", 1, 1)

@@ -18,8 +18,19 @@ from tinyvllm.storage.resolve import resolve_model
 from tinyvllm.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from tinyvllm.execution.capacity import DraftMemory
     from tinyvllm.execution.captures import Progress
     from tinyvllm.execution.runner import ModelRunner
+
+
+def memory_beside(config: EngineConfig, draft_files: ModelFiles | None) -> dict[str, DraftMemory]:
+    """The argument by which `load_runner` leaves memory for a draft model; {} without one. Raises ModelError."""
+    if draft_files is None:
+        return {}
+
+    from tinyvllm.execution.draft_model import measure_draft  # here, because it starts the device
+
+    return {"draft": measure_draft(draft_files, config)}
 
 
 def load_drafter(

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
-from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig
+from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig, ModelFiles
 from tinyvllm.engine.adapters import Adapters, EngineAdapters
 from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.core import Captures, EngineCore, Runner
-from tinyvllm.engine.drafters import CapturesInTurn, find_draft_files, load_drafter
+from tinyvllm.engine.drafters import CapturesInTurn, find_draft_files, load_drafter, memory_beside
 from tinyvllm.engine.hosts import Loaded
 from tinyvllm.engine.output import TextEngine
 from tinyvllm.errors import TinyvllmError
@@ -28,6 +29,9 @@ from tinyvllm.text.chat import ChatTemplate, end_of_turn_ids, load_chat_template
 from tinyvllm.text.reasoning import find_reasoning_format
 from tinyvllm.text.tokenizer import Tokenizer, load_tokenizer
 from tinyvllm.text.tools import find_tool_format
+
+if TYPE_CHECKING:
+    from tinyvllm.execution.runner import ModelRunner
 
 Progress = Callable[[str, int, int], None]  # stage ("load", "warm-up"), done, total
 
@@ -118,19 +122,15 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
     Whatever is quick to check is checked before the weights are loaded."""
     files = resolve_model(config.model)
     text = load_text(config)
-
     draft_files = find_draft_files(config, files, text.tokenizer)
 
-    from tinyvllm.execution.draft_model import measure_draft  # here, because they start the device
-    from tinyvllm.execution.kv_tiers.build import make_tiers
-    from tinyvllm.execution.runner import load_runner
+    from tinyvllm.execution.runner import load_runner  # here, because it starts the device
 
-    beside = {} if draft_files is None else {"draft": measure_draft(draft_files, config)}
-    runner = load_runner(files, config, progress, **beside)
+    runner = load_runner(files, config, progress, **memory_beside(config, draft_files))
     try:
         (runner.warm_up if config.warm_up == "full" else runner.warm_up_first)(progress)
         drafter, more_captures = load_drafter(config, draft_files, runner, progress)
-        tiers = make_tiers(config, runner, files)
+        tiers = _load_tiers(config, runner, files)
     except BaseException:
         runner.close()
         raise
@@ -146,6 +146,15 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         adapters=runner.adapters,
         tiers=tiers,
     )
+
+
+def _load_tiers(config: EngineConfig, runner: ModelRunner, files: ModelFiles) -> Tiers | None:
+    if not config.has_kv_tiers:
+        return None
+
+    from tinyvllm.execution.kv_tiers.build import make_tiers  # here, because it starts the device
+
+    return make_tiers(config, runner, files)
 
 
 def assemble_engine(

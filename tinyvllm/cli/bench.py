@@ -22,7 +22,7 @@ from tinyvllm.config import CAPTURES, EngineConfig
 from tinyvllm.errors import TinyvllmError
 
 if TYPE_CHECKING:
-    from tinyvllm.bench.latency import LatencyWork
+    from tinyvllm.bench.latency import Case, LatencyWork
     from tinyvllm.bench.rows import Row
     from tinyvllm.bench.subject import Subject
 
@@ -81,19 +81,15 @@ def latency(
     counts = parse_counts("adapters", adapters)
     config = EngineConfig(model=subject.model or "", max_num_seqs=1, **runner.settings())
     if counts:
-        most = max(1, *counts)
-        config = dataclasses.replace(config, enable_lora=True, max_loras=most, max_lora_rank=lora_rank)
+        config = dataclasses.replace(config, enable_lora=True, max_loras=max(1, *counts), max_lora_rank=lora_rank)
 
     from tinyvllm.bench.capture_table import capture_table
     from tinyvllm.bench.fusion_table import fusion_table
-    from tinyvllm.bench.latency import Case, LatencyWork, fit_config
+    from tinyvllm.bench.latency import LatencyWork, fit_config
     from tinyvllm.bench.tables import latency_table
 
-    cases = [Case("prefill", *parse_prompt(text)) for text in split_list(prefill)]
-    pairs = itertools.product(parse_counts("batch", batch), parse_counts("context", context))
-    cases += [Case("decode", *pair) for pair in pairs]
-    cases = [dataclasses.replace(case, num_adapters=count) for case in cases for count in counts or [0]]
-    work = LatencyWork(tuple(cases), tokens, repeats, warmup, runner.seed, num_extra=repeats)
+    cases = _latency_cases(prefill, batch, context, counts)
+    work = LatencyWork(cases, tokens, repeats, warmup, runner.seed, num_extra=repeats)
     found = subject.find(pull=runner.pull)
     fitted = fit_config(config, work, found.model_config)
     variants = [dataclasses.replace(fitted, capture=one) for one in CAPTURES] if compare_capture else [fitted]
@@ -103,6 +99,16 @@ def latency(
         both = capture_table if compare_capture else fusion_table
         print_table(both(*runs) if len(runs) > 1 else latency_table(*runs))
     subject.write([row for rows in runs for row in rows])
+
+
+def _latency_cases(prefill: str, batch: str, context: str, adapter_counts: list[int]) -> tuple[Case, ...]:
+    """What the flags ask for: prompts, then each batch with each context, all with each count of adapters."""
+    from tinyvllm.bench.latency import Case
+
+    cases = [Case("prefill", *parse_prompt(text)) for text in split_list(prefill)]
+    pairs = itertools.product(parse_counts("batch", batch), parse_counts("context", context))
+    cases += [Case("decode", *pair) for pair in pairs]
+    return tuple(dataclasses.replace(case, num_adapters=count) for case in cases for count in adapter_counts or [0])
 
 
 def _run_variants(

@@ -75,15 +75,11 @@ def _read_prompt(state: ServerState, body: LookupRequest) -> list[int]:
 
 
 @router.post("/reset_prefix_cache", response_class=Response)
-async def reset_prefix_cache(
-    request: Request,
-    reset_running_requests: bool = Query(False),
-    reset_external: bool = Query(False),
-) -> Response:
+async def reset_prefix_cache(request: Request, reset_external: bool = Query(False)) -> Response:
     """Forget all cached prefixes; with reset_external also the copies in host memory, and the files of this model on
     disk. vLLM's route.
 
-    Running requests need not be reset: they keep their blocks, which nobody else finds."""
+    Its reset_running_requests changes nothing here: running requests keep their blocks, which nobody else finds."""
     state = state_of(request)
     state.require_engine()
     await state.engine.reset_prefix_cache(reset_external=reset_external)

@@ -18,11 +18,14 @@ from tests.engine.fakes import FakeModelRunner
 from tests.engine.requests import answer, make_requests, make_runner
 from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
-from tests.scheduling.fakes import GuessingDrafter, make_request
+from tests.scheduling.fakes import GuessingDrafter, add_drafts, make_request, run_alone
 from tinyvllm.config import ModelFiles, SamplingParams
+from tinyvllm.engine.core import EngineCore
 from tinyvllm.execution.runner import ModelRunner
+from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.drafts import AlwaysDraft, Speculator
 from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.scheduler import Scheduler
 
 SPECULATION: dict[str, Any] = {
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 4},
@@ -158,3 +161,42 @@ def test_every_kind_of_context_takes_drafts_back(family: str, tmp_path: Path) ->
         speculator = check_drafts(runner, requests, right)
         assert speculator.counts.num_accepted_tokens > 0
     runner.close()
+
+
+@pytest.mark.parametrize("point", ["step", "drafter"])
+def test_a_failure_among_drafts_ends_its_requests_and_leaves_the_pool_whole(point: str) -> None:
+    fake = FakeModelRunner(num_state_slots=8, max_verify_rows=16)
+    fake.max_in_flight = 2
+    drafter: Any = GuessingDrafter(run_alone, 0.7)
+    scheduler = Scheduler(BlockManager.of(fake.capacity), fake.capacity)
+    core, propose = EngineCore(fake, scheduler), drafter.propose
+    add_drafts(scheduler, drafter)
+
+    def fail(*shown: Any) -> Any:
+        if point == "drafter":
+            propose(*shown)
+        raise RuntimeError("the device is gone")
+
+    for number in range(2):
+        requests = [make_request(f"{number} {i}", 5, max_tokens=30) for i in range(3)]
+        for request in requests:
+            core.add(request)
+        while not any(plan.num_drafts for plan in fake.plans):
+            core.step()
+        if point == "step":
+            fake.before_step = fail
+        else:
+            drafter.propose = fail
+        while scheduler.has_work:
+            core.step()
+        assert {request.finish_reason for request in requests} == {"error"}
+        scheduler.audit()
+        assert not drafter.shown and scheduler.block_manager.num_free == fake.capacity.num_blocks - 1
+        fake.before_step = lambda plan: None
+        drafter.propose = propose
+        fake.plans.clear()
+        (after,) = [make_request(f"after {number}", 5, max_tokens=20)]
+        core.add(after)
+        while core.has_work:
+            core.step()
+        assert after.output_ids == run_alone(after)

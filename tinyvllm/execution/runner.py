@@ -436,6 +436,7 @@ class ModelRunner:
     def tuning_name(self, bucket: Bucket) -> str:
         """The name of a bucket of this model in `Choices.searched`."""
         name = model_digest(self.model, self.backend)
+        name += f" {self.pool.formats.name}" if self.pool.formats.is_quantized else ""
         return f"{name} {bucket.name} of {self.capacity.max_num_seqs} x {self.capacity.max_model_len}"
 
     @property

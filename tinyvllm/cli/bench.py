@@ -80,25 +80,40 @@ def latency(
     runner.apply()
     counts = parse_counts("adapters", adapters)
     config = EngineConfig(model=subject.model or "", max_num_seqs=1, **runner.settings())
-    if counts:
-        config = dataclasses.replace(config, enable_lora=True, max_loras=max(1, *counts), max_lora_rank=lora_rank)
 
-    from tinyvllm.bench.capture_table import capture_table
-    from tinyvllm.bench.fusion_table import fusion_table
     from tinyvllm.bench.latency import LatencyWork, fit_config
-    from tinyvllm.bench.tables import latency_table
 
     cases = _latency_cases(prefill, batch, context, counts)
     work = LatencyWork(cases, tokens, repeats, warmup, runner.seed, num_extra=repeats)
     found = subject.find(pull=runner.pull)
-    fitted = fit_config(config, work, found.model_config)
-    variants = [dataclasses.replace(fitted, capture=one) for one in CAPTURES] if compare_capture else [fitted]
-    variants += [dataclasses.replace(fitted, unfused=True)] if unfused else []
-    runs = _run_variants(found, variants, work, bandwidth)
+    fitted = fit_config(_with_adapters(config, counts, lora_rank), work, found.model_config)
+    runs = _run_variants(found, _variants(fitted, compare_capture, unfused), work, bandwidth)
     if not subject.markdown:
-        both = capture_table if compare_capture else fusion_table
-        print_table(both(*runs) if len(runs) > 1 else latency_table(*runs))
+        _print_latency(runs, of_capture=compare_capture)
     subject.write([row for rows in runs for row in rows])
+
+
+def _with_adapters(config: EngineConfig, counts: list[int], rank: int) -> EngineConfig:
+    """The settings for so many adapters at once, the largest of `counts`. Without counts, adapters are off."""
+    if not counts:
+        return config
+    return dataclasses.replace(config, enable_lora=True, max_loras=max(1, *counts), max_lora_rank=rank)
+
+
+def _variants(config: EngineConfig, of_capture: bool, of_fusion: bool) -> list[EngineConfig]:
+    """The settings that are measured side by side."""
+    variants = [dataclasses.replace(config, capture=one) for one in CAPTURES] if of_capture else [config]
+    return variants + ([dataclasses.replace(config, unfused=True)] if of_fusion else [])
+
+
+def _print_latency(runs: list[list[Row]], *, of_capture: bool) -> None:
+    """One run, or two side by side that differ in how steps are captured or in the kernels' fusion."""
+    from tinyvllm.bench.capture_table import capture_table
+    from tinyvllm.bench.fusion_table import fusion_table
+    from tinyvllm.bench.tables import latency_table
+
+    both = capture_table if of_capture else fusion_table
+    print_table(both(*runs) if len(runs) > 1 else latency_table(*runs))
 
 
 def _latency_cases(prefill: str, batch: str, context: str, adapter_counts: list[int]) -> tuple[Case, ...]:

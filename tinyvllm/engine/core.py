@@ -269,7 +269,9 @@ class EngineCore:
             span.tell(**_facts(plan or self._in_flight[0].plan))
             _measure_queues(plan)
         try:
-            self._run(plan, schedule_s, outs)
+            if plan is not None:
+                self._launch(plan, schedule_s)
+            self._collect_due(plan, outs)
         except Exception as error:
             outs += self._fail([] if plan is None else [entry.request for entry in plan.entries], error)
         if not self.has_work:
@@ -306,10 +308,9 @@ class EngineCore:
                 self._collect(outs)
             self.clock.mark(LOOP)
 
-    def _run(self, plan: StepPlan | None, schedule_s: float, outs: list[TokenOut]) -> None:
-        """Launch the step that was planned, if there is one, and collect those whose time it is."""
-        if plan is not None:
-            self._launch(plan, schedule_s)
+    def _collect_due(self, plan: StepPlan | None, outs: list[TokenOut]) -> None:
+        """Collect the steps whose time it is after `plan` was launched, or after nothing was, and enqueue the sampling
+        that this deferred."""
         if plan is None or len(self._in_flight) == MAX_IN_FLIGHT:
             self._collect(outs)
         if plan is not None:

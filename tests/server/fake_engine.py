@@ -243,7 +243,9 @@ class FakeEngine:
     async def latest_steps(self) -> list[list[CompletedStep]]:
         return [self.history.latest()]
 
-    async def look_up_prefix(self, prompt_ids: list[int], cache_salt: str | None = None) -> list[list[int]]:
+    async def look_up_prefix(
+        self, prompt_ids: list[int], cache_salt: str | None = None, adapter: str = ""
+    ) -> list[list[int]]:
         """Two engines, of which the second has all on disk; none has salted prompts."""
         num_tokens = 0 if cache_salt else len(prompt_ids)
         return [[0, 0, num_tokens // 2], [0, num_tokens // 2, num_tokens]]

@@ -63,6 +63,7 @@ async def _whole(folder: Path) -> None:
         listed = {card["id"]: card for card in (await client.get("/v1/models")).json()["data"]}
         assert (listed["one"]["parent"], listed["one"]["root"]) == ("tiny", "one") and listed["tiny"]["parent"] is None
         assert (await client.get("/v1/models/one")).json()["parent"] == "tiny"
+        await _look_up(client)
         # two more: with one slot, they take turns
         for name in ("two", "three"):
             given = {"lora_name": name, "lora_path": str(folder / name)}
@@ -83,6 +84,16 @@ async def _whole(folder: Path) -> None:
         assert await complete(client, "one") == first[2]
         metrics = (await client.get("/metrics")).text
         assert 'vllm:lora_requests_info{max_lora="1",running_lora_adapters="",waiting_lora_adapters=""} 1.' in metrics
+
+
+async def _look_up(client: httpx.AsyncClient) -> None:
+    """A prompt that was computed with an adapter is found with this adapter only."""
+    ids = list(range(3, 36))
+    body = {"model": "one", "prompt": ids, "max_tokens": 1}
+    assert (await client.post("/v1/completions", json=body)).status_code == 200
+    for name, num_cached in (("one", 32), ("tiny", 0)):
+        found = await client.post("/prefix_cache", json={"model": name, "prompt": ids})
+        assert found.json()["cached_tokens"] == num_cached, (name, found.text)
 
 
 async def _ask_other_apis(client: httpx.AsyncClient) -> None:

@@ -212,12 +212,17 @@ class AsyncEngine:
         answers = await self._ask_all("latest_steps")
         return [msgspec.convert(answer, list[CompletedStep], from_attributes=True) for answer in answers]
 
-    async def look_up_prefix(self, prompt_ids: Sequence[int], cache_salt: str | None = None) -> list[list[int]]:
+    async def look_up_prefix(
+        self, prompt_ids: Sequence[int], cache_salt: str | None = None, adapter: str = ""
+    ) -> list[list[int]]:
         """For each engine, the tokens of a prompt that it has cached: in its pool, there or in host memory, and there
-        or on disk. Raises RequestError for an empty salt, and EngineDeadError."""
+        or on disk. adapter: the key of a loaded adapter; "": none. Raises RequestError for an empty salt, and
+        EngineDeadError."""
         if not self._host.is_ready:
             await self._host.wait_ready()
-        [request] = self._loaded.factory.make("", prompt_ids, EMBEDDING_PARAMS, cache_salt=cache_salt)
+        [request] = self._loaded.factory.make(
+            "", prompt_ids, EMBEDDING_PARAMS, cache_salt=cache_salt, adapter=adapter or self.default_adapter
+        )
         tokens = pack_tokens(request.prompt_ids).hex()
         return await self._ask_all("look_up_prefix", tokens, request.hash_seed.hex())
 

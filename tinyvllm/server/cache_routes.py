@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
+from tinyvllm.server.context import current
 from tinyvllm.server.conversation import make_prompt
 from tinyvllm.server.intake import ERRORS, check_ids, require_model
 from tinyvllm.server.openai.chat import conversation_of
@@ -55,7 +56,9 @@ async def look_up(body: LookupRequest, request: Request) -> Lookup:
     body.check()
     refuse_extras(body.model_extra or {})
     ids = await on_thread(_read_prompt, state, body)
-    found = await state.engine.look_up_prefix(ids, cache_salt=body.cache_salt)
+    chosen = current().adapter
+    adapter = "" if chosen is None else chosen.key
+    found = await state.engine.look_up_prefix(ids, cache_salt=body.cache_salt, adapter=adapter)
     engines = [EngineLookup(engine=number, device=a, host=b, disk=c) for number, (a, b, c) in enumerate(found)]
     return Lookup(prompt_tokens=len(ids), cached_tokens=max(one.disk for one in engines), engines=engines)
 

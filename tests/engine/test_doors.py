@@ -28,7 +28,8 @@ def test_the_engine_room_does_not_load_the_device() -> None:
 
 def test_the_doors_are_named() -> None:
     assert all(hasattr(tinyvllm, name) for name in tinyvllm.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'Engine': it has LLM, EngineConfig, SamplingParams"):
+    named = "it has LLM, EngineConfig, LoRARequest, SamplingParams"
+    with pytest.raises(AttributeError, match=f"no attribute 'Engine': {named}"):
         tinyvllm.Engine  # noqa: B018
 
 

@@ -121,6 +121,8 @@ class _Reader:
             a, b = a.T, b.T
         self._check_shapes(module, pair, (a, b), (rows, cols))
         b = b * np.float32(self._config.scale_of(module))
+        if not (np.abs(a) <= LARGEST).all():
+            self._refuse(f"tensor {pair['A']} has values beyond {LARGEST:g}")
         if not (np.abs(b) <= LARGEST).all():
             self._refuse(f"tensor {pair['B']}, scaled, has values beyond {LARGEST:g}")
         found, start = {}, 0

@@ -41,8 +41,8 @@ def test_scales_and_ranks_follow_patterns_as_in_peft(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3', which is not supported; known: LORA"),
-        ({"use_dora": True}, "use_dora is True: DoRA, which also scales the base model's columns are not supported"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]: whole modules"),
+        ({"use_dora": True}, r"use_dora is True, which is not supported \(DoRA, which also scales the base model's"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], which is not supported \(whole modules"),
         ({"bias": "all"}, "bias is 'all', which is not supported; known: none"),
         (
             {"init_lora_weights": "pissa_niter_4"},

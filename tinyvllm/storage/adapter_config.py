@@ -119,8 +119,8 @@ def _read_peft(directory: Path, values: Values) -> AdapterConfig:
     for key, meaning in UNSUPPORTED.items():
         if values.get(key) not in (None, False, [], {}):
             raise UnsupportedModelError(
-                f"{values.source}: {key} is {shown(values.get(key))}: {meaning} are not supported; supported are "
-                "low-rank matrices of linear layers"
+                f"{values.source}: {key} is {shown(values.get(key))}, which is not supported ({meaning}); supported "
+                "are low-rank matrices of linear layers"
             )
     if values.text("bias", "none") != "none":
         values.unsupported("bias", "none")

@@ -48,11 +48,12 @@ async def serving(folder: Path, **settings: Any) -> AsyncIterator[httpx.AsyncCli
     await engine.shutdown()
 
 
-async def complete(client: httpx.AsyncClient, model: str) -> str:
+async def complete(client: httpx.AsyncClient, model: str, answering: str = "") -> str:
+    """The text of a greedy completion. answering: the name in the answer, if it is not `model`."""
     body = {"model": model, "prompt": "two are company", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     answer = await client.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
-    assert answer.json()["model"] == model
+    assert answer.json()["model"] == (answering or model)
     return str(answer.json()["choices"][0]["text"])
 
 
@@ -117,11 +118,19 @@ async def _refuse(client: httpx.AsyncClient, folder: Path) -> None:
         ({"lora_name": "one", "lora_path": str(folder / "two")}, "adapter 'one' is already loaded"),
         ({"lora_name": "tiny", "lora_path": str(folder / "two")}, "the model's own name"),
         ({"lora_name": "x", "lora_path": str(folder / "absent")}, "is not a directory"),
+        ({"lora_name": "x\nINFO y", "lora_path": str(folder / "two")}, "'x\\nINFO y' has characters that cannot be"),
     ):
         answer = await client.post("/v1/load_lora_adapter", json=given)
         assert answer.status_code == 400 and part in answer.json()["error"]["message"], answer.text
     unknown = await client.post("/v1/unload_lora_adapter", json={"lora_name": "nobody"})
     assert unknown.status_code == 404 and "loaded: one, two, three" in unknown.text
+    # a request may name `one` with Ollama's tag, but only if no adapter has just this name
+    tagged = {"lora_name": "one:latest", "lora_path": str(folder / "two")}
+    assert await complete(client, "one:latest", "one") == await complete(client, "one")
+    assert (await client.post("/v1/unload_lora_adapter", json=tagged)).status_code == 404
+    assert (await client.post("/v1/load_lora_adapter", json=tagged)).status_code == 200
+    assert await complete(client, "one:latest") == await complete(client, "two")
+    assert (await client.post("/v1/unload_lora_adapter", json=tagged)).status_code == 200
 
 
 def test_adapters_are_chosen_listed_loaded_and_unloaded(tmp_path: Path) -> None:

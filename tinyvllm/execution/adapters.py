@@ -49,7 +49,13 @@ class AdapterTable:
         return read_adapter(Path(path).expanduser(), self._modules, self._model, self._max_rank)
 
     def add(self, name: str, path: str, weights: AdapterWeights, *, replaces: bool = False) -> AdapterInfo:
-        """Make an adapter known by a name. Raises RequestError if the name is taken and may not be replaced."""
+        """Make an adapter known by a name. Raises RequestError if the name is taken and may not be replaced, or could
+        not be read in a log."""
+        if not name.isprintable() or name != name.strip():
+            raise RequestError(
+                f"adapter name {name!a} has characters that cannot be printed, or spaces around it: choose another",
+                param="lora_name",
+            )
         taken = self._infos.get(name)
         if taken is not None and not replaces and taken.digest != weights.digest:
             raise RequestError(

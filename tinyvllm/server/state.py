@@ -19,7 +19,6 @@ from tinyvllm.server.failures import NotReadyError
 from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.generation import BeamCall, Generation, Job, OpenCall, PromptCall, Sink
 from tinyvllm.server.metrics import Metrics, PromptObserver
-from tinyvllm.server.model_names import is_name_of
 from tinyvllm.server.request_limits import Admission, Drain, DrainingError, timed_out
 from tinyvllm.server.request_log import RequestLog
 from tinyvllm.server.watchdog import Watchdog
@@ -60,8 +59,9 @@ class ServerState:
         return (self.engine.served_model_name, *self.settings.model_aliases)
 
     def find_adapter(self, name: str) -> AdapterInfo | None:
-        """The loaded adapter of this name."""
-        return next((info for info in self.engine.adapters() if is_name_of(name, (info.name,))), None)
+        """The loaded adapter of this name; else the one that the name with Ollama's tag stands for."""
+        known = {info.name: info for info in self.engine.adapters()}
+        return known.get(name) or known.get(name.removesuffix(":latest"))
 
     @property
     def all_names(self) -> tuple[str, ...]:

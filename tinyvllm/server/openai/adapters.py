@@ -51,9 +51,9 @@ async def unload_lora_adapter(body: UnloadAdapterRequest, request: Request) -> R
     """Forget an adapter. Requests that use it are answered to their end. 404 if there is none of this name."""
     state = _require_allowed(request)
     state.require_engine()
-    if state.find_adapter(body.lora_name) is None:
-        known = ", ".join(info.name for info in state.engine.adapters()) or "none"
-        raise UnknownModelError(f"adapter {body.lora_name!a} is not loaded; loaded: {known}")
+    known = [info.name for info in state.engine.adapters()]
+    if body.lora_name not in known:
+        raise UnknownModelError(f"adapter {body.lora_name!a} is not loaded; loaded: {', '.join(known) or 'none'}")
     await state.engine.unload_adapter(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

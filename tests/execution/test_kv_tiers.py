@@ -192,6 +192,15 @@ def test_two_servers_share_a_folder(tmp_path: Path) -> None:
         stop(runner)
 
 
+def test_a_folder_that_was_removed_is_made_again(tmp_path: Path) -> None:
+    """Another server removes empty folders when it deletes old files; people remove caches."""
+    scheduler, runner = start(tmp_path)
+    (tmp_path / (b"d" * 16).hex()).rmdir()
+    answer(scheduler, runner, make_request("first", PROMPT))
+    stop(runner)
+    assert len(list(tmp_path.rglob("*.kv"))) >= 10
+
+
 def test_a_full_disk_or_an_unusable_folder_is_logged_once_and_serving_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

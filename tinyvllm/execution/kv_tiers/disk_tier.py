@@ -147,7 +147,7 @@ class DiskTier:
         try:
             job.wait()
             if time.monotonic() >= self._paused_until_s and job.block.key not in self._known:
-                size = write_block(self._folder, job.block, job.data)
+                size = self._put(job.block, job.data)
                 self._known[job.block.key] = size
                 self.used_bytes += size
                 is_written = True
@@ -161,6 +161,15 @@ class DiskTier:
             with self._lock:
                 self.queued_bytes -= job.data.nbytes
             job.done(is_written)
+
+    def _put(self, block: Block, data: NDArray[np.uint8]) -> int:
+        """Write a file, and its folder again if it is gone: another server removes empty ones, and people remove
+        caches. Returns the file's size."""
+        try:
+            return write_block(self._folder, block, data)
+        except FileNotFoundError:
+            self._make_folder()
+            return write_block(self._folder, block, data)
 
     def _read(self, block: Block, data: NDArray[np.uint8], done: Done) -> None:
         is_read = False
@@ -190,15 +199,19 @@ class DiskTier:
     def _open(self) -> bool:
         try:
             reach("tier.open")
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            info = os.lstat(self._folder)
-            if info.st_uid != os.getuid() or stat.S_ISLNK(info.st_mode) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                raise CacheError("it must be a folder of this user that nobody else can write")
+            self._make_folder()
             self._scan()
         except (OSError, CacheError, MemoryError, RuntimeError) as error:
             logger.warning("KV blocks are not kept on disk: %s cannot be used: %s", self._folder, error)
             return False
         return True
+
+    def _make_folder(self) -> None:
+        """Raises OSError, and CacheError if others can write the folder."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = os.lstat(self._folder)
+        if info.st_uid != os.getuid() or stat.S_ISLNK(info.st_mode) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise CacheError("it must be a folder of this user that nobody else can write")
 
     def _scan(self) -> None:
         """Learn which files there are, those of other servers included."""

@@ -29,7 +29,6 @@ from tinyvllm.ops.kernel.tuning import candidates
 
 Streamed = StreamedVectorSpec | StreamedMatrixSpec
 FORMATS = ("Q4_K", "Q6_K", "Q4_0", "FP8-float32", "MXFP4-e8m0", "NVFP4-e4m3", "affine4_g64-float16", "Q3_K-float16")
-TAKEN = ("Q4_K", "Q2_K")  # those that `is_worth_streaming` lets stream
 SHAPES = ((6144, 4096), (4096, 14336), (5120, 17408), (2560, 9728), (3072, 2048), (2048, 8192), (96, 512))
 
 
@@ -125,7 +124,7 @@ def test_a_threadgroup_may_have_a_single_tile(tokens: int, rows: int, cols: int)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 2, 8])
-@pytest.mark.parametrize("fmt", TAKEN)
+@pytest.mark.parametrize("fmt", ["Q4_K"])  # of those that `is_worth_streaming` lets stream
 def test_streams_compute_what_the_values_give(fmt: str, tokens: int) -> None:
     """In Q4_K by every choice of the knobs; a row's result does not depend on the others."""
     device = open_device()

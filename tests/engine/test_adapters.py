@@ -100,3 +100,21 @@ def test_an_adapter_is_found_by_name_and_an_unknown_one_is_an_error(llm: LLM, fo
     with pytest.raises(RequestError, match=r"q_proj.lora_A.weight has rank 32, but --max-lora-rank is 16: raise it"):
         path = write_adapter(folder / "wide", TinyLlama(**NUMBERS), ("q_proj",), 32)
         llm.generate("a", GREEDY, lora_request=LoRARequest("wide", 1, str(path)))
+
+
+def test_an_adapter_whose_files_are_gone_costs_nobody_else(
+    llm: LLM, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = {case["adapter"]: case for case in read_cases()}
+    first, *others = ADAPTERS
+    for name in (first, *others):  # the first is no longer in host memory, which has room for two
+        check(llm.generate(cases[name]["prompt"], GREEDY, lora_request=request_of(folder, cases[name]))[0], cases[name])
+    (folder / first).rename(folder / "moved")
+    with pytest.raises(RequestError, match="have changed since it was loaded, or are gone: load it again"):
+        llm.generate("a", GREEDY, lora_request=LoRARequest(first))
+    # they vanish after a request was admitted: its step fails, and no other one
+    monkeypatch.setattr("tinyvllm.execution.adapters.AdapterTable.require", lambda *_: None)
+    for _ in range(4):  # one more than the failures in a row that end an engine
+        (failed,) = llm.generate("a", GREEDY, lora_request=LoRARequest(first))
+        assert failed.outputs[0].finish_reason == "error"
+        check(llm.generate(cases[BASE]["prompt"], GREEDY)[0], cases[BASE])

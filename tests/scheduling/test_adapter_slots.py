@@ -21,6 +21,10 @@ def test_a_slot_keeps_its_adapter_until_another_needs_it() -> None:
     assert slots.acquire("c") == 1 and slots.take_writes() == (SlotWrite(1, "c"),)  # in place of a
     slots.write_again()
     assert set(slots.take_writes()) == {SlotWrite(1, "c"), SlotWrite(2, "b")}
+    slots.release("c")
+    slots.write_again()  # nobody needs c, whose files may be gone
+    assert slots.take_writes() == (SlotWrite(2, "b"),)
+    assert slots.acquire("a") == 1 and slots.take_writes() == (SlotWrite(1, "a"),)
 
 
 def test_an_unloaded_adapter_frees_its_slot_once_nobody_holds_it() -> None:

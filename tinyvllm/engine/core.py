@@ -406,8 +406,6 @@ class EngineCore:
             with contextlib.suppress(Exception):  # what failed once may fail again
                 self.runner.wait()
         self._in_flight.clear()
-        if self.scheduler.adapters is not None:
-            self.scheduler.adapters.write_again()
         if self._tiers is not None:
             self._tiers.settled()
         failed = dict.fromkeys(in_flight + requests)  # in order, without duplicates
@@ -417,6 +415,8 @@ class EngineCore:
             if request.status is not Status.FINISHED:
                 self.scheduler.finish(request, "error", error=message)
                 outs.append(TokenOut(request, token_id=None, finish_reason="error"))
+        if self.scheduler.adapters is not None:
+            self.scheduler.adapters.write_again()
         names = ", ".join(out.request.request_id for out in outs)
         logger.error("a step failed (%d in a row), ending %s", self._num_failures, names, exc_info=error)
         self._publish(self._count(self.stats, num_failed_steps=1))

@@ -15,6 +15,7 @@ from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.model.adapters import ModelAdapters
 from tinyvllm.model.weights.adapters import AdapterWeights, LowRank, read_adapter
 from tinyvllm.scheduling.adapter_slots import AdapterInfo, SlotWrite
+from tinyvllm.storage.adapter_config import stamp_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class AdapterTable:
         self._modules = sites.modules
         self._infos: dict[str, AdapterInfo] = {}  # by name
         self._paths: dict[str, Path] = {}  # by key, those unloaded while requests use them included
+        self._stamps: dict[str, tuple[object, ...]] = {}  # by key, of the files when they were loaded
         self._weights: OrderedDict[str, AdapterWeights] = OrderedDict()  # by key, the least recently used first
 
     @property
@@ -65,6 +67,7 @@ class AdapterTable:
         info = AdapterInfo(name, path, weights.digest, weights.rank, weights.base_model, time.time())
         self._infos[name] = info
         self._paths[info.key] = Path(path).expanduser()
+        self._stamps[info.key] = stamp_of(self._paths[info.key])
         self._hold(info.key, weights)
         logger.info("loaded adapter %s from %s: rank %d, %.1f MB", name, path, weights.rank, weights.nbytes / 1e6)
         return info
@@ -82,18 +85,25 @@ class AdapterTable:
         named = {info.key for info in self._infos.values()}
         gone = [key for key in self._paths if key not in named and key not in used]
         for key in gone:
-            del self._paths[key]
+            del self._paths[key], self._stamps[key]
             self._weights.pop(key, None)
         return gone
 
     def require(self, key: str) -> None:
-        """Raise RequestError if no loaded adapter has this key."""
+        """Raise RequestError if no loaded adapter has this key, or if it would have to be read again and its files have
+        changed: that would fail the step, and end all of its requests."""
         if key not in self._paths:
             raise RequestError(
                 f"adapter {key.rpartition(':')[0]!r} is not loaded, or other files were loaded by this name since: "
                 "list the models, and try again",
                 param="model",
                 code="model_not_found",
+            )
+        path = self._paths[key]
+        if key not in self._weights and stamp_of(path) != self._stamps[key]:
+            raise RequestError(
+                f"the files of the adapter in {path} have changed since it was loaded, or are gone: load it again",
+                param="model",
             )
 
     def write(self, write: SlotWrite) -> None:

@@ -84,7 +84,10 @@ class AdapterSlots:
         return writes
 
     def write_again(self) -> None:
-        """After a step failed, it is not known what the slots hold: write all of them before the next step."""
+        """After a step failed, it is not known what the slots hold: write those that running requests hold before the
+        next step, and free the others, one of which may be why it failed."""
+        for adapter in [adapter for adapter in self._slots if adapter not in self._holders]:
+            self._free.append(self._slots.pop(adapter))
         self._writes = [SlotWrite(slot, adapter) for adapter, slot in self._slots.items()]
 
     def _take(self) -> int | None:

@@ -43,7 +43,7 @@ from tinyvllm.profiling.predict import EPYC, FACTORS
 PATH = Path(__file__).parent / "data" / "step_counts.json"
 LAYERS = 3  # that are traced: the first, one in the middle, which is repeated, the last
 CHIP_OF = {"CUDA sm_90": CHIPS["h200"], "METAL": CHIPS["m4-pro"], "CPU": EPYC}
-BUCKETS = {"decode 1": 1, "decode 8": 8, "decode 64": 64, "prefill 1024": 1024}  # their tokens
+BUCKETS = {"decode 1": 1, "decode 8": 8, "decode 64": 64, "verify 5": 5, "prefill 1024": 1024}  # their tokens
 SHAPES = {"CUDA sm_90": ("llama-3.1-8b", "llama-3.2-1b"), "METAL": ("llama-3.1-8b",), "CPU": ("llama-3.2-1b",)}
 CASES = [(target, shape, kind) for target, shapes in SHAPES.items() for shape in shapes for kind in ("float16", "Q4_K")]
 BLOCK_SIZE, NUM_BLOCKS, NUM_POSITIONS = 16, 513, 1024
@@ -93,11 +93,11 @@ def _launches(target: str, model: Model, backend: Any, bucket: str) -> Iterator[
     """The launches of a step, in order."""
     from tinyvllm.ops.gpu import attention_prefill
 
-    groups, tokens, is_decode = pool_groups(model.config.layers), BUCKETS[bucket], bucket.startswith("decode")
-    layout = StepLayout(tokens, tokens if is_decode else 8, 64, BLOCK_SIZE, num_groups=len(groups))
+    groups, tokens, kind = pool_groups(model.config.layers), BUCKETS[bucket], bucket.split()[0]
+    layout = StepLayout(tokens, 8 if kind == "prefill" else tokens, 64, BLOCK_SIZE, num_groups=len(groups))
     pool = backend.make_pool(groups, NUM_BLOCKS, BLOCK_SIZE, "float16")
     inputs = unwritten(backend, layout.size, dtypes.int)
-    step = Step(layout, inputs, pool, is_decode)
+    step = Step(layout, inputs, pool, kind == "decode", verifies=kind == "verify")
 
     def run() -> Tensor:
         logits = model(step)

@@ -451,7 +451,7 @@ class BlockManager:
             for block_hash in pool.cached_hashes():
                 pool.hide_hash(block_hash)
         if with_tiers and self._tiers is not None:
-            self._tiers.clear(with_disk=True)
+            self._tiers.clear()
 
     @property
     def num_restored(self) -> int:

@@ -137,5 +137,5 @@ class Tiers(Protocol):
     def drop(self, key: Key) -> None:
         """Forget a copy and delete it on disk: its content may be wrong."""
 
-    def clear(self, *, with_disk: bool) -> None:
+    def clear(self) -> None:
         """Forget every copy in host memory, and delete those on disk."""

@@ -218,13 +218,13 @@ class KvTiers:
         if self.disk is not None:
             self.disk.drop(key)
 
-    def clear(self, *, with_disk: bool) -> None:
+    def clear(self) -> None:
         self.host.clear()
         self._sealed.clear()
         outs, self._outs = self._outs, []
         for out in outs:
             self._abandon(out.entry)
-        if with_disk and self.disk is not None:
+        if self.disk is not None:
             self.disk.clear()
 
     def counts(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Prompt lookup: after the text's last tokens is guessed what followed their latest earlier occurrence.
+"""Prompt lookup: guesses that the text's last tokens are followed by what followed their latest earlier occurrence.
 
 It needs no model, and guesses well wherever an output repeats its prompt or itself: edits of code, summaries, answers
 with quotations, structured data (Saxena 2023, "Prompt Lookup Decoding"; vLLM's method ngram).

@@ -752,6 +752,12 @@ class EngineConfig:
             raise TinyvllmError(f"--lora-modules names {names[0]!r}, but adapters are off: give --enable-lora")
         if twice := [name for name in names if names.count(name) > 1]:
             raise TinyvllmError(f"--lora-modules names {twice[0]!r} twice: each adapter needs a name of its own")
+        own = self.served_model_name
+        if any(module.name == own and module.base_model in ("", own) for module in self.lora_modules):
+            raise TinyvllmError(
+                f"--lora-modules names {own!r}, which is the model's own name: requests could not "
+                "choose the adapter"
+            )
         if self.max_lora_rank not in LORA_RANKS:
             raise TinyvllmError(
                 f"--max-lora-rank is {self.max_lora_rank}: choose one of {', '.join(map(str, LORA_RANKS))}"

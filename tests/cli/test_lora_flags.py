@@ -39,6 +39,11 @@ def test_what_is_wrong_is_named(flags: dict[str, Any], message: str) -> None:
         EngineFlags(**flags).make_config("m")
 
 
+def test_no_adapter_has_the_name_of_the_model() -> None:
+    with pytest.raises(TinyvllmError, match="names 'm', which is the model's own name"):
+        EngineFlags(enable_lora=True, lora_modules=["m=/a"]).make_config("path", served_model_name="m")
+
+
 def test_the_terminal_s_adapter_has_slots_of_its_rank(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "mine", TinyLlama(), ("q_proj",), 4, ranks={"q_proj": 20})
     config = TerminalEngineFlags(lora=str(path)).make_config("m")

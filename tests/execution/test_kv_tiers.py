@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -433,3 +434,119 @@ def test_an_unfinished_file_of_a_writer_that_died_is_deleted(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING):
         DiskTier(tmp_path, b"d" * 16, 1 << 30, 1 << 20).close()
     assert not stale.exists() and young.exists() and not caplog.text
+
+
+def test_a_scan_that_fails_does_not_end_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: DiskTier) -> None:
+        raise PermissionError("no")
+
+    disk = DiskTier(tmp_path, b"d" * 16, 1 << 30, 1 << 20)
+    disk.wait_idle()
+    monkeypatch.setattr("tinyvllm.execution.kv_tiers.disk_tier.RESCAN_S", 0.01)
+    monkeypatch.setattr(DiskTier, "_scan", fail)
+    disk.wait_idle()  # from now on, the shorter time holds
+    end_s = time.monotonic() + 20
+    while "cannot be put in order" not in caplog.text and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert disk._thread.is_alive() and "cannot be put in order" in caplog.text
+    monkeypatch.undo()
+    disk.wait_idle()
+    disk.close()
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "remedy"),
+    [
+        (0o777, 0, "chmod go-w"),
+        (0o775, 0, "chmod go-w"),
+        (0o755, 1, "belongs to user"),
+        (0o1777, 0, ""),
+        (0o755, 0, ""),
+    ],
+)
+def test_a_root_in_which_others_could_replace_folders_is_not_used(
+    mode: int,
+    owner: int,
+    remedy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    root = tmp_path / "kv"
+    root.mkdir()
+    root.chmod(mode)
+    real_stat = os.stat
+
+    def stat_of(path: Any, **how: Any) -> os.stat_result:
+        info = real_stat(path, **how)
+        if Path(path) != root:
+            return info
+        fields = list(info)
+        fields[4] = os.getuid() + owner  # st_uid
+        return os.stat_result(fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat_of)
+        disk = DiskTier(root, b"d" * 16, 1 << 30, 1 << 20)
+    disk.close()
+    assert disk.is_usable == (not remedy) == (not caplog.text)
+    if remedy:
+        assert remedy in caplog.text and f"{mode:04o}" in caplog.text and str(root) in caplog.text
+        assert not list(root.iterdir())
+
+
+def test_a_new_root_is_private_whatever_the_umask(tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        disk = DiskTier(tmp_path / "kv", b"d" * 16, 1 << 30, 1 << 20)
+    finally:
+        os.umask(umask)
+    disk.close()
+    assert disk.is_usable and (tmp_path / "kv").stat().st_mode & 0o777 == 0o700
+
+
+def test_folders_and_files_of_others_under_the_root_are_left_alone(tmp_path: Path) -> None:
+    empty, theirs, ours = tmp_path / "mine", tmp_path / "notes", tmp_path / ("ab" * 16)
+    for folder in (empty, theirs, ours):
+        folder.mkdir()
+    files = [theirs / file_name(Key(0, b"h" * 16)), theirs / ".draft.kv.1", tmp_path / ".draft.kv.1"]
+    for path in files:
+        path.write_bytes(b"x" * 1000)
+        os.utime(path, (0, 0))
+    disk = DiskTier(tmp_path, b"d" * 16, 0, 1 << 20)
+    disk._trim()
+    disk.close()
+    assert empty.is_dir() and all(path.exists() for path in files) and not ours.exists()
+    assert disk.used_bytes == 0
+
+
+def put(disk: DiskTier, key: Key) -> bool:
+    """Whether a block could be written."""
+    results: list[bool] = []
+    disk.write(key, b"tokens", np.zeros(100, np.uint8), results.append)
+    disk.wait_idle()
+    return results[0]
+
+
+def test_a_folder_in_a_blocks_place_costs_that_block_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    disk = DiskTier(tmp_path, b"d" * 16, 1 << 30, 1 << 20)
+    taken, free, later = (Key(0, bytes([number]) * 16) for number in range(3))
+    (tmp_path / (b"d" * 16).hex() / file_name(taken)).mkdir()
+    assert not put(disk, taken) and not disk.is_paused and disk.num_failed == 1
+    assert put(disk, free) and "is not written" in caplog.text
+    with planned(Fault("tier.write", "os")):
+        assert not put(disk, later) and disk.is_paused and "No space left" in caplog.text
+    disk.close()
+
+
+def test_what_was_to_be_written_before_a_reset_is_forgotten_with_the_rest(tmp_path: Path) -> None:
+    disk = DiskTier(tmp_path, b"d" * 16, 1 << 30, 1 << 20)
+    gate, key = threading.Event(), Key(0, b"h" * 16)
+    disk.write(key, b"tokens", np.zeros(100, np.uint8), lambda is_written: None, lambda: (gate.wait(20), None)[1])
+    disk.clear()
+    gate.set()
+    disk.wait_idle()
+    assert not disk.has(key) and not list(tmp_path.rglob("*.kv")) and disk.used_bytes == 0
+    disk.close()

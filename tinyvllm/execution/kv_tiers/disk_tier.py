@@ -7,9 +7,11 @@ finds that all of them together exceed the limit deletes the files that were use
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import queue
+import re
 import stat
 import threading
 import time
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from tinyvllm.config import usable_cores
 from tinyvllm.errors import CacheError
-from tinyvllm.execution.kv_tiers.files import SUFFIX, Block, key_of, read_block, write_block
+from tinyvllm.execution.kv_tiers.files import Block, is_unfinished, key_of, read_block, write_block
 from tinyvllm.faults import reach
 from tinyvllm.scheduling.tiers import Key
 
@@ -35,6 +37,9 @@ PAUSE_S = 30.0  # after a failure to write
 TRIMMED = 0.9  # of the limit that is left after deleting
 STALE_S = 3600.0  # age of an unfinished file whose writer must be dead
 CLOSE_S = 10.0  # how long the end of the server waits for blocks to be written
+FOLDER_NAME = re.compile("[0-9a-f]{32}")  # of a model and format
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+NAME_TAKEN = frozenset({errno.EISDIR, errno.ELOOP})  # by a folder or a link: other blocks can be written
 
 Done = Callable[[bool], None]  # called on another thread: whether it succeeded
 
@@ -51,8 +56,8 @@ class DiskTier:
     """Owns the folder of one model and format within `root`."""
 
     def __init__(self, root: Path, digest: bytes, max_bytes: int, max_queued_bytes: int) -> None:
-        """max_bytes: of all files under `root`. max_queued_bytes: of copies that wait to be written. Never raises: an
-        unusable folder is logged, and nothing is read or written."""
+        """max_bytes: of all models' files under `root`. max_queued_bytes: of copies that wait to be written. Never
+        raises: an unusable folder is logged, and nothing is read or written."""
         self._root, self._digest = root, digest
         self._folder = root / digest.hex()
         self.max_bytes, self._max_queued_bytes = max_bytes, max_queued_bytes
@@ -63,8 +68,8 @@ class DiskTier:
         self._jobs: queue.SimpleQueue[_Write | Callable[[], None] | None] = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(min(MAX_READERS, usable_cores()), thread_name_prefix="tinyvllm-kv-read")
         self._lock = threading.Lock()
-        self._paused_until_s, self._has_warned = 0.0, False
-        self._scanned_s = 0.0
+        self._paused_until_s = 0.0
+        self._warned: set[str] = set()  # messages that have been logged
         self.is_usable = self._open()
         self._thread = threading.Thread(target=self._run, name="tinyvllm-kv-write", daemon=True)
         self._thread.start()
@@ -130,8 +135,7 @@ class DiskTier:
             try:
                 job = self._jobs.get(timeout=RESCAN_S)
             except queue.Empty:
-                self._scan()
-                continue
+                job = self._scan
             if job is None:
                 return
             if isinstance(job, _Write):
@@ -153,10 +157,17 @@ class DiskTier:
                 is_written = True
                 if self.used_bytes > self.max_bytes:
                     self._trim()
-        except Exception as error:
+        except (OSError, CacheError) as error:
             self.num_failed += 1
-            self._paused_until_s = time.monotonic() + PAUSE_S
-            self._warn("KV blocks cannot be written to %s: %s. Trying again every %.0f s", self._folder, error, PAUSE_S)
+            if isinstance(error, OSError) and error.errno in NAME_TAKEN:
+                self._warn("a KV block is not written to %s: %s", self._folder, error)
+            else:
+                self._paused_until_s = time.monotonic() + PAUSE_S
+                message = "KV blocks cannot be written to %s: %s. Trying again every %.0f s"
+                self._warn(message, self._folder, error, PAUSE_S)
+        except Exception as error:  # of the device, or memory: other blocks may succeed
+            self.num_failed += 1
+            self._warn("a KV block is not written to %s: %s", self._folder, error or type(error).__name__)
         finally:
             with self._lock:
                 self.queued_bytes -= job.data.nbytes
@@ -191,10 +202,10 @@ class DiskTier:
             done(is_read)
 
     def _warn(self, message: str, *values: object) -> None:
-        """Log a failure, once: on a full disk, each of many blocks fails."""
-        if not self._has_warned:
+        """Log a kind of failure once: on a full disk, each of many blocks fails."""
+        if message not in self._warned:
             logger.warning(message, *values)
-        self._has_warned = True
+        self._warned.add(message)
 
     def _open(self) -> bool:
         try:
@@ -202,16 +213,21 @@ class DiskTier:
             self._make_folder()
             self._scan()
         except (OSError, CacheError, MemoryError, RuntimeError) as error:
-            logger.warning("KV blocks are not kept on disk: %s cannot be used: %s", self._folder, error)
+            logger.warning("KV blocks are not kept on disk: %s cannot be used: %s", self._root, error)
             return False
         return True
 
     def _make_folder(self) -> None:
-        """Raises OSError, and CacheError if others can write the folder."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Raises OSError, and CacheError if others can write the folder or put another in its place."""
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_root(self._root)
+        self._folder.mkdir(mode=0o700, exist_ok=True)
         info = os.lstat(self._folder)
-        if info.st_uid != os.getuid() or stat.S_ISLNK(info.st_mode) or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise CacheError("it must be a folder of this user that nobody else can write")
+        if info.st_uid != os.getuid() or stat.S_ISLNK(info.st_mode) or info.st_mode & WRITABLE_BY_OTHERS:
+            raise CacheError(
+                f"{self._folder} (owner {info.st_uid}, mode {stat.S_IMODE(info.st_mode):04o}) must be a folder of this "
+                f"user that nobody else can write: delete it, or choose another --kv-disk-cache"
+            )
 
     def _scan(self) -> None:
         """Learn which files there are, those of other servers included."""
@@ -237,8 +253,8 @@ class DiskTier:
             if path.parent == self._folder and (key := key_of(path.name)) is not None:
                 self._known.pop(key, None)
         self.used_bytes = total
-        for folder in self._root.iterdir():
-            with contextlib.suppress(OSError):  # not empty, or not a folder
+        for folder in _folders(self._root):
+            with contextlib.suppress(OSError):  # not empty
                 if folder != self._folder:
                     folder.rmdir()
 
@@ -248,22 +264,51 @@ class DiskTier:
             (self._folder / Block(self._digest, key, b"").name).unlink()
 
     def _delete_all(self) -> None:
-        for path, info in _files(self._folder):
+        for path, info in _files_of(self._folder):
             with contextlib.suppress(OSError):
                 path.unlink()
                 self.used_bytes -= info.st_size
+        self._known = {}  # again: a write or a scan under way when `clear` was called has added to it
+
+
+def _check_root(root: Path) -> None:
+    """Raises CacheError if another user could move a model's folder away and put files of their own in its place, which
+    a checksum would not reveal."""
+    info = os.stat(root)  # of the target, if it is a link
+    mode = stat.S_IMODE(info.st_mode)
+    if info.st_uid not in (0, os.getuid()):
+        raise CacheError(
+            f"{root} (mode {mode:04o}) belongs to user {info.st_uid}, who could replace the files in it: choose a "
+            "--kv-disk-cache that belongs to you or to root"
+        )
+    if mode & WRITABLE_BY_OTHERS and not mode & stat.S_ISVTX:
+        raise CacheError(
+            f"{root} has mode {mode:04o}, so other users could replace the files in it: chmod go-w {root}, or "
+            f"chmod +t {root} if several users share it"
+        )
+
+
+def _folders(root: Path) -> list[Path]:
+    """The folders of this tier under a root, whatever the model. Others are left alone."""
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
+        return [Path(one) for one in entries if FOLDER_NAME.fullmatch(one.name) and one.is_dir(follow_symlinks=False)]
+    return []
 
 
 def _files(root: Path) -> list[tuple[Path, os.stat_result]]:
-    """The files of this tier under a folder, whatever the model. Unfinished ones are deleted if they are old."""
+    """The files of this tier under a root, whatever the model."""
+    return [file for folder in _folders(root) for file in _files_of(folder)]
+
+
+def _files_of(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    """The files of this tier in a model's folder. Unfinished ones are deleted if they are old."""
     found = []
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = Path(folder, name)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
             with contextlib.suppress(OSError):
-                info = os.lstat(path)
-                if name.startswith(".") and SUFFIX in name and time.time() - info.st_mtime > STALE_S:
-                    path.unlink()
-                elif key_of(name) is not None:
-                    found.append((path, info))
+                info = entry.stat(follow_symlinks=False)
+                if is_unfinished(entry.name) and time.time() - info.st_mtime > STALE_S:
+                    os.unlink(entry)
+                elif key_of(entry.name) is not None and not entry.is_dir(follow_symlinks=False):
+                    found.append((Path(entry), info))
     return found

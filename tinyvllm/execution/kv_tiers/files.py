@@ -62,6 +62,12 @@ def key_of(name: str) -> Key | None:
         return None
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether it is the name of a block's file that is being written."""
+    begun, _, process = name.rpartition(".")
+    return begun.startswith(".") and process.isdecimal() and key_of(begun[1:]) is not None
+
+
 def write_block(folder: Path, block: Block, data: NDArray[np.uint8]) -> int:
     """Write a block's file, which appears complete. Returns its size. Raises OSError."""
     temporary = folder / f".{block.name}.{os.getpid()}"

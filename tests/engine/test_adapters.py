@@ -4,6 +4,7 @@ Expected: data/adapter_reference.json, which write_adapter_reference.py makes.""
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.engine.write_qwen3_reference import NUMBERS
 from tests.engine.write_qwen3_reference import OUTPUT as BASE_OUTPUT
 from tinyvllm import LLM, LoRARequest, SamplingParams
 from tinyvllm.errors import RequestError
+from tinyvllm.execution.adapters import AdapterTable
 
 ENGINE: dict[str, Any] = {
     "max_model_len": 128,
@@ -112,9 +114,38 @@ def test_an_adapter_whose_files_are_gone_costs_nobody_else(
     (folder / first).rename(folder / "moved")
     with pytest.raises(RequestError, match="have changed since it was loaded, or are gone: load it again"):
         llm.generate("a", GREEDY, lora_request=LoRARequest(first))
-    # they vanish after a request was admitted: its step fails, and no other one
+    # they vanish after a request was taken: it ends, and its batch goes on
     monkeypatch.setattr("tinyvllm.execution.adapters.AdapterTable.require", lambda *_: None)
+    num_failed = llm.stats.extra["num_failed_steps"]
     for _ in range(4):  # one more than the failures in a row that end an engine
-        (failed,) = llm.generate("a", GREEDY, lora_request=LoRARequest(first))
+        prompts, loras = ["a", cases[BASE]["prompt"]], [LoRARequest(first), None]
+        failed, whole = llm.generate(prompts, GREEDY, lora_request=loras)
         assert failed.outputs[0].finish_reason == "error"
-        check(llm.generate(cases[BASE]["prompt"], GREEDY)[0], cases[BASE])
+        check(whole, cases[BASE])
+    assert llm.stats.extra["num_failed_steps"] == num_failed
+    (folder / "moved").rename(folder / first)
+    check(llm.generate(cases[first]["prompt"], GREEDY, lora_request=LoRARequest(first))[0], cases[first])
+
+
+def test_steps_go_on_while_an_adapter_is_read_again(llm: LLM, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {case["adapter"]: case for case in read_cases()}
+    first, *others = ADAPTERS
+    for name in (first, *others):  # the first is no longer in host memory
+        check(llm.generate(cases[name]["prompt"], GREEDY, lora_request=request_of(folder, cases[name]))[0], cases[name])
+    num_steps, read = llm.stats.extra["num_steps"], AdapterTable.read
+    passed = []
+
+    def read_slowly(table: AdapterTable, path: str) -> Any:
+        end_s = time.monotonic() + 20
+        while llm.stats.extra["num_steps"] < num_steps + NUM_STEPS and time.monotonic() < end_s:
+            time.sleep(1e-3)
+        passed.append(llm.stats.extra["num_steps"] - num_steps)
+        return read(table, path)
+
+    monkeypatch.setattr(AdapterTable, "read", read_slowly)
+    chosen = [cases[first], cases[BASE]]
+    loras = [LoRARequest(first), None]
+    outputs = llm.generate([case["prompt"] for case in chosen], GREEDY, lora_request=loras)
+    for output, case in zip(outputs, chosen, strict=True):
+        check(output, case)
+    assert passed == [NUM_STEPS]  # the other request ran to its end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Collection
 
 import pytest
 
@@ -37,6 +38,35 @@ def test_an_unloaded_adapter_frees_its_slot_once_nobody_holds_it() -> None:
     assert slots.acquire("b") == 1 and slots.take_writes() == (SlotWrite(1, "b"),)
     with pytest.raises(InvariantError, match="adapter a is released more often"):
         slots.release("a")
+
+
+class SlowHost:
+    """Host memory in which an adapter is once `arrived` has it."""
+
+    def __init__(self) -> None:
+        self.arrived: set[str] = set()
+        self.asked: list[tuple[str, set[str]]] = []
+
+    def fetch(self, key: str, held: Collection[str]) -> bool:
+        self.asked.append((key, set(held)))
+        return key in self.arrived
+
+
+def test_a_slot_is_taken_once_its_adapter_has_been_read() -> None:
+    host = SlowHost()
+    slots = AdapterSlots(2, host)
+    assert slots.acquire("a") is None and slots.is_reading and slots.take_writes() == () and not slots.held
+    host.arrived.add("a")
+    slots.begin_step()
+    assert slots.acquire("a") == 1 and not slots.is_reading
+    assert slots.acquire("b") is None and host.asked[-1] == ("b", {"a"})
+    host.arrived |= {"b", "c"}
+    assert slots.acquire("b") == 2
+    slots.release("b")  # before it was written: its matrices may leave host memory now
+    assert slots.take_writes() == (SlotWrite(1, "a"),)
+    assert slots.acquire("c") == 2 and slots.take_writes() == (SlotWrite(2, "c"),)
+    slots.begin_step()
+    assert slots.acquire("d") is None and not slots.is_reading and host.asked[-1][0] == "c"  # all slots are held
 
 
 def test_no_slot_is_written_while_it_is_held_and_each_use_follows_its_write() -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from tinyvllm.config import LoRARequest
 from tinyvllm.errors import ModelError, RequestError
 from tinyvllm.scheduling.adapter_slots import AdapterInfo
-from tinyvllm.scheduling.request import Status
+from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import Scheduler
 
 READ_S = 120.0  # how long a client waits for an adapter to be read
@@ -34,7 +34,9 @@ class Adapters(Protocol):
     def read(self, path: str) -> Any:
         """An adapter's matrices. May be called on any thread. Raises ModelError."""
 
-    def add(self, name: str, path: str, weights: Any, *, replaces: bool = False) -> AdapterInfo:
+    def add(
+        self, name: str, path: str, weights: Any, *, replaces: bool = False, held: Collection[str] = ()
+    ) -> AdapterInfo:
         """Raises RequestError if the name is taken and may not be replaced."""
 
     def remove(self, name: str) -> AdapterInfo:
@@ -44,6 +46,15 @@ class Adapters(Protocol):
 
     def require(self, key: str) -> None:
         """Raise RequestError if no loaded adapter has this key."""
+
+    def fetch(self, key: str, held: Collection[str]) -> bool:
+        """Whether an adapter is in host memory. If not, begins to read it."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until what is read has been read."""
+
+    def take_failures(self) -> dict[str, str]:
+        """Why adapters could not be read again, by key, since the last call."""
 
 
 class EngineAdapters:
@@ -61,7 +72,9 @@ class EngineAdapters:
 
     def add(self, name: str, path: str, weights: Any, *, replaces: bool = False) -> AdapterInfo:
         """Make an adapter known by a name. Raises RequestError if the name is taken and may not be replaced."""
-        info = self._table.add(name, path, weights, replaces=replaces)
+        slots = self._scheduler.adapters
+        held = () if slots is None else slots.held
+        info = self._table.add(name, path, weights, replaces=replaces, held=held)
         self._drop_unused()
         return info
 
@@ -74,6 +87,19 @@ class EngineAdapters:
     def require(self, key: str) -> None:
         """Raise RequestError if no loaded adapter has this key."""
         self._table.require(key)
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the adapter that is being read for a request has been read."""
+        self._table.wait(timeout_s)
+
+    def take_unreadable(self) -> list[tuple[Request, str]]:
+        """The requests whose adapter could not be read again since the last call, and why."""
+        failures = self._table.take_failures()
+        if not failures:
+            return []
+        return [
+            (request, failures[request.adapter]) for request in self._scheduler.requests if request.adapter in failures
+        ]
 
     @property
     def infos(self) -> list[AdapterInfo]:

@@ -44,7 +44,7 @@ MAX_CONSECUTIVE_FAILURES = 3  # one may be caused by its batch; this many in a r
 
 # since start; padded rows are the rows of a graph beyond its step's tokens
 COUNTERS = ("num_steps", "num_failed_steps", "num_computed_tokens", "num_padded_rows", "num_output_tokens")
-FETCH_POLL_S = 2e-3  # how long a step waits for the disk if no request can run before
+FETCH_POLL_S = 2e-3  # how long a step waits for the disk, or for an adapter's files, if no request can run before
 MAX_IN_FLIGHT = 2  # one that runs, and the next
 
 logger = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ class EngineCore:
             return self._step(span)
 
     def _step(self, span: measure.OpenSpan | measure.Nothing) -> list[TokenOut]:
-        outs: list[TokenOut] = []
+        outs = self._end_unreadable()
         self.clock.mark(LOOP)
         try:
             self._collect_for_drafts(outs)
@@ -262,8 +262,8 @@ class EngineCore:
             return outs + self._fail(self.scheduler.requests, error)
         schedule_s = self.clock.mark(SCHEDULE)
         if plan is None and not self._in_flight:
-            if self._tiers is not None and self.scheduler.is_fetching:
-                self._tiers.poll(FETCH_POLL_S)
+            if self.scheduler.is_fetching:
+                self._wait_for_files()
             return outs
         if measure.is_on():
             span.tell(**_facts(plan or self._in_flight[0].plan))
@@ -277,6 +277,24 @@ class EngineCore:
         if not self.has_work:
             self.flush_tiers()
         return outs
+
+    def _end_unreadable(self) -> list[TokenOut]:
+        """End the requests whose adapter could not be read again. None of them runs."""
+        outs = []
+        for request, reason in [] if self.adapters is None else self.adapters.take_unreadable():
+            logger.error("request %s ends, because its adapter cannot be read again: %s", request.request_id, reason)
+            self.scheduler.finish(request, "error", error=f"the adapter cannot be read again: {reason}")
+            outs.append(TokenOut(request, token_id=None, finish_reason="error"))
+        if outs:
+            self._publish(self.stats)
+        return outs
+
+    def _wait_for_files(self) -> None:
+        """Wait a moment for blocks or for an adapter, without which nothing can run."""
+        if self._tiers is not None:
+            self._tiers.poll(FETCH_POLL_S)
+        elif self.adapters is not None:
+            self.adapters.wait(FETCH_POLL_S)
 
     @property
     def has_backlog(self) -> bool:

@@ -181,7 +181,7 @@ def assemble_engine(
     if drafter is not None and config.speculative_config is not None:
         rule = make_rule(config.speculative_config, drafter, runner.verify_sizes)
         speculator = Speculator(drafter, rule, config.speculative_config.num_drafts)
-    slots = None if adapters is None else AdapterSlots(config.max_loras)
+    slots = None if adapters is None else AdapterSlots(config.max_loras, adapters)
     scheduler = Scheduler(block_manager, capacity, config.scheduling_policy, name, pace, speculator, slots)
     text = Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=generation_defaults)
     loaded = text.for_callers(runner.model_config, capacity, config.seed)

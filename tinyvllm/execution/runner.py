@@ -410,6 +410,8 @@ class ModelRunner:
         for other in self.closed_with:
             other.close()
         self.closed_with.clear()
+        if self.adapters is not None:
+            self.adapters.close()
         self.captures.clear()
         self.pool.clear()
 

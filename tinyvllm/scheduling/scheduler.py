@@ -223,6 +223,8 @@ class Scheduler:
             self._queue_fetched()
         if self._states is not None:
             self._states.begin_step()
+        if self.adapters is not None:
+            self.adapters.begin_step()
         entries: list[Scheduled] = []
         preempted: list[Request] = []
         budget = self._continue_running(entries, preempted)
@@ -230,7 +232,7 @@ class Scheduler:
         if not preempted:  # otherwise the pool has just run out
             self._admit_waiting(entries, budget)
         if not entries:
-            if self._fetching or any(request.num_in_flight for request in self._requests.values()):
+            if self.is_fetching or any(request.num_in_flight for request in self._requests.values()):
                 return None
             raise InvariantError(
                 f"nothing can be scheduled: {self.num_running} running, {self.num_waiting} waiting, "
@@ -466,8 +468,8 @@ class Scheduler:
             self._queue(request)
 
     def _hold_slot(self, request: Request, *, is_first: bool) -> bool:
-        """Have a request hold the slot of its adapter, if it has one. False if all slots are held by others. While a
-        request waits for one, only requests without adapters pass it, so that none waits forever."""
+        """Have a request hold the slot of its adapter, if it has one. False if all slots are held by others, or while
+        the adapter is read. While a request waits, only requests without adapters pass it: none waits forever."""
         if not request.adapter:
             return True
         slot = self.adapters.acquire(request.adapter) if self.adapters is not None and is_first else None
@@ -508,7 +510,7 @@ class Scheduler:
     @property
     def is_fetching(self) -> bool:
         """Whether requests wait for the disk, and may be all that there is."""
-        return bool(self._fetching)
+        return bool(self._fetching) or (self.adapters is not None and self.adapters.is_reading)
 
     def _queue_fetched(self) -> None:
         """Queue the requests for which the disk has nothing more to give. They keep their rank."""

@@ -26,6 +26,7 @@ MAX_STOP_CHARS = 8192  # of all stop strings together
 MAX_BAD_WORDS = 256
 MAX_BAD_WORDS_CHARS = 16_384  # of all together, each of which is encoded twice: 30 ms
 MAX_TIER_GIB = 1 << 20  # of KV blocks outside the pool
+DEFAULT_KV_DISK_GIB = 16.0
 MAX_CHOICES = 128  # upper limit of `n`
 # The least positive setting: divided by a smaller one, logits overflow in float32, and below 1e-45 it would be 0 there.
 MIN_POSITIVE = 1e-30
@@ -689,7 +690,7 @@ class EngineConfig:
     # GiB of host memory for cached blocks that fall out of the pool; None: none
     kv_offloading_size: float | None = None
     kv_disk_cache: str | None = None  # a folder for cached blocks, which a restart finds; None: none
-    kv_disk_size: float = 16.0  # GiB of all files in it
+    kv_disk_size: float | None = None  # GiB of all files in it; None: DEFAULT_KV_DISK_GIB
     scheduling_policy: str = "fcfs"  # or "priority": lower numbers first
     # a step that decodes takes at most this many times as long as without prompts, whose chunks are chosen by measured
     # times; 0: no limit
@@ -775,10 +776,20 @@ class EngineConfig:
         """Whether blocks that fall out of the pool are kept elsewhere."""
         return bool(self.kv_offloading_size) or self.kv_disk_cache is not None
 
+    @property
+    def kv_disk_bytes(self) -> int:
+        """Of all files in `kv_disk_cache`, at most."""
+        return int((DEFAULT_KV_DISK_GIB if self.kv_disk_size is None else self.kv_disk_size) * (1 << 30))
+
     def _check_tiers(self) -> None:
         for flag, value in (("kv-offloading-size", self.kv_offloading_size), ("kv-disk-size", self.kv_disk_size)):
             if value is not None and not 0.0 <= value <= MAX_TIER_GIB:
                 raise TinyvllmError(f"--{flag} is {value}: give between 0 and {MAX_TIER_GIB} GiB")
+        if self.kv_disk_size is not None and self.kv_disk_cache is None:
+            raise TinyvllmError(
+                f"--kv-disk-size is {self.kv_disk_size:g}, but there is no folder that it limits: name one with "
+                "--kv-disk-cache, or leave it out"
+            )
         if self.has_kv_tiers and not self.enable_prefix_caching:
             flag = "--kv-offloading-size" if self.kv_offloading_size else "--kv-disk-cache"
             raise TinyvllmError(f"{flag} keeps cached prefixes: leave out --no-enable-prefix-caching")

@@ -15,8 +15,8 @@ import pytest
 from tests.execution.tiered import TieredFlights, TieredRunner, attach, make_rows, make_tiers
 from tests.scheduling.fakes import FakeRunner, make_request, make_scheduler, run_alone
 from tests.scheduling.test_properties import Traffic, check_traffic
-from tinyvllm.config import BlockGroup, ModelFiles
-from tinyvllm.errors import CacheError
+from tinyvllm.config import BlockGroup, EngineConfig, ModelFiles
+from tinyvllm.errors import CacheError, TinyvllmError
 from tinyvllm.execution.kv_tiers.disk_tier import DiskTier
 from tinyvllm.execution.kv_tiers.files import Block, file_name, key_of, read_block, write_block
 from tinyvllm.execution.kv_tiers.host_tier import HostTier, divide_rows
@@ -550,3 +550,10 @@ def test_what_was_to_be_written_before_a_reset_is_forgotten_with_the_rest(tmp_pa
     disk.wait_idle()
     assert not disk.has(key) and not list(tmp_path.rglob("*.kv")) and disk.used_bytes == 0
     disk.close()
+
+
+def test_a_limit_of_the_disk_without_a_folder_is_refused() -> None:
+    with pytest.raises(TinyvllmError, match=r"--kv-disk-size is 50, .* name one with --kv-disk-cache"):
+        EngineConfig("m", kv_offloading_size=1.0, kv_disk_size=50.0)
+    assert EngineConfig("m", kv_disk_cache="kv").kv_disk_bytes == 16 << 30
+    assert EngineConfig("m", kv_disk_cache="kv", kv_disk_size=0.5).kv_disk_bytes == 1 << 29

@@ -17,6 +17,7 @@ from tinyvllm.config import (
     CACHE_DIR_VARIABLE,
     CAPTURE_VARIABLE,
     CORES_VARIABLE,
+    DEFAULT_KV_DISK_GIB,
     DEVICE_VARIABLE,
     DTYPES,
     KV_FORMATS,
@@ -246,9 +247,14 @@ class EngineFlags(RunnerFlags):
         ),
     ] = None
     kv_disk_size: Annotated[
-        float,
-        Option(metavar="GIB", help="Maximum size of --kv-disk-cache; the files used least recently are deleted."),
-    ] = _STANDARD.kv_disk_size
+        float | None,
+        Option(
+            metavar="GIB",
+            help="Maximum size of --kv-disk-cache; the files used least recently are deleted. "
+            f"[default: {DEFAULT_KV_DISK_GIB:g}]",
+            show_default=False,
+        ),
+    ] = None
     scheduling_policy: Annotated[
         str,
         Option(

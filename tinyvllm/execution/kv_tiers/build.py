@@ -61,7 +61,7 @@ def make_tiers(config: EngineConfig, runner: ModelRunner, files: ModelFiles) -> 
     if config.kv_disk_cache is not None and weights is not None:
         digest = _digest(model, backend, capacity, planes, weights)
         max_queued_bytes = min(MAX_QUEUED_BYTES, host_bytes // 2)
-        disk = DiskTier(Path(config.kv_disk_cache), digest, int(config.kv_disk_size * GIB), max_queued_bytes)
+        disk = DiskTier(Path(config.kv_disk_cache), digest, config.kv_disk_bytes, max_queued_bytes)
     _log(keeps_evicted, host, disk, capacity, sizes)
     tiers = KvTiers(copies, sizes, host, disk, keeps_evicted=keeps_evicted, wait=device.wait)
     runner.closed_with.append(tiers)

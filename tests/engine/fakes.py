@@ -16,6 +16,7 @@ from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.loading import LoadedEngine, Progress, assemble_engine
 from tinyvllm.engine.output import Delta
 from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.tiers import Tiers
 from tinyvllm.text.chat import ChatTemplate, load_chat_template
 from tinyvllm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -85,13 +86,17 @@ def say(*answers: str | bytes) -> Callable[[Request, int], int]:
 
 
 def make_loaded(
-    runner: FakeModelRunner | None = None, defaults: GenerationDefaults | None = None, **config: Any
+    runner: FakeModelRunner | None = None,
+    defaults: GenerationDefaults | None = None,
+    tiers: Tiers | None = None,
+    **config: Any,
 ) -> LoadedEngine:
     return assemble_engine(
         EngineConfig("tiny", **config),
         runner or FakeModelRunner(),
         *load_text(),
         defaults or GenerationDefaults(),
+        tiers=tiers,
     )
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.fakes import FakeModelRunner, join, load_text, make_loaded, say
+from tests.execution.tiered import make_tiers
 from tests.scheduling.fakes import make_request, run_alone
 from tinyvllm.config import EngineConfig, GenerationDefaults, GrammarSpec, SamplingParams
 from tinyvllm.engine import process_host
@@ -25,6 +26,7 @@ from tinyvllm.engine.messages import Batch, Output, decode_for_client, encode_me
 from tinyvllm.engine.output import Delta
 from tinyvllm.engine.process_host import Endpoint, ProcessHost
 from tinyvllm.errors import DeviceError, EngineDeadError, RequestError
+from tinyvllm.execution.kv_tiers.tiers import KvTiers
 from tinyvllm.scheduling.plan import StepStats, count_step
 from tinyvllm.scheduling.request import TokenLogprobs
 from tinyvllm.scheduling.tiers import COUNTS as TIER_COUNTS
@@ -40,6 +42,7 @@ class Engines:
         self.endpoints: list[Endpoint] = []
         self.servers: list[EngineServer] = []
         self.runners: list[FakeModelRunner] = []
+        self.tiers: dict[int, KvTiers] = {}  # by engine, if it has any
         self.config = EngineConfig(model)
         self._directory = directory
         self._threads: list[threading.Thread] = []
@@ -55,7 +58,7 @@ class Engines:
 
     def _serve(self, number: int) -> None:
         def load(config: EngineConfig, progress: object) -> LoadedEngine:
-            return make_loaded(self.runners[number])
+            return make_loaded(self.runners[number], tiers=self.tiers.get(number))
 
         self.servers[number].run(lambda *report: None, lambda engine: None, load)
 
@@ -242,6 +245,52 @@ async def test_a_conversation_stays_with_the_engine_that_has_its_prefix(engines:
     expected = sum(9 * ((17 + turn * 17 - 1) // 4 * 4) for turn in range(1, 6))
     found = totals.prefix_hits
     assert found >= 0.9 * (expected - 9 * 5 * 17), (found, totals.prefix_queries)
+
+
+async def test_a_reset_reaches_the_tiers_of_all_engines_that_share_a_folder(engines: Engines, tmp_path: Path) -> None:
+    folder = tmp_path / "kv"
+    for number in range(2):
+        runner = FakeModelRunner(max_num_seqs=2, max_model_len=4096, num_blocks=2000)
+        engines.tiers[number] = make_tiers(runner, folder=folder)
+        engines.add(runner)
+    prompts = [bytes([number]) * 41 for number in range(4)]
+
+    def num_files() -> int:
+        return len(list(folder.rglob("*.kv")))
+
+    async def found(engine: AsyncEngine) -> list[int]:
+        """Of all prompts together: the most tokens that an engine has in its pool, and there or on disk."""
+        places = [max(await engine.look_up_prefix(list(prompt))) for prompt in prompts]
+        return [sum(place[depth] for place in places) for depth in (0, 2)]
+
+    async def all_written() -> None:
+        for tiers in engines.tiers.values():
+            assert tiers.disk is not None
+            await asyncio.to_thread(tiers.disk.wait_idle)
+
+    async with connected(engines) as engine:
+        await until(lambda: all(line.is_ready for line in host_of(engine)._lines))
+        first = await asyncio.gather(*(read(engine, prompt, GREEDY, f"a{prompt[0]}") for prompt in prompts))
+        assert all(one.extra["num_steps"] > 0 for one in engine.engine_stats()), "both engines have their share"
+        await until(lambda: num_files() >= 4 * 10)
+        await all_written()
+        assert await found(engine) == [4 * 40, 4 * 40]
+        await engine.reset_prefix_cache()
+        assert await found(engine) == [0, 4 * 40] and num_files() >= 4 * 10
+        stream = engine.generate(list(prompts[0]), LONG, request_id="runs on")  # its blocks are written meanwhile
+        begun = [await anext(stream)]
+        await engine.reset_prefix_cache(reset_external=True)
+        assert await found(engine) == [0, 0]
+        running = join(begun + [delta async for delta in stream])
+        assert running.token_ids[:8] == first[0].token_ids
+        await all_written()
+        assert await found(engine) == [0, 0] and (await engine.audit())[0]["requests"] == 0
+        again = await asyncio.gather(*(read(engine, prompt, GREEDY, f"b{prompt[0]}") for prompt in prompts))
+        assert [delta.token_ids for delta in again] == [delta.token_ids for delta in first]
+        assert not any(delta.num_cached_tokens for delta in again)
+        assert all(one.extra["tier_failures"] == 0 for one in engine.engine_stats())
+    for tiers in engines.tiers.values():
+        tiers.close()
 
 
 async def test_calls_of_a_dead_engine_run_elsewhere_unless_they_have_output(engines: Engines) -> None:

@@ -26,6 +26,7 @@ from tinyvllm.engine.messages import Batch, Output, decode_for_client, encode_me
 from tinyvllm.engine.output import Delta
 from tinyvllm.engine.process_host import Endpoint, ProcessHost
 from tinyvllm.errors import DeviceError, EngineDeadError, RequestError
+from tinyvllm.execution.kv_tiers.rates import Rates
 from tinyvllm.execution.kv_tiers.tiers import KvTiers
 from tinyvllm.scheduling.plan import StepStats, count_step
 from tinyvllm.scheduling.request import TokenLogprobs
@@ -245,6 +246,34 @@ async def test_a_conversation_stays_with_the_engine_that_has_its_prefix(engines:
     expected = sum(9 * ((17 + turn * 17 - 1) // 4 * 4) for turn in range(1, 6))
     found = totals.prefix_hits
     assert found >= 0.9 * (expected - 9 * 5 * 17), (found, totals.prefix_queries)
+
+
+async def test_prompt_tokens_from_a_tier_are_counted_apart(
+    engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rates, "pays", lambda *arguments: True)
+    runner = FakeModelRunner(num_blocks=200)
+    engines.tiers[0] = make_tiers(runner, folder=tmp_path / "kv")
+    engines.add(runner)
+    async with connected(engines) as engine:
+        await read(engine, b"p" * 41, GREEDY, "first")
+        await until(lambda: len(list((tmp_path / "kv").rglob("*.kv"))) >= 10)
+        assert engines.tiers[0].disk is not None
+        await asyncio.to_thread(engines.tiers[0].disk.wait_idle)
+        await engine.reset_prefix_cache()
+        counted = []
+        for number in range(2):
+            delta = await read(engine, b"p" * 41, GREEDY, f"again{number}")
+            assert delta.timing is not None
+            counted.append((delta.num_cached_tokens, delta.timing.num_restored_tokens))
+        assert counted == [(40, 40), (40, 0)], "from disk, and then in the pool"
+        queries = engine.engine_stats()[0].extra["tier_queries"]
+        scored = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        await engine.reset_prefix_cache()
+        await read(engine, b"p" * 41, GREEDY, "restored")
+        await read(engine, b"p" * 41, scored, "computed whole")
+        assert engine.engine_stats()[0].extra["tier_queries"] == queries + 41 + 41
+    engines.tiers[0].close()
 
 
 async def test_a_reset_reaches_the_tiers_of_all_engines_that_share_a_folder(engines: Engines, tmp_path: Path) -> None:

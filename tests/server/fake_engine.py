@@ -177,6 +177,7 @@ class FakeEngine:
     hang_before: bool = False  # a request waits forever before its first delta
     hang_after: int | None = None  # after this many characters, a request waits forever
     fail_after: int | None = None  # after this many characters, the step fails
+    first_timing: Timing | None = None  # with the first delta of a choice
     fail_text: str = "the step failed: logits are not finite"  # the reason of that
     abort_after: int | None = None  # after this many characters, the request is aborted
     refuse: Exception | None = None  # raised before the first delta
@@ -381,7 +382,7 @@ class FakeEngine:
             num_cached_tokens=num_cached_tokens,
             num_output_tokens=position,
             error=error,
-            timing=None if finish is None else TIMING,
+            timing=TIMING if finish is not None else None if position else self.first_timing,
             prompt_logprobs=_score(prompt_ids, params.prompt_logprobs) if position == index == 0 else None,
         )
 

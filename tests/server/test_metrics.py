@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.client import client_of
-from tests.server.fake_engine import FakeEngine, serving
+from tests.server.fake_engine import TIMING, FakeEngine, serving
 from tinyvllm.config import MAX_SPECULATIVE_TOKENS, BlockGroup, EngineConfig, MemoryUse
 from tinyvllm.scheduling.plan import StepStats, count_step
 from tinyvllm.server.app import make_app
@@ -222,6 +222,17 @@ async def test_times_and_sizes_of_a_request_are_counted() -> None:
     assert value_of(families, "vllm:prompt_tokens_cached_total") == 4
     assert value_of(families, "vllm:prompt_tokens_by_source_total", source="local_compute") == 2
     assert value_of(families, "vllm:prompt_tokens_by_source_total", source="local_cache_hit") == 4
+    assert value_of(families, "vllm:prompt_tokens_by_source_total", source="external_kv_transfer") == 0
+
+
+async def test_prompt_tokens_from_host_memory_or_disk_have_a_source_of_their_own() -> None:
+    engine = FakeEngine(reply="abc", first_timing=replace(TIMING, num_restored_tokens=3))
+    async with client_of(engine) as client:
+        await client.post("/v1/completions", json={"prompt": "xxxxxx", "n": 2})
+        families = await scrape(client)
+    sources = {"local_compute": 2, "local_cache_hit": 1, "external_kv_transfer": 3}
+    for source, count in sources.items():
+        assert value_of(families, "vllm:prompt_tokens_by_source_total", source=source) == count, source
 
 
 async def test_sizes_have_buckets_up_to_the_context_length() -> None:

@@ -103,6 +103,7 @@ class Output(Struct, array_like=True, gc=False):
     num_chunks: int = 0
     num_drafted: int = 0  # draft tokens verified for it, so far
     num_accepted: int = 0  # of these, those accepted
+    num_restored_tokens: int = 0  # of the cached ones, those from host memory or disk
 
 
 class Batch(Struct, tag="batch", array_like=True):

@@ -59,6 +59,7 @@ class Timing:
     # string
     num_drafted: int = 0
     num_accepted: int = 0
+    num_restored_tokens: int = 0  # cached prompt tokens whose blocks came from host memory or disk
 
 
 class Delta(Struct, frozen=True, kw_only=True, gc=False):
@@ -128,7 +129,7 @@ class OutputProcessor:
         self._parts: tuple[Parts | None, Parts | None] = (None, None)  # of the queue, and until the first token
         self._decode: Parts | None = None
         self._num_chunks = 0
-        self._num_drafted = self._num_accepted = 0
+        self._num_drafted = self._num_accepted = self._num_restored_tokens = 0
 
     def push_token(self, token_id: int, time_s: float, received_s: float = 0.0) -> Delta:
         """`push` for a token that neither ends the output nor has logprobs, and is not the first."""
@@ -160,7 +161,7 @@ class OutputProcessor:
         if output.prefill is not None:
             self._parts, self._num_chunks = (output.queue, output.prefill), output.num_chunks
         self._decode = output.decode
-        self._num_cached_tokens = output.num_cached_tokens
+        self._num_cached_tokens, self._num_restored_tokens = output.num_cached_tokens, output.num_restored_tokens
         self._num_preemptions = output.num_preemptions
         self._num_drafted, self._num_accepted = output.num_drafted, output.num_accepted
         self._queued_s, self._scheduled_s = output.queued_s, output.scheduled_s
@@ -221,6 +222,7 @@ class OutputProcessor:
             num_chunks=self._num_chunks,
             num_drafted=self._num_drafted,
             num_accepted=self._num_accepted,
+            num_restored_tokens=self._num_restored_tokens,
         )
 
     def _make_text(self, output: Output) -> tuple[str, str | None]:
@@ -302,6 +304,7 @@ def output_of(out: TokenOut, number: int = 0) -> Output:
         num_chunks=0 if passage is None else passage.num_chunks,
         num_drafted=request.num_drafted,
         num_accepted=request.num_accepted,
+        num_restored_tokens=request.num_restored_tokens,
     )
 
 

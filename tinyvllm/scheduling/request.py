@@ -110,6 +110,7 @@ class Request:
     row: int = -1  # in the latest step's batch; -1: none yet
     flight_row: int = 0  # row of the token in flight among the tokens that its step samples
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    num_restored_tokens: int = 0  # of these, those whose blocks came from host memory or disk
     # for each group of layers the blocks in the order of its tokens, 0 for those given back; [] while it holds none
     tables: list[list[int]] = field(default_factory=list)
     room: int = 0  # tokens that the blocks of every group's table hold

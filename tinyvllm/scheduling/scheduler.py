@@ -500,10 +500,11 @@ class Scheduler:
             return False
         if request.num_preemptions == 0:  # a preempted request finds its own blocks, which would distort the hit rate
             request.num_cached_tokens = num_cached
+            request.num_restored_tokens = min(num_cached, manager.num_restored)  # 0 if nothing was matched
             self.prefix_queries += request.num_prompt_tokens
             self.prefix_hits += num_cached
             if manager.tiers is not None:
-                manager.tiers.note_lookup(request.num_prompt_tokens - num_cached + manager.num_restored)
+                manager.tiers.note_lookup(request.num_prompt_tokens - num_cached + request.num_restored_tokens)
         self._end_fetch(request)
         return True
 

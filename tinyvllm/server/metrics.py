@@ -155,11 +155,13 @@ class Metrics:
 
     # ---- What a PromptObserver counts ----
 
-    def count_prompt(self, num_tokens: int, num_cached: int) -> None:
+    def count_prompt(self, num_tokens: int, num_cached: int, num_restored: int) -> None:
+        """num_restored: of the cached tokens, those from host memory or disk."""
         self._prompt_tokens.inc(num_tokens)
         self._prompt_tokens_cached.inc(num_cached)
         self._by_source["local_compute"].inc(num_tokens - num_cached)
-        self._by_source["local_cache_hit"].inc(num_cached)
+        self._by_source["local_cache_hit"].inc(num_cached - num_restored)
+        self._by_source["external_kv_transfer"].inc(num_restored)
 
     def count_tokens(self, num_new: int, seconds: float, *, is_first: bool) -> None:
         """Count `num_new` tokens of one choice. `seconds`: since arrival if first, else since its previous tokens."""
@@ -307,7 +309,8 @@ class PromptObserver:
     def take(self, delta: Delta) -> None:
         now_s, index = time.perf_counter(), delta.index
         if self._on_first is not None:
-            self._metrics.count_prompt(delta.num_prompt_tokens, delta.num_cached_tokens)
+            num_restored = 0 if delta.timing is None else delta.timing.num_restored_tokens
+            self._metrics.count_prompt(delta.num_prompt_tokens, delta.num_cached_tokens, num_restored)
             self._on_first()
             self._on_first = None
         if delta.timing is not None:

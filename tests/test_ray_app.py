@@ -222,6 +222,16 @@ def test_a_conversation_is_found_in_the_cache_of_its_replica(url: str, expected:
             history += "and so on. "
 
 
+def test_prompts_of_different_adapters_have_different_hashes() -> None:
+    from tinyvllm.ray_app import prepare
+
+    def hashes(**fields: Any) -> list[int]:
+        return prepare("/v1/completions", json.dumps({"prompt": "a" * 200, **fields}).encode())[1]
+
+    assert hashes(model="sql") == hashes(model="sql") and not set(hashes(model="sql")) & set(hashes(model="poet"))
+    assert hashes() and hashes(model=["sql"]) == hashes()  # which the replica refuses
+
+
 def test_a_killed_replica_loses_no_request(url: str, expected: dict[str, str]) -> None:
     import ray
 

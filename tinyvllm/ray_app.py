@@ -174,11 +174,13 @@ def error_of(error: Exception) -> dict[str, str]:
 
 
 def prepare(path: str, body: bytes) -> tuple[bytes, list[int]]:
-    """The body to send, and hashes of the prompt's text. Sampling without a seed gets one: it can then be repeated."""
+    """The body to send, and hashes of the prompt's text, which differ between models: the name may be an adapter's.
+    Sampling without a seed gets one: it can then be repeated."""
     try:
         fields = json.loads(body)
         text = json.dumps([fields.get("tools"), fields.get("messages") or fields.get("input") or fields.get("prompt")])
-        seed = make_hash_seed(fields.get("cache_salt"))
+        model = fields.get("model")
+        seed = make_hash_seed(fields.get("cache_salt"), model if isinstance(model, str) else "")
     except (ValueError, AttributeError):  # a route without a prompt; or the replica refuses it
         return body, []
     if path in SEEDED_PATHS and fields.get("seed") is None:

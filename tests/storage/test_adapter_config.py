@@ -62,6 +62,11 @@ def test_what_would_change_the_answers_is_refused(tmp_path: Path, settings: dict
     [
         ({"r": 0}, "r is 0: it must be a whole number of at least 1"),
         ({"r": 10**9}, "r is 1000000000: .* at most 512"),
+        ({"lora_alpha": None}, "lora_alpha is null: it must be a number above 0"),
+        (
+            {"peft_type": None, "lora_parameters": {"rank": 8, "scale": None}},
+            "scale is null: it must be a number above 0",
+        ),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan: it must be a number"),
         ({"rank_pattern": {"q_proj": "8"}}, r"rank_pattern\.q_proj is '8'"),
         ({"peft_type": None}, "has neither peft_type nor lora_parameters"),

@@ -152,12 +152,19 @@ def _read_peft(directory: Path, values: Values) -> AdapterConfig:
         weights=weights,
         is_mlx=False,
         rank=values.integer("r", at_most=MAX_RANK),
-        alpha=values.positive("lora_alpha", 8.0),
+        alpha=_positive(values, "lora_alpha", 8.0),
         is_rank_stabilized=values.flag("use_rslora"),
         ranks=_patterns(values, "rank_pattern", MAX_RANK),
         alphas=_patterns(values, "alpha_pattern", 1 << 20),
         base_model=values.text("base_model_name_or_path", ""),
     )
+
+
+def _positive(values: Values, key: str, default: float) -> float:
+    """A number above 0, the library's default if the key is absent. What null stands for, no library says."""
+    if values.get(key) is None and values.prefix + key in values.values:
+        raise ModelError(f"{values.source}: {values.name(key)} is null: it must be a number above 0")
+    return values.positive(key, default)
 
 
 def _read_mlx(directory: Path, values: Values) -> AdapterConfig:
@@ -174,7 +181,7 @@ def _read_mlx(directory: Path, values: Values) -> AdapterConfig:
         weights=directory / MLX_WEIGHTS,
         is_mlx=True,
         rank=inner.integer("rank", at_most=MAX_RANK),
-        fixed_scale=inner.positive("scale", 20.0),
+        fixed_scale=_positive(inner, "scale", 20.0),
         base_model=values.text("model", ""),
     )
 

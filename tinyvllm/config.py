@@ -751,6 +751,15 @@ class EngineConfig:
         names = [module.name for module in self.lora_modules]
         if names and not self.enable_lora:
             raise TinyvllmError(f"--lora-modules names {names[0]!r}, but adapters are off: give --enable-lora")
+        for flag, value, default in (
+            ("max-loras", self.max_loras, EngineConfig.max_loras),
+            ("max-lora-rank", self.max_lora_rank, EngineConfig.max_lora_rank),
+            ("max-cpu-loras", self.max_cpu_loras, EngineConfig.max_cpu_loras),
+        ):
+            if value != default and not self.enable_lora:
+                raise TinyvllmError(f"--{flag} is {value}, but adapters are off: give --enable-lora")
+        if comma := [name for name in names if "," in name]:
+            raise TinyvllmError(f"--lora-modules names {comma[0]!r}, which has a comma: metrics join names with commas")
         if twice := [name for name in names if names.count(name) > 1]:
             raise TinyvllmError(f"--lora-modules names {twice[0]!r} twice: each adapter needs a name of its own")
         own = self.served_model_name

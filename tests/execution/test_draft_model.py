@@ -175,7 +175,7 @@ def test_a_failed_step_leaves_nothing_behind(drafter: DraftModel, monkeypatch: p
 
 
 def test_adapters_are_not_loaded_for_a_draft_model(target: ModelRunner) -> None:
-    config = replace(CONFIG, enable_lora=True, lora_modules=(LoraModule("a", "/nowhere"),))
+    config = replace(CONFIG, enable_lora=True, lora_modules=(LoraModule("a", "/nowhere"),), max_loras=2)
     own = draft_settings(config, target.capacity, target.model_config)
     assert (own.enable_lora, own.lora_modules, own.verify_buckets) == (False, (), (2, 4, 8))
 

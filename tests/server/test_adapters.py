@@ -116,6 +116,7 @@ async def _ask_other_apis(client: httpx.AsyncClient) -> None:
 async def _refuse(client: httpx.AsyncClient, folder: Path) -> None:
     for given, part in (
         ({"lora_name": "one", "lora_path": str(folder / "two")}, "adapter 'one' is already loaded"),
+        ({"lora_name": "x,y", "lora_path": str(folder / "two")}, "adapter name 'x,y' has a comma"),
         ({"lora_name": "tiny", "lora_path": str(folder / "two")}, "the model's own name"),
         ({"lora_name": "x", "lora_path": str(folder / "absent")}, "is not a directory"),
         ({"lora_name": "x\nINFO y", "lora_path": str(folder / "two")}, "'x\\nINFO y' has characters that cannot be"),

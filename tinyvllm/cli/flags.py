@@ -377,8 +377,10 @@ class TerminalEngineFlags(EngineFlags):
 
     def make_config(self, model: str, **defaults: Any) -> EngineConfig:
         """As that of EngineFlags, with room for the adapter of --lora."""
-        config = super().make_config(model, **defaults)
-        return config if self.lora is None else with_adapter(config, self.lora)
+        if self.lora is None:
+            return super().make_config(model, **defaults)
+        flags = dataclasses.replace(self, enable_lora=True)
+        return with_adapter(EngineFlags.make_config(flags, model, **defaults), self.lora)
 
 
 def with_adapter(config: EngineConfig, path: str) -> EngineConfig:
@@ -386,7 +388,8 @@ def with_adapter(config: EngineConfig, path: str) -> EngineConfig:
     if it cannot be read."""
     needed = read_adapter_config(Path(path).expanduser()).max_rank
     rank = next((rank for rank in LORA_RANKS if rank >= needed), LORA_RANKS[-1])
-    modules = (*config.lora_modules, LoraModule(Path(path).name or path, path))
+    name = (Path(path).name or path).replace(",", " ")  # as names may have no comma
+    modules = (*config.lora_modules, LoraModule(name, path))
     return dataclasses.replace(
         config, enable_lora=True, lora_modules=modules, max_lora_rank=max(config.max_lora_rank, rank)
     )

@@ -82,8 +82,10 @@ def serve(
                 "--profile and --trace work with a single model only: leave them out, or serve one model"
             )
         served = door.settings(models, names, engine, processes.num_front_ends_each())
+        http.check_adapters([one.config for one in served.models])
         _serve_several(served, settings, tls, listen, access_log=http.access_log, log_level=engine.log_level)
         return
+    http.check_adapters([engine.make_config("")])
     _serve_one(models[0], names, settings, tls, listen, http, processes, record, engine)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
@@ -15,6 +16,7 @@ from tinyvllm.server.settings import API_KEY_VARIABLE, APIS, LOOPBACK_HOSTS, Cor
 if TYPE_CHECKING:
     import socket
 
+    from tinyvllm.config import EngineConfig
     from tinyvllm.server.sockets import TlsFiles
 
 _STANDARD = ServerSettings()
@@ -258,6 +260,11 @@ class ServerFlags:
     enable_profiling: Annotated[
         bool, Option("--enable-profiling", help="Allow every client to call POST /start_profile and /stop_profile.")
     ] = False
+
+    def check_adapters(self, configs: Iterable[EngineConfig]) -> None:
+        """Raise TinyvllmError if adapters may be loaded, but no model can have any."""
+        if self.allow_runtime_lora and not any(config.enable_lora for config in configs):
+            raise TinyvllmError("--allow-runtime-lora is given, but adapters are off: give --enable-lora")
 
     def settings(self, *, local_host: str | None) -> ServerSettings:
         """The server's settings. local_host: its address if only this machine can reach it. Raises TinyvllmError."""

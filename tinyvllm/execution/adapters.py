@@ -64,6 +64,10 @@ class AdapterTable:
                 f"adapter name {name!a} has characters that cannot be printed, or spaces around it: choose another",
                 param="lora_name",
             )
+        if "," in name:
+            raise RequestError(
+                f"adapter name {name!r} has a comma, with which metrics join names: choose another", param="lora_name"
+            )
         taken = self._infos.get(name)
         if taken is not None and not replaces and taken.digest != weights.digest:
             raise RequestError(

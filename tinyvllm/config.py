@@ -528,7 +528,7 @@ class SpeculativeConfig:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TinyvllmError(
                     f"--speculative-config is not JSON ({error}): give an object such as "
                     '\'{"method": "ngram", "num_speculative_tokens": 8}\''
@@ -639,7 +639,7 @@ class LoraModule:
         if isinstance(value, str) and value.lstrip().startswith("{"):
             try:
                 value = json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise TinyvllmError(f"--lora-modules is not JSON ({error}): {form}") from None
         if isinstance(value, str):
             parts = value.partition("=")

@@ -31,6 +31,7 @@ def test_modules_are_given_as_names_and_paths_or_as_json() -> None:
         ({"max_cpu_loras": 2}, "--max-cpu-loras is 2, but adapters are off"),
         ({"enable_lora": True, "lora_modules": ["a,b=c"]}, "names 'a,b', which has a comma"),
         ({"enable_lora": True, "lora_modules": ["{"]}, "--lora-modules is not JSON"),
+        ({"enable_lora": True, "lora_modules": ['{"name": ' + "[" * 100_000]}, "--lora-modules is not JSON"),
         ({"enable_lora": True, "lora_modules": ['{"name": "a", "path": "b", "rank": 1}']}, "unknown key 'rank'"),
         ({"enable_lora": True, "lora_modules": ["a=b", "a=c"]}, "names 'a' twice"),
         ({"enable_lora": True, "max_lora_rank": 12}, "--max-lora-rank is 12: choose one of 8, 16, 32"),

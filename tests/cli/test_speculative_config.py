@@ -43,6 +43,7 @@ def test_one_length_of_n_grams_adapts_the_other() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ("[" * 100_000, r"--speculative-config is not JSON .*recursion.*: give an object such as"),
         ("{", r"--speculative-config is not JSON .*: give an object such as"),
         ("[1]", r"--speculative-config is \[1\]: give an object of keys and values"),
         ({"num_tokens": 1}, r"has no key 'num_tokens': it has method, num_speculative_tokens, model"),

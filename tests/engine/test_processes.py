@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from tests.execution.tiered import make_tiers
 from tests.scheduling.fakes import make_request, run_alone
 from tinyvllm.config import EngineConfig, GenerationDefaults, GrammarSpec, SamplingParams
 from tinyvllm.engine import process_host
+from tinyvllm.engine.adapters import Adapters, EngineAdapters
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.engine.board import StatsRow
 from tinyvllm.engine.core import COUNTERS
@@ -25,9 +27,10 @@ from tinyvllm.engine.loading import LoadedEngine, Text
 from tinyvllm.engine.messages import Batch, Output, decode_for_client, encode_message
 from tinyvllm.engine.output import Delta
 from tinyvllm.engine.process_host import Endpoint, ProcessHost
-from tinyvllm.errors import DeviceError, EngineDeadError, RequestError
+from tinyvllm.errors import DeviceError, EngineDeadError, ModelError, RequestError
 from tinyvllm.execution.kv_tiers.rates import Rates
 from tinyvllm.execution.kv_tiers.tiers import KvTiers
+from tinyvllm.scheduling.adapter_slots import AdapterInfo
 from tinyvllm.scheduling.plan import StepStats, count_step
 from tinyvllm.scheduling.request import TokenLogprobs
 from tinyvllm.scheduling.tiers import COUNTS as TIER_COUNTS
@@ -44,6 +47,7 @@ class Engines:
         self.servers: list[EngineServer] = []
         self.runners: list[FakeModelRunner] = []
         self.tiers: dict[int, KvTiers] = {}  # by engine, if it has any
+        self.adapters: dict[int, FakeTable] = {}  # the same
         self.config = EngineConfig(model)
         self._directory = directory
         self._threads: list[threading.Thread] = []
@@ -59,7 +63,10 @@ class Engines:
 
     def _serve(self, number: int) -> None:
         def load(config: EngineConfig, progress: object) -> LoadedEngine:
-            return make_loaded(self.runners[number], tiers=self.tiers.get(number))
+            loaded = make_loaded(self.runners[number], tiers=self.tiers.get(number))
+            if (table := self.adapters.get(number)) is not None:
+                loaded.core.adapters = EngineAdapters(cast(Adapters, table), loaded.core.scheduler)
+            return loaded
 
         self.servers[number].run(lambda *report: None, lambda engine: None, load)
 
@@ -94,6 +101,48 @@ async def connected(engines: Engines, name: str = "a", index: int = 0) -> AsyncI
         yield engine
     finally:
         await engine.shutdown()
+
+
+class FakeTable:
+    """An engine's adapters. What a path holds is `files`, by path; one with "bad" in it cannot be read."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        self.files, self.known = files, dict[str, AdapterInfo]()
+
+    @property
+    def infos(self) -> list[AdapterInfo]:
+        return list(self.known.values())
+
+    def read(self, path: str) -> str:
+        if "bad" in self.files[path]:
+            raise ModelError(f"{path} is bad")
+        return self.files[path]
+
+    def add(self, name: str, path: str, weights: str, *, replaces: bool = False, held: object = ()) -> AdapterInfo:
+        self.known[name] = AdapterInfo(name, path, weights, 8, "", 0.0)
+        return self.known[name]
+
+    def remove(self, name: str) -> AdapterInfo:
+        return self.known.pop(name)
+
+    def forget_unused(self, used: object) -> list[str]:
+        return []
+
+
+async def test_an_adapter_that_one_engine_cannot_replace_stays_in_all(engines: Engines) -> None:
+    tables = [FakeTable({"/old": "old", "/new": "new"}), FakeTable({"/old": "old", "/new": "bad"})]
+    for number, table in enumerate(tables):
+        engines.adapters[number] = table
+        engines.add()
+    async with connected(engines) as engine:
+        old = await engine.load_adapter("a", "/old")
+        with pytest.raises(RequestError, match="/new is bad"):
+            await engine.load_adapter("a", "/new", replaces=True)
+        assert engine.adapters() == [old] == tables[0].infos == tables[1].infos
+        tables[0].files["/old"] = "other"  # so it cannot be had back
+        with pytest.raises(RequestError, match="/new is bad"):
+            await engine.load_adapter("a", "/new", replaces=True)
+        assert engine.adapters() == [] == tables[0].infos == tables[1].infos
 
 
 async def read(engine: AsyncEngine, prompt: bytes, params: SamplingParams, name: str) -> Delta:

@@ -246,16 +246,30 @@ class AsyncEngine:
 
     async def load_adapter(self, name: str, path: str, *, replaces: bool = False) -> AdapterInfo:
         """Load an adapter from the directory `path` into every engine. Raises RequestError if one refuses it; the
-        others then forget it. Raises EngineDeadError."""
+        others then forget it, or load again what it was to replace. Raises EngineDeadError."""
         arguments = [name, path, "replaces" if replaces else ""]
-        known = {info.name for info in self.adapters()}
+        known = {info.name: info for info in self.adapters()}
         results = await self._tell_all("load_adapter", *arguments, timeout_s=READ_S)
         errors = [result for result in results if isinstance(result, BaseException)]
-        if errors and len(errors) < len(results) and name not in known:
+        if errors and len(errors) < len(results) and not await self._restore_adapter(known.get(name), results):
             await self._tell_all("unload_adapter", name)
         if errors:
             raise errors[0]
         return msgspec.convert(results[0], AdapterInfo, from_attributes=True)
+
+    async def _restore_adapter(self, old: AdapterInfo | None, results: Sequence[Any]) -> bool:
+        """Load an adapter again where another one has taken its name. results: each engine's answer. Whether all of
+        these have it again: its files may have changed too."""
+        if old is None:
+            return False
+        changed = [engine for engine, result in enumerate(results) if not isinstance(result, BaseException)]
+        arguments = [old.name, old.path, "replaces"]
+        answers = await self._tell_all("load_adapter", *arguments, timeout_s=READ_S, engines=changed)
+        return not any(
+            isinstance(answer, BaseException)
+            or msgspec.convert(answer, AdapterInfo, from_attributes=True).key != old.key
+            for answer in answers
+        )
 
     async def unload_adapter(self, name: str) -> None:
         """Have every engine forget an adapter. Raises RequestError if none has it, and EngineDeadError."""
@@ -279,10 +293,12 @@ class AsyncEngine:
     def _client(self) -> Client:
         return self._host.client(asyncio.get_running_loop())
 
-    async def _tell_all(self, question: str, *arguments: str, timeout_s: float = ANSWER_S) -> list[Any]:
-        """Each engine's answer, or the exception that stands for it."""
-        client = self._client()
-        asked = (client.ask(question, engine, *arguments, timeout_s=timeout_s) for engine in range(self.num_engines))
+    async def _tell_all(
+        self, question: str, *arguments: str, timeout_s: float = ANSWER_S, engines: Sequence[int] | None = None
+    ) -> list[Any]:
+        """Each engine's answer, or the exception that stands for it. engines: those to ask; None: all."""
+        client, engines = self._client(), range(self.num_engines) if engines is None else engines
+        asked = (client.ask(question, engine, *arguments, timeout_s=timeout_s) for engine in engines)
         return await asyncio.gather(*asked, return_exceptions=True)
 
     async def _ask_all(self, question: str, *arguments: str) -> list[Any]:

@@ -765,8 +765,7 @@ class EngineConfig:
         own = self.served_model_name
         if any(module.name == own and module.base_model in ("", own) for module in self.lora_modules):
             raise TinyvllmError(
-                f"--lora-modules names {own!r}, which is the model's own name: requests could not "
-                "choose the adapter"
+                f"--lora-modules names {own!r}, which is the model's own name: requests could not choose the adapter"
             )
         if self.max_lora_rank not in LORA_RANKS:
             raise TinyvllmError(

@@ -218,7 +218,8 @@ class InputPacker:
         views, samplers = self.views, self._samplers
         requests, places, logit_rows, draws = sampled_rows(plan)
         num = len(requests)
-        views["logit_rows"][:num] = logit_rows
+        # a drafting layer's step, which decodes, reads these rows of the hidden states of the step before
+        views["logit_rows"][:num] = plan.hidden_rows or logit_rows
         views["draw"][:num] = draws
         self._pack_settings(
             [index for index, request in enumerate(requests) if samplers[index] is not request], requests

@@ -42,6 +42,17 @@ class TieredTraffic(Traffic):
         super().__init__(scheduler, seed, depth)
         self.runner = attach(scheduler, **fields)
         self.flights = TieredFlights(scheduler, self.runner, depth)
+        self.num_moves = 0
+
+    def move(self, arrivals: float, disturbances: float) -> None:
+        """Now and then the disk's thread has the time to write all: traffic of small numbers is faster than files."""
+        super().move(arrivals=arrivals, disturbances=disturbances)
+        tiers = self.runner.tiers
+        assert tiers is not None
+        self.num_moves += 1
+        if tiers.disk is not None and self.num_moves % 8 == 0:
+            tiers.disk.wait_idle()
+            tiers.poll()
 
     @property
     def counts(self) -> dict[str, float]:

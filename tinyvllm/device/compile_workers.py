@@ -23,7 +23,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -120,8 +120,8 @@ class CompileWorkers:
         with contextlib.suppress(queue.Empty):
             while True:
                 job = jobs.get(block=False)
-                if job is not None and not job.answer.cancelled():
-                    job.answer.set_exception(LostJobError("the compiling processes were ended"))
+                if job is not None:
+                    _fail(job, LostJobError("the compiling processes were ended"))
 
     def pids(self) -> list[int]:
         """Of the processes that run."""
@@ -176,8 +176,7 @@ class _Worker:
                 self._do(job)
             except BaseException as error:  # whatever it is, the caller must not wait for this job
                 self._discard()
-                if not job.answer.cancelled():
-                    job.answer.set_exception(error)
+                _fail(job, error)
         self._discard()
 
     def _do(self, job: Job) -> None:
@@ -222,6 +221,12 @@ class _Worker:
         if process is not None:
             process.kill()
             process.wait()
+
+
+def _fail(job: Job, error: BaseException) -> None:
+    """Nothing happens if the job was withdrawn or has its answer: other threads may be faster at any time."""
+    with contextlib.suppress(InvalidStateError):
+        job.answer.set_exception(error)
 
 
 def _command(fd: int, initialize: str) -> list[str]:

@@ -221,7 +221,7 @@ def test_a_stop_during_a_load_that_compiles_is_clean_and_leaves_nothing(
         wait_for(lambda: len(worker_pids(server)) == 1)
         pids = server.descendants()
         start_s = server.signal()
-        assert server.process.wait(timeout=30) == 0
+        assert server.process.wait(timeout=30) == 0, server.log.decode()
         assert time.monotonic() - start_s < 5 + SLACK_S
         wait_until_gone(pids)
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STOP_ARRIVES_S = 1.0  # until all processes of a group, and the loop that asks for signals, have heard of one
 KEEP_ALIVE_S = 75  # longer than clients' pools keep idle connections, so they rarely reuse one that has just closed
 
 
@@ -69,6 +70,8 @@ async def serve(
         try:
             await engine.wait_ready()
         except Exception:
+            # a signal to the whole group may have ended a process that loading needs before this one hears of it
+            await asyncio.sleep(STOP_ARRIVES_S)
             if server.should_exit:  # the engine stopped because the server is stopping
                 return
             server.should_exit = True

@@ -157,6 +157,29 @@ def make_scheduler(
     return Scheduler(BlockManager.of(capacity, prefix_caching), capacity, policy)
 
 
+def scheduler_for(
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    block_size: int,
+    spare_blocks: int,
+    windows: Sequence[int | None],
+    num_states: int,
+    **fields: Any,
+) -> Scheduler:
+    """With blocks for the longest answer and a few more, in a group for each window, and slots for so many states."""
+    num_blocks = 1 + -(-(max(map(len, prompts)) + max_tokens) // block_size) + spare_blocks
+    least = {window: min(num_blocks, 3 + -(-window // block_size)) for window in windows if window is not None}
+    return make_scheduler(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        window=windows[0],
+        other_groups=tuple(BlockGroup(least[window], window) for window in windows[1:] if window is not None),
+        num_state_slots=num_states and num_states + 1,
+        **fields,
+    )
+
+
 class GuessingDrafter:
     """Proposes the token that will be sampled with probability `right`, otherwise another one, and at times fewer
     tokens than asked for. `truth`: what a request answers without drafts."""

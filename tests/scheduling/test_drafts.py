@@ -14,6 +14,7 @@ from tests.scheduling.fakes import (
     make_scheduler,
     run,
     run_alone,
+    scheduler_for,
 )
 from tests.scheduling.test_properties import Traffic, check_traffic, prompts
 from tinyvllm.config import BlockGroup
@@ -105,17 +106,15 @@ def test_answers_with_drafts_equal_those_alone(
     right: float,
 ) -> None:
     max_tokens = 9
-    longest = max(map(len, prompts)) + max_tokens
-    num_blocks = 1 + -(-longest // block_size) + spare_blocks
-    least = {window: min(num_blocks, 3 + -(-window // block_size)) for window in windows if window is not None}
-    scheduler = make_scheduler(
-        num_blocks=num_blocks,
+    scheduler = scheduler_for(
+        prompts,
+        max_tokens,
         block_size=block_size,
-        window=windows[0],
-        other_groups=tuple(BlockGroup(least[window], window) for window in windows[1:] if window is not None),
+        spare_blocks=spare_blocks,
+        windows=windows,
+        num_states=num_states,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + spare_budget,
-        num_state_slots=num_states and num_states + 1,
         checkpoint_interval=2,
         max_verify_rows=verify_rows,
     )

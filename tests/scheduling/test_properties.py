@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.scheduling.fakes import Flights, make_request, make_runner, make_scheduler, run, run_alone, scores_alone
+from tests.scheduling.fakes import (
+    Flights,
+    make_request,
+    make_runner,
+    make_scheduler,
+    run,
+    run_alone,
+    scheduler_for,
+    scores_alone,
+)
 from tinyvllm.config import BlockGroup
 from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import Scheduler
@@ -208,18 +217,16 @@ def test_batched_chunked_cached_and_preempted_answers_equal_those_alone(
     interval: int,
 ) -> None:
     max_tokens = 6
-    longest = max(map(len, prompts)) + max_tokens
-    num_blocks = 1 + -(-longest // block_size) + spare_blocks
-    least = {window: min(num_blocks, 3 + -(-window // block_size)) for window in windows if window is not None}
-    scheduler = make_scheduler(
-        num_blocks=num_blocks,
+    scheduler = scheduler_for(
+        prompts,
+        max_tokens,
         block_size=block_size,
-        window=windows[0],
-        other_groups=tuple(BlockGroup(least[window], window) for window in windows[1:] if window is not None),
+        spare_blocks=spare_blocks,
+        windows=windows,
+        num_states=num_states,
         policy=policy,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + spare_budget,
-        num_state_slots=num_states and num_states + 1,
         checkpoint_interval=interval,
     )
     requests = [make_request(f"r{i}", p, max_tokens, priority=i % 2) for i, p in enumerate(prompts)]

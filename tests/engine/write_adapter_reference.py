@@ -14,12 +14,11 @@ from typing import Any
 
 from tests.adapters import ALL_MODULES, write_adapter
 from tests.builders import TinyLlama, write_tiny_hf_llama
-from tests.engine.write_qwen3_reference import NUMBERS
+from tests.engine.write_qwen3_reference import NUMBERS, generate
 
 OUTPUT = Path(__file__).parent / "data" / "adapter_reference.json"
 PROMPTS = ("The", "two are company, three are a crowd, and four need a table of their own")
 NUM_STEPS, NUM_TOP = 12, 4
-LEAST_GAP = 0.004  # between the two likeliest logprobs: what sums in another order do not turn round
 # by name: arguments of `write_adapter`
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"modules": ("q_proj", "v_proj"), "rank": 8, "seed": 1, "lora_alpha": 12},
@@ -48,30 +47,13 @@ def main() -> None:
             base = transformers.Qwen3ForCausalLM.from_pretrained(files.path, dtype=torch.float32).eval()
             path = write_adapter(Path(folder) / name, TinyLlama(**NUMBERS), **arguments)
             model = peft.PeftModel.from_pretrained(base, str(path)).eval()
-            cases += [{"adapter": name, **generate(model, prompt)} for prompt in PROMPTS]
+            cases += [{"adapter": name, **generate(model, prompt, NUM_STEPS, NUM_TOP)} for prompt in PROMPTS]
     about = (
         f"Greedy tokens and the likeliest logprobs by peft {version('peft')}, transformers {version('transformers')}"
     )
     body = ",\n".join(json.dumps(case, separators=(",", ":")) for case in cases)
     OUTPUT.write_text(f'{{"about": {json.dumps(about)}, "cases": [\n{body}\n]}}\n', encoding="utf-8")
     print(f"wrote {OUTPUT}")
-
-
-def generate(model: Any, prompt: str) -> dict[str, Any]:
-    """One prompt's greedy tokens, and the likeliest logprobs at each."""
-    import torch
-
-    ids, tokens, top, gap = list(prompt.encode()), [], [], 1e9
-    for _ in range(NUM_STEPS):
-        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].double(), dim=-1)
-        values, best = logprobs.topk(NUM_TOP)
-        gap = min(gap, float(values[0] - values[1]))
-        top.append([[int(i), round(float(v), 6)] for i, v in zip(best, values, strict=True)])
-        tokens.append(int(best[0]))
-        ids.append(int(best[0]))
-    print(f"{prompt[:30]!r}: smallest gap {gap:.4f}: {tokens}")
-    assert gap >= LEAST_GAP, "choose another seed"
-    return {"prompt": prompt, "tokens": tokens, "top": top}
 
 
 if __name__ == "__main__":

@@ -42,6 +42,23 @@ def weights_sum() -> float:
     return sum(float(abs(weight).astype("float64").sum()) for weight in make_weights(TinyLlama(**NUMBERS)).values())
 
 
+def generate(model: Any, prompt: str, num_steps: int, num_top: int) -> dict[str, Any]:
+    """One prompt's greedy tokens, and the likeliest logprobs at each."""
+    import torch
+
+    ids, tokens, top, gap = list(prompt.encode()), [], [], 1e9
+    for _ in range(num_steps):
+        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].double(), dim=-1)
+        values, best = logprobs.topk(num_top)
+        gap = min(gap, float(values[0] - values[1]))
+        top.append([[int(i), round(float(v), 6)] for i, v in zip(best, values, strict=True)])
+        tokens.append(int(best[0]))
+        ids.append(int(best[0]))
+    print(f"{prompt[:30]!r}: {len(set(tokens))} kinds of tokens, smallest gap {gap:.4f}: {tokens}")
+    assert gap >= LEAST_GAP, "choose another seed"
+    return {"prompt": prompt, "tokens": tokens, "top": top}
+
+
 def main() -> None:
     import torch
     import transformers
@@ -50,19 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = write_tiny_hf_llama(Path(folder) / "tiny", **NUMBERS)
         model = transformers.Qwen3ForCausalLM.from_pretrained(files.path, dtype=torch.float32).eval()
-    cases = []
-    for prompt in PROMPTS:
-        ids, tokens, top, gap = list(prompt.encode()), [], [], 1e9
-        for _ in range(NUM_STEPS):
-            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].double(), dim=-1)
-            values, best = logprobs.topk(NUM_TOP)
-            gap = min(gap, float(values[0] - values[1]))
-            top.append([[int(i), round(float(v), 6)] for i, v in zip(best, values, strict=True)])
-            tokens.append(int(best[0]))
-            ids.append(int(best[0]))
-        print(f"{prompt[:30]!r}: {len(set(tokens))} kinds of tokens, smallest gap {gap:.4f}: {tokens}")
-        assert gap >= LEAST_GAP, "choose another seed"
-        cases.append({"prompt": prompt, "tokens": tokens, "top": top})
+    cases = [generate(model, prompt, NUM_STEPS, NUM_TOP) for prompt in PROMPTS]
     versions = f"transformers {version('transformers')}, torch {version('torch')}"
     body = ",\n".join(json.dumps(case, separators=(",", ":")) for case in cases)
     about = f"Greedy tokens and the likeliest logprobs by {versions}"

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinyvllm.config import usable_cores
+from tinyvllm.device.private_folder import WRITABLE_BY_OTHERS
 from tinyvllm.errors import CacheError
 from tinyvllm.execution.kv_tiers.files import Block, is_unfinished, key_of, read_block, write_block
 from tinyvllm.faults import reach
@@ -38,7 +39,6 @@ TRIMMED = 0.9  # of the limit that is left after deleting
 STALE_S = 3600.0  # age of an unfinished file whose writer must be dead
 CLOSE_S = 10.0  # how long the end of the server waits for blocks to be written
 FOLDER_NAME = re.compile("[0-9a-f]{32}")  # of a model and format
-WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 NAME_TAKEN = frozenset({errno.EISDIR, errno.ELOOP})  # by a folder or a link: other blocks can be written
 
 Done = Callable[[bool], None]  # called on another thread: whether it succeeded

@@ -23,6 +23,7 @@ from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.cpu.cores import MOST_CORES, count_cores
 from tinyvllm.ops.cpu.dots import LARGEST, _statement, fix_rows_kernel
 from tinyvllm.ops.cpu.product import NormSpec
+from tinyvllm.ops.cpu.unpacked_dots import add_statement, unpack_statement
 from tinyvllm.ops.formats.dots import pack_dots
 from tinyvllm.ops.formats.matrix import Planes, has_dots, high_bits, low_bits, pack, reads_dots, unpack
 from tinyvllm.ops.kernel.body import Body, empty, finish, run_kernel
@@ -70,8 +71,8 @@ def test_words_hold_what_a_checkpoint_does(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "tokens"),
     [
-        *[(name, (1, 6, 17)[i % 3]) for i, name in enumerate(USUAL)],
-        *[pytest.param(name, tokens, marks=pytest.mark.slow) for name in DRAWN for tokens in (1, 17)],
+        *[(name, (1, 6, 17, 5, 80)[i % 5]) for i, name in enumerate(USUAL)],
+        *[pytest.param(name, tokens, marks=pytest.mark.slow) for name in DRAWN for tokens in (1, 9, 17)],
     ],
 )
 def test_a_product_is_that_of_x_in_16_bits(device: DeviceHandle, name: str, tokens: int) -> None:
@@ -119,7 +120,7 @@ TARGETS = ["x86-64", "haswell", "skylake-avx512", "icelake-server", "alderlake"]
 
 @x86
 @pytest.mark.parametrize("bits", [bits for bits in CODE_BITS if has_dots(affine(bits, 64))])
-def test_every_processors_statement_gives_the_same_sums(tmp_path: Path, bits: int) -> None:
+def test_every_processors_statements_give_the_same_sums(tmp_path: Path, bits: int) -> None:
     """Compiled for each; those that this computer can run."""
     fmt, rng = replace(affine(bits, 64), offset=0), np.random.default_rng(bits)
     codes = rng.integers(0, 1 << bits, (32, 64)).astype(np.uint8)
@@ -130,23 +131,36 @@ def test_every_processors_statement_gives_the_same_sums(tmp_path: Path, bits: in
     planes = [pack_dots(codes, low_bits(fmt))]
     planes += [pack_dots(codes >> low_bits(fmt), high_bits(fmt))] if high_bits(fmt) else []
     planes = [np.ascontiguousarray(plane.T) for plane in planes]  # (runs, 32)
-    names = ["a", "b", "c", "d", "e", "f"][: 4 + len(planes)]
-    text = _statement(fmt, 3, prefetches=True).format(*names)
-    parameters = "int* a, unsigned* b, short* c, short* d, short* e, unsigned* f"
+    dot = _statement(fmt, 3, prefetches=True).format(*["a", "b", "c", "d", "e", "f"][: 4 + len(planes)])
+    unpack = unpack_statement(fmt, 64).format(*["a", "b", "f"][: 1 + len(planes)])
+    add = add_statement(fmt, 3, 1, has_addend=True).format("g", "a", "h", "h", "c", "d", "e", "i", "i", "i")
     source = tmp_path / "statement.c"
-    source.write_text(f"void run({parameters}) {{ {text} }}\n")
+    source.write_text(
+        f"void dot(int* a, unsigned* b, short* c, short* d, short* e, unsigned* f) {{ {dot} }}\n"
+        f"void unpack(unsigned* a, unsigned* b, unsigned* f) {{ {unpack} }}\n"
+        f"void add(unsigned* a, short* c, short* d, short* e, float* g, float* h, float* i) {{ {add} }}\n"
+    )
     flags = Path("/proc/cpuinfo").read_text().split()
     needs = {"haswell": "avx2", "skylake-avx512": "avx512bw", "icelake-server": "avx512_vnni", "alderlake": "avx_vnni"}
     for target in TARGETS:
-        library = tmp_path / f"{target}.so"
-        command = ["clang", "-shared", "-fPIC", "-O2", f"-march={target}", str(source), "-o", str(library)]
+        file = tmp_path / f"{target}.so"
+        command = ["clang", "-shared", "-fPIC", "-O2", f"-march={target}", str(source), "-o", str(file)]
         subprocess.run(command, check=True)
         if target in needs and needs[target] not in flags:
             continue
-        sums = np.zeros((3, 32), np.int32)
-        arrays = [sums, planes[0], x[0], x[1], x[2], planes[-1]]
-        ctypes.CDLL(str(library)).run(*[array.ctypes.data_as(ctypes.c_void_p) for array in arrays])
+        library, sums = ctypes.CDLL(str(file)), np.zeros((3, 32), np.int32)
+        library.dot(*map(_pointer, [sums, planes[0], x[0], x[1], x[2], planes[-1]]))
         np.testing.assert_array_equal(sums, expected, err_msg=target)
+        words, added = np.zeros((32, 32), np.uint32), np.ones((3, 32), np.float32)
+        for half in (0, 16):
+            library.unpack(*[_pointer(plane.reshape(-1)[half:]) for plane in (words, planes[0], planes[-1])])
+        factors = np.array([0.5, 3.0], np.float32)  # the unit, and the sum of x
+        library.add(*map(_pointer, [words, x[0], x[1], x[2], added, np.full(32, 2.0, np.float32), factors]))
+        np.testing.assert_array_equal(added, 1 + expected.astype(np.float32) + 2 * 3.0, err_msg=target)
+
+
+def _pointer(array: np.ndarray) -> Any:
+    return array.ctypes.data_as(ctypes.c_void_p)
 
 
 def test_a_table_of_many_shards_is_read_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,9 +32,8 @@ LARGEST = 32767  # of the integers
 LEAST_PEAK = 0x0DA24260  # the bits of 1e-30: of smaller values, 32767 / value could be infinite
 SIGN = 0x7FFFFFFF
 
-# {0}: the sums, int32 [rows][32]; {1}: the codes of the panel's group; then each row's integers of the group, and the
-# codes' high bits. Where there is no such instruction, plain C says the same.
-STATEMENT = """{{
+# The names of a statement: AT_ONCE vectors of a panel's 32 lanes have their sums in registers at a time.
+NAMES = """
 #if defined(__AVX512BW__)
   enum {{ LANES = 16 }};
 #else
@@ -45,44 +44,57 @@ STATEMENT = """{{
 #else
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
+  enum {{ VECTORS = 32 / LANES, AT_ONCE = LANES == 8 && %(rows)d > 2 ? 2 : VECTORS }};
   typedef int ints __attribute__((vector_size(LANES * 4)));
   typedef short words __attribute__((vector_size(LANES * 4)));
   typedef unsigned short codes __attribute__((vector_size(LANES * 4)));
   typedef ints ints_at __attribute__((aligned(4), may_alias));
   typedef codes codes_at __attribute__((aligned(4), may_alias));
-  typedef int pair __attribute__((aligned(2), may_alias));
-  const pair* const x[%(rows)d] = {{%(x)s}};
-  ints sums[%(rows)d][32 / LANES] = {{}};
-  for (int run = 0; run < %(runs)d; run++) {{
-    codes low[32 / LANES]%(high)s;%(prefetch)s
-    UNROLL for (int v = 0; v < 32 / LANES; v++) {{
-      low[v] = *((const codes_at*){1} + run * (32 / LANES) + v);%(load_high)s
-    }}
-    UNROLL for (int i = 0; i < %(pairs)d; i++) {{
-      UNROLL for (int v = 0; v < 32 / LANES; v++) {{
-        const words code = %(code)s;
-        UNROLL for (int r = 0; r < %(rows)d; r++) {{
-          const pair both = x[r][run * %(pairs)d + i];
+  typedef int pair __attribute__((aligned(2), may_alias));"""
+
+# sums[r][v] += the products of the words code[v] with two integers of row r. AVX2's two instructions are one statement,
+# because clang would reorder the additions, and then spill sums. Where there is no such instruction, plain C says the
+# same.
+MULTIPLY = """
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-          __asm__("vpdpwssd %%2%%{{1to16%%}}, %%1, %%0" : "+v"(sums[r][v]) : "v"(code), "m"(both));
+            __asm__("vpdpwssd %%2%%{{1to16%%}}, %%1, %%0" : "+v"(sums[r][v]) : "v"(code[v]), "m"(both));
 #elif defined(__AVXVNNI__)
-          const ints same = (ints){{}} + both;
-          __asm__("%%{{vex%%}} vpdpwssd %%2, %%1, %%0" : "+x"(sums[r][v]) : "x"(code), "x"(same));
+            const ints same = (ints){{}} + both;
+            __asm__("%%{{vex%%}} vpdpwssd %%2, %%1, %%0" : "+x"(sums[r][v]) : "x"(code[v]), "x"(same));
 #elif defined(__AVX2__)
-          const ints same = (ints){{}} + both;
-          ints product;
-          __asm__("vpmaddwd %%2, %%1, %%0" : "=v"(product) : "v"(code), "v"(same));
-          sums[r][v] += product;
+            const ints same = (ints){{}} + both;
+            ints product;
+            __asm__("vpmaddwd %%3, %%2, %%1\\n\\tvpaddd %%1, %%0, %%0"
+                    : "+v"(sums[r][v]), "=&v"(product) : "v"(code[v]), "v"(same));
 #else
-          sums[r][v] += ((ints)code << 16 >> 16) * (both << 16 >> 16) + ((ints)code >> 16) * (both >> 16);
-#endif
-        }}
-      }}
-    }}
-  }}
-  UNROLL for (int r = 0; r < %(rows)d; r++)
-    UNROLL for (int v = 0; v < 32 / LANES; v++) *((ints_at*){0} + r * (32 / LANES) + v) = sums[r][v];
-}}"""
+            sums[r][v] += ((ints)code[v] << 16 >> 16) * (both << 16 >> 16) + ((ints)code[v] >> 16) * (both >> 16);
+#endif"""
+
+# {0}: the sums, int32 [rows][32]; {1}: the codes of the panel's group; then each row's integers of the group, and the
+# codes' high bits
+STATEMENT = f"""{{{{{NAMES}
+  const pair* const x[%(rows)d] = {{{{%(x)s}}}};
+  for (int first = 0; first < VECTORS; first += AT_ONCE) {{{{
+    ints sums[%(rows)d][AT_ONCE] = {{{{}}}};
+    for (int run = 0; run < %(runs)d; run++) {{{{
+      codes low[AT_ONCE]%(high)s;%(prefetch)s
+      UNROLL for (int v = 0; v < AT_ONCE; v++) {{{{
+        low[v] = *((const codes_at*){{1}} + run * VECTORS + first + v);%(load_high)s
+      }}}}
+      UNROLL for (int i = 0; i < %(pairs)d; i++) {{{{
+        words code[AT_ONCE];
+        UNROLL for (int v = 0; v < AT_ONCE; v++) code[v] = %(code)s;
+        UNROLL for (int r = 0; r < %(rows)d; r++) {{{{
+          const pair both = x[r][run * %(pairs)d + i];
+          UNROLL for (int v = 0; v < AT_ONCE; v++) {{{{{MULTIPLY}
+          }}}}
+        }}}}
+      }}}}
+    }}}}
+    UNROLL for (int r = 0; r < %(rows)d; r++)
+      UNROLL for (int v = 0; v < AT_ONCE; v++) *((ints_at*){{0}} + r * VECTORS + first + v) = sums[r][v];
+  }}}}
+}}}}"""
 
 
 # A core that reads codes once is limited by memory. Processors fetch ahead within a page only: with these requests Q4_1
@@ -216,10 +228,10 @@ class DotProduct:
         return UOp.group(*stores).end(lane, group)
 
 
-def _statement(fmt: Format, num_rows: int, prefetches: bool) -> str:
-    """STATEMENT for a format and a number of rows."""
+def code_words(fmt: Format, high_plane: int) -> dict[str, str]:
+    """How a statement unpacks a vector of codes: `code`, the i-th words of a run, from low[v] and high[v]; `high`, the
+    declaration of `high`, and `load_high`, its loads from the operand `high_plane`."""
     low, high = low_bits(fmt), high_bits(fmt)
-    code = "(words)low[v]"
     if fmt.bits == 8:
         code = "i == 0 ? (words)(low[v] << 8) >> 8 : (words)low[v] >> 8"
     else:
@@ -228,16 +240,19 @@ def _statement(fmt: Format, num_rows: int, prefetches: bool) -> str:
     if high:
         runs = dot_cols(high) // dot_cols(low)  # of the low plane for one of the high plane
         place = f"run % {runs} * {HALF_WORD // low * high}"
-        word = f"*((const codes_at*){{{2 + num_rows}}} + run / {runs} * (32 / LANES) + v)"
+        word = f"*((const codes_at*){{{high_plane}}} + run / {runs} * VECTORS + first + v)"
         load_high = f"\n      high[v] = {word} >> ({place});"
         code = f"{code} | (words)(((high[v] >> {high} * i) & {(1 << high) - 1}) << {low})"
+    return {"code": code, "high": ", high[AT_ONCE]" if high else "", "load_high": load_high}
+
+
+def _statement(fmt: Format, num_rows: int, prefetches: bool) -> str:
+    """STATEMENT for a format and a number of rows."""
     return STATEMENT % {
         "rows": num_rows,
         "x": ", ".join(f"(const pair*){{{2 + r}}}" for r in range(num_rows)),
-        "runs": fmt.group // dot_cols(low),
-        "pairs": HALF_WORD // low,
-        "high": ", high[32 / LANES]" if high else "",
-        "load_high": load_high,
-        "code": code,
+        "runs": fmt.group // dot_cols(low_bits(fmt)),
+        "pairs": HALF_WORD // low_bits(fmt),
         "prefetch": PREFETCH if prefetches else "",
+        **code_words(fmt, 2 + num_rows),
     }

@@ -31,6 +31,7 @@ from tinyvllm.ops.cpu.product import (
     stage_rows,
     take_shards,
 )
+from tinyvllm.ops.cpu.unpacked_dots import MOST_ROWS, UnpackedProduct
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, clamp, exp2, fill, finish
 from tinyvllm.ops.kernel.tuning import Tunable
@@ -154,10 +155,13 @@ class _Tile:
     rows: int
     registers: UOp
     loops: list[UOp]  # to end after the stores of the registers
+    start: UOp | int = 0  # of the rows among the registers
 
 
 def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[Shard] | FixedRows, panel: UOp) -> _Tile:
     """The product of a tile of x's rows with a panel: 32 accumulators, one per lane, for each row."""
+    if isinstance(x, FixedRows) and spec.num_tokens > spec.rows_per_pass:
+        return _multiply_unpacked(body, spec, planes, x, panel)
     rows = spec.rows_per_pass
     tile_row = body.loop(spec.num_tokens // rows) if spec.num_tokens > rows else None
     loops = [tile_row] if tile_row is not None else []
@@ -168,6 +172,17 @@ def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[Shard]
     if isinstance(x, FixedRows):
         return _Tile(first, rows, DotProduct(*of_rows, reads_once=tile_row is None).add(acc, x), loops)
     return _Tile(first, rows, Product(*of_rows).add_shards(acc, x), loops)
+
+
+def _multiply_unpacked(body: Body, spec: LinearSpec, planes: Planes, x: FixedRows, panel: UOp) -> _Tile:
+    """The product of many rows, by blocks of rows."""
+    tile, tokens = spec.rows_per_pass, spec.num_tokens
+    rows = next(n for n in range(min(tokens, MOST_ROWS), 0, -1) if tokens % n == 0 and n % tile == 0)
+    block = body.fold(tokens // rows)
+    acc = fill(body, body.registers(rows * PANEL), 0.0, panel, x.integers, x.factors, block)
+    product = UnpackedProduct(body, spec.format, spec.num_cols, planes, panel, block * rows, rows, tile)
+    row = body.loop(rows)
+    return _Tile(block * rows + row, 1, product.add(acc, x), [row, block], row * PANEL)
 
 
 class HasEnding(Protocol):
@@ -220,9 +235,9 @@ def _epilogue(body: Body, spec: LinearSpec, out: UOp, bias: UOp | None, ending: 
 
     stores = []
     for r in range(tile.rows):
-        value = with_bias(tile.registers[r * PANEL + lane].load(), 0)
+        value = with_bias(tile.registers[tile.start + r * PANEL + lane].load(), 0)
         if spec.activation is not None:
-            up = with_bias(tile.registers[r * PANEL + HALF + lane].load(), 1)
+            up = with_bias(tile.registers[tile.start + r * PANEL + HALF + lane].load(), 1)
             (value,) = gated(spec.activation, [value], [up], CPU_ARITHMETIC)
         at = (tile.first + r) * spec.out_cols + panel * width + lane
         stores.append(out[at].store(ending.finish(value, at)))

@@ -28,8 +28,8 @@ def fits_chain(step: RecordedStep) -> bool:
 
 
 def _awaits(device: str, call: Call) -> bool:
-    """Whether the program waits for the previous kernel by itself. Read from its PTX, because tinygrad's KernelInfo and
-    ProgramInfo have no field for it, and are part of every kernel's key."""
+    """Whether the program waits for the previous kernel by itself. Read from its code (of PTX, or what hopper.py leaves
+    of it), because tinygrad's KernelInfo and ProgramInfo have no field for it, and are part of every kernel's key."""
     return MARK in get_runtime(device, call.target).lib
 
 

@@ -7,8 +7,8 @@ reads both operands from threadgroup memory, for four warps together. (PTX ISA, 
 "tensormap.replace", "mbarrier", "wgmma".)
 
 `allows_wgmma` prepares tinygrad for them. Its compiler needs the full target, sm_90a, because these instructions belong
-to one generation and not to its successors; its renderer, the number of threadgroups of a cluster; and a launch, the
-threadgroup memory of the kernel, which exceeds what CUDA allocates statically.
+to one generation and not to its successors, and goes on to machine code; its renderer, the number of threadgroups of a
+cluster; and a launch, the threadgroup memory of the kernel, which exceeds what CUDA allocates statically.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from tinygrad import Device, UOp, dtypes
 from tinygrad.device import TinyELF
 from tinygrad.helpers import Target
 from tinygrad.renderer.cstyle import CUDARenderer
+from tinygrad.runtime.support.compiler_cuda import NVRTCCompiler
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.device.recording import AWAIT_PREVIOUS
 from tinyvllm.ops.kernel.body import F16, F32, I32
 
 ARCH = "sm_90"
@@ -35,7 +37,7 @@ WGMMA_COLS = 64  # columns of a tile: 128 bytes, the span that the copy engine s
 MAP_WORDS = 32  # words of a tensor map
 HOPPER_SHARED_BYTES = 227 << 10  # threadgroup memory that a kernel may use
 
-# The size is only known to the launch, so the kernel states it: as a comment, which stays in the PTX
+# The size is only known to the launch, so the kernel states it: as a comment, which stays with the machine code
 DECLARE = (
     "extern __shared__ __align__(1024) unsigned char shared_memory[];\n"
     "unsigned shared = (unsigned)__cvta_generic_to_shared(shared_memory);\n"
@@ -47,6 +49,7 @@ IS_RESIDENT = re.compile(r"// threadgroups of a multiprocessor: (\d+)")
 LAUNCH_BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)")
 SHARE_REGISTERS = 'asm volatile("setmaxnreg.%s.sync.aligned.u32 %d;");'
 DECLARED = re.compile(rb"// dynamic shared memory: (\d+) bytes")
+FOR_LAUNCH = re.compile(rf"{DECLARED.pattern.decode()}|{re.escape(AWAIT_PREVIOUS)}")
 # Written in threadgroup memory, the only place where fields of a map can be set, and then copied to where the copy
 # engine reads it. The fields that are not set here stay 0. What is set: float16 (6), swizzle by 128 bytes (3), zeros
 # outside the matrix.
@@ -121,7 +124,7 @@ class HopperRenderer(CUDARenderer):
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
-        use_full_target(self.compiler)
+        self.compiler = MachineCodeCompiler()
 
     def render_kernel(self, function_name: str, kernel: list[str], *args: Any, **more: Any) -> str:
         source: str = super().render_kernel(function_name, kernel, *args, **more)
@@ -132,10 +135,18 @@ class HopperRenderer(CUDARenderer):
         return source.replace("__launch_bounds__", f"__cluster_dims__({CLUSTER}) __launch_bounds__", 1)
 
 
-def use_full_target(compiler: Any) -> None:
-    """Replace sm_90 by sm_90a in a compiler's options."""
-    option = f"--gpu-architecture={ARCH}"
-    compiler.compile_options = [option + "a" if given == option else given for given in compiler.compile_options]
+class MachineCodeCompiler(NVRTCCompiler):
+    """NVRTC for the full target, down to machine code. tinygrad's compiler stops at PTX, which the driver would compile
+    when a kernel is loaded: one after the other, in the process and on the thread that serves.
+
+    What a kernel tells its launch, which PTX keeps as comments, follows the machine code, whose header has its size."""
+
+    def __init__(self) -> None:
+        super().__init__(f"{ARCH}a", ptx=False, cache_key="machine_code")
+
+    def compile(self, src: str) -> bytes:
+        code: bytes = super().compile(src)
+        return code + "".join(f"\n{found[0]}" for found in FOR_LAUNCH.finditer(src)).encode()
 
 
 def allows_wgmma(device_name: str) -> bool:
@@ -145,7 +156,7 @@ def allows_wgmma(device_name: str) -> bool:
     if renderer.target.arch != ARCH or type(renderer) not in (CUDARenderer, HopperRenderer):
         return False
     if type(renderer) is CUDARenderer:
-        use_full_target(renderer.compiler)
+        renderer.compiler = MachineCodeCompiler()
         renderer.__class__ = HopperRenderer  # tinygrad's compiling processes create a renderer of this class
         make = device.runtime_t
         assert make is not None
@@ -157,9 +168,9 @@ def allows_wgmma(device_name: str) -> bool:
     return True
 
 
-def declared_bytes(ptx: bytes) -> int:
+def declared_bytes(program: bytes) -> int:
     """The size of the threadgroup memory that a compiled kernel has declared with `declare`; 0 if it has not."""
-    found = DECLARED.search(ptx)
+    found = DECLARED.search(program)
     return int(found[1]) if found else 0
 
 

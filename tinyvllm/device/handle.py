@@ -99,21 +99,22 @@ class DeviceHandle:
         """A flat zeroed tensor. On a CPU it is fresh anonymous memory: zero, and taking no room until it is used."""
         reach("device.allocate")
         if not self.is_cpu:
-            make = self._copied_zeros if size * dtype.itemsize <= COPIED_BYTES else self._filled
-            return make(size, dtype)
+            return self._cleared(size, dtype)
         uop = UOp.new_buffer(core or self.name, size, dtype)
         # nolru: a recycled buffer would have its old contents
         buffers[uop] = Buffer(core or self.name, size, dtype, options=BufferSpec(nolru=True)).allocate().ref(1)
         return Tensor(uop)
 
-    def _copied_zeros(self, size: int, dtype: DType) -> Tensor:
+    def _cleared(self, size: int, dtype: DType) -> Tensor:
+        """Without a kernel if possible: one is compiled for each size, and the first starts the compiling processes."""
         uop = UOp.new_buffer(self.name, size, dtype)
-        _copy_in(uop.buffer.allocate(), np.zeros(size * dtype.itemsize, np.uint8))
+        buffer = uop.buffer.allocate()
+        if self.kind.clear(buffer):
+            return Tensor(uop)
+        if buffer.nbytes > COPIED_BYTES:
+            return Tensor.zeros(size, dtype=dtype, device=self.name).clone().realize()
+        _copy_in(buffer, np.zeros(buffer.nbytes, np.uint8))
         return Tensor(uop)
-
-    def _filled(self, size: int, dtype: DType) -> Tensor:
-        """Zeros by a kernel, which is compiled for each size: 70 ms with CUDA's compiler."""
-        return Tensor.zeros(size, dtype=dtype, device=self.name).clone().realize()
 
     @property
     def _is_mapped(self) -> bool:

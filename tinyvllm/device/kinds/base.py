@@ -81,6 +81,11 @@ class DeviceKind:
         allocator's copy."""
         return False
 
+    def clear(self, buffer: Buffer) -> bool:
+        """Enqueue filling a buffer with zeros, without a kernel, which would be compiled. False: there is no such
+        command."""
+        return False
+
     def output_reader(self, buffer: Buffer) -> OutputReader | None:
         """A reader that waits for one step alone; None: use a mark in the queue."""
         return None

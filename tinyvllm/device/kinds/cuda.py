@@ -83,6 +83,12 @@ class Cuda(DeviceKind):
         _staging(buffer.device).copy_in(buffer, data)
         return True
 
+    def clear(self, buffer: Buffer) -> bool:
+        from tinygrad.runtime.autogen import cuda  # loads the driver
+
+        _check(cuda.cuMemsetD8Async(buffer._buf, 0, buffer.nbytes, None))
+        return True
+
     def output_reader(self, buffer: Buffer) -> CudaReader:
         return CudaReader(buffer)
 

@@ -10,13 +10,14 @@ from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops import backends
+from tinyvllm.ops.gpu import fused
 
 LAYERS = [LayerKind(4, 2, 64)]
 
 
 def chosen_dtype(dtype: str, stored: str, *, overflows_float16: bool) -> str:
     device = DeviceHandle("CUDA", has_threads=True, is_unified=False)
-    with mock.patch.object(backends, "lanes_of"), mock.patch.object(backends, "FusedGpuBackend") as made:
+    with mock.patch.object(backends, "lanes_of"), mock.patch.object(fused, "FusedGpuBackend") as made:
         backends.make_backend(device, dtype, stored, LAYERS, dequantize=False, overflows_float16=overflows_float16)
     return str(made.call_args.args[1])
 

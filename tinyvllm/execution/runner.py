@@ -141,7 +141,7 @@ def make_runner(
     num_instances, buckets = 2 if overlaps else 1, make_buckets(limits, config)
     store = open_program_store(device.name) if config.compile_cache else None
     if capture == "replay" and (store is None or not store.has_steps):
-        prepare_tracing(model_config.num_layers, len(buckets))
+        prepare_tracing(device, model_config.num_layers, len(buckets))
     positions = _num_positions(config, model_config)
     model = make_model(model_config, source, backend, positions, lambda done, total: report("load", done, total))
     adapters = load_adapters(config, model, backend)

@@ -28,11 +28,13 @@ from tinyvllm.device.compiling import (
     num_workers,
     settings,
 )
+from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import OutlinedStep, SavedStep, TracedStep, cut_here, outline_step, trace_step
 from tinyvllm.device.scratch import Scratch
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.step_code import GraphContext, StepCode
 from tinyvllm.faults import reach
+from tinyvllm.ops.backends import import_kernels
 from tinyvllm.ops.coverage import Note
 from tinyvllm.ops.kernel import tuning
 
@@ -72,11 +74,11 @@ class TracedElsewhere:
     kernels: dict[Key, PackedKernel]
 
 
-def prepare_tracing(num_layers: int, num_buckets: int) -> None:
+def prepare_tracing(device: DeviceHandle, num_layers: int, num_buckets: int) -> None:
     """Start the other processes, if they are going to trace: they begin while this one loads the weights."""
     if num_layers * num_buckets >= MANY_LAYERS and can_trace_elsewhere():
         for _ in range(min(num_workers(), num_buckets)):
-            begin_elsewhere(_prepare_there, None, "the start of a process", -1)
+            begin_elsewhere(_prepare_there, device, "the start of a process", -1)
 
 
 class Tracer:
@@ -117,8 +119,9 @@ class Tracer:
 # ---- In the process ----
 
 
-def _prepare_there(_: None) -> None:
-    """Finding this function has imported what tracing needs."""
+def _prepare_there(device: DeviceHandle) -> None:
+    """Finding this function has imported what tracing needs, except the kernels."""
+    import_kernels(device)
 
 
 def _trace_there(task: tuple[Mapping[str, Renderer], dict[str, Any], bytes, Bucket]) -> TracedElsewhere:

@@ -1,4 +1,4 @@
-"""The choice of a backend by device."""
+"""The choice of a backend by device. The modules of the others are not imported, which would take half of the time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.kinds import KINDS
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.backend import Backend
-from tinyvllm.ops.cpu.backend import CpuBackend
-from tinyvllm.ops.cpu.unfused import UnfusedCpuBackend
-from tinyvllm.ops.gpu.backend import GpuBackend
-from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.kernel.lanes import lanes_of
+
+
+def import_kernels(device: DeviceHandle) -> None:
+    """Import the modules that a device's backend needs."""
+    if device.is_cpu:
+        import tinyvllm.ops.cpu.backend
+        import tinyvllm.ops.cpu.unfused
+    else:
+        import tinyvllm.ops.gpu.fused  # noqa: F401
 
 
 def make_backend(
@@ -32,6 +37,9 @@ def make_backend(
     do not round them. Raises DeviceError for a device without kernels, or without fused ones to leave out, and
     UnsupportedModelError for a dtype that the model's activations exceed."""
     if device.is_cpu:
+        from tinyvllm.ops.cpu.backend import CpuBackend
+        from tinyvllm.ops.cpu.unfused import UnfusedCpuBackend
+
         backend = UnfusedCpuBackend if unfused else CpuBackend
         own = None if dtype == "auto" else dtype
         return backend(device, own, layers, dequantize=dequantize, rounds=dtype != "float32")
@@ -44,6 +52,9 @@ def make_backend(
         raise UnsupportedModelError(
             "--dtype is 'float16', but this model's activations exceed its range: choose auto, bfloat16 or float32"
         )
+    from tinyvllm.ops.gpu.backend import GpuBackend
+    from tinyvllm.ops.gpu.fused import FusedGpuBackend
+
     lanes = lanes_of(device.name)
     if lanes is None and unfused:
         raise DeviceError(

@@ -21,7 +21,7 @@ from tinyvllm.device.cuda_graph import ChainReplay
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import AWAIT_PREVIOUS, record
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
-from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, MULTIPROCESSORS, StreamSpec, row_of, stream_kernel
+from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, MULTIPROCESSORS, NUM_MAPS, StreamSpec, row_of, stream_kernel
 from tinyvllm.ops.kernel.body import F16, F32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WGMMA_COLS, Box, allows_wgmma, declared_bytes
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
@@ -79,9 +79,18 @@ def test_a_stream_has_one_loop_each_and_the_memory_that_it_says(
     assert declared_bytes(source.encode()) == spec.shared_bytes <= HOPPER_SHARED_BYTES
 
 
+def test_kernels_that_may_run_at_once_describe_their_operands_in_different_places() -> None:
+    """All of them wait for the first one's end, so that their threadgroups would all have to be there."""
+    for tokens, (rows, cols, is_gated) in itertools.product((2, 64), MATRICES):
+        for spec in candidates(stream(tokens, rows, cols, is_gated)):
+            assert spec.shared_bytes > HOPPER_SHARED_BYTES // 2  # one threadgroup on a multiprocessor
+            assert (NUM_MAPS - 1) * spec.units + 1 > MULTIPROCESSORS
+
+
 def test_a_stream_fetches_weights_before_it_waits_and_tokens_after() -> None:
     source = render(stream(8, 1024, 2048)).src[2].arg
     awaited = source.index(AWAIT_PREVIOUS)
+    assert source.index("griddepcontrol.launch_dependents") < awaited
     weights, tokens = source.index("cp.async.bulk.tensor.5d"), source.index("cp.async.bulk.tensor.2d")
     assert weights < awaited < tokens
     unchained = replace(stream(8, 1024, 2048), lanes=Lanes("CUDA", (dtypes.half,)))
@@ -124,13 +133,13 @@ def chained_products(device: DeviceHandle, specs: list[StreamSpec], w: np.ndarra
     """The results (T, N) of products one after another in a chain, of which each must equal the first one."""
     assert allows_wgmma(device.name)
     matrix, rows = device.upload(w.reshape(-1)), device.upload(x.reshape(-1))
-    maps = [device.zeros(MAP_SIZE, dtypes.uint) for _ in range(2)]
+    maps = [device.zeros(MAP_SIZE, dtypes.uint) for _ in range(NUM_MAPS)]
     size = x.shape[0] * specs[0].out_rows
     outs = [empty(spec.splits * size, F16 if spec.is_gated else F32, device.name).realize() for spec in specs]
 
     def trace() -> Any:
         for i, spec in enumerate(specs):
-            result = run_kernel(stream_kernel(spec), [outs[i], maps[i % 2]], [matrix, rows])[0]
+            result = run_kernel(stream_kernel(spec), [outs[i], maps[i % NUM_MAPS]], [matrix, rows])[0]
         return result.realize()
 
     replay = ChainReplay(device.name, record(trace))

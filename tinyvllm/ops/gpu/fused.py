@@ -48,7 +48,7 @@ from tinyvllm.ops.gpu.recurrent_decode import DecodeStateSpec, recur_rows
 from tinyvllm.ops.gpu.recurrent_rows import GpuRecurrentSpec
 from tinyvllm.ops.gpu.recurrent_solve import ChunkSpec
 from tinyvllm.ops.gpu.row_sum import RUN_COLS, EmbedSpec, SumSpec, sum_kernel
-from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, StreamSpec, stream_kernel
+from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, NUM_MAPS, StreamSpec, stream_kernel
 from tinyvllm.ops.gpu.vector import NormedSum, VectorSpec, vector_kernel
 from tinyvllm.ops.kernel.body import F32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import allows_wgmma
@@ -173,9 +173,9 @@ class FusedGpuBackend(GpuBackend):
         self.has_wgmma = allows_wgmma(device.name)
         self.has_quantized = False  # whether any matrix so far is quantized
         self.arrivals = device.zeros(GROUPS_WANTED, dtypes.int)  # of threadgroups that share a context
-        # where products that stream their weights describe their operands. A chained kernel writes there while the one
-        # before it still runs, so they take turns; the memory of a step's other scratch may still be read then
-        self.maps = [device.zeros(MAP_SIZE if lanes.kind == "CUDA" else 1, dtypes.uint) for _ in range(2)]
+        # where products that stream their weights describe their operands, in turn (NUM_MAPS). The memory of a step's
+        # other scratch may still be read then
+        self.maps = [device.zeros(MAP_SIZE if lanes.kind == "CUDA" else 1, dtypes.uint) for _ in range(NUM_MAPS)]
 
     def _mma(self, dtype: DType) -> Mma | None:
         usable = dtype != dtypes.float and dtype in self.lanes.matrix_dtypes
@@ -618,7 +618,7 @@ class FusedGpuBackend(GpuBackend):
             return run_kernel(matrix_kernel(spec), [out], [*matrix.planes, x])[0]
         if isinstance(spec, StreamedMatrixSpec):
             return run_kernel(streamed_matrix_kernel(spec), [out], [*matrix.planes, x])[0]
-        self.maps.reverse()
+        self.maps.append(self.maps.pop(0))
         rest = [] if residual is None else [residual]
         fn = stream_kernel(replace(spec, adds_residual=residual is not None))
         return run_kernel(fn, [out, self.maps[0]], [*matrix.planes, x, *rest])[0]

@@ -18,6 +18,7 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.activation import gated
 from tinyvllm.ops.gpu.gemm_hopper import HOPPER_ARITHMETIC
+from tinyvllm.ops.gpu.plane_ring import LEAST_BYTES
 from tinyvllm.ops.gpu.token_tiles import TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import (
@@ -61,6 +62,10 @@ ROW_STEP = 16  # the output's rows, and a tile's, are a multiple
 MIN_SPLIT_COLS = 512  # the fewest columns that are worth a threadgroup
 UNIT_WORDS = 3 * MAP_WORDS  # of a threadgroup: two maps, and a word that it writes so that tinygrad sees a write
 MAP_SIZE = MULTIPROCESSORS * UNIT_WORDS
+# Kernels that describe their operands before the wait, each to memory of its own, since many of them may have started
+# by then. Their threadgroups share no multiprocessor (LEAST_BYTES), so that fewer than these fit on the device at once
+NUM_MAPS = 32
+LEAST_UNITS = MULTIPROCESSORS // (NUM_MAPS - 1) + 1
 # what a product costs, in ns and in bytes per ns (measured on an H200)
 MEMORY_RATE = 4400.0  # from memory to all multiprocessors
 CACHE_RATE = 65.0  # from the L2 cache to each of them
@@ -197,7 +202,7 @@ class StreamSpec(Tunable):
     def shared_bytes(self) -> int:
         """Threadgroup memory of the kernel."""
         read = (self.panels - 1) * self.token_bytes + self.groups * WGMMA_TOKENS * PANEL_ROW_BYTES
-        return self.stages * self.stage_bytes + max(EXTRA_BYTES, read - self.stage_bytes)
+        return max(LEAST_BYTES, self.stages * self.stage_bytes + max(EXTRA_BYTES, read - self.stage_bytes))
 
     @property
     def map_size(self) -> int:
@@ -266,7 +271,7 @@ class StreamSpec(Tunable):
             and self.num_cols % cols == 0
             and self.steps >= 2
             and self.stages >= 2
-            and self.units >= 2
+            and self.units >= LEAST_UNITS
             and (self.groups * GROUP_WARPS + 1) * LANES * (self.row_tile // 2 + 48) <= 64 << 10
         )
 

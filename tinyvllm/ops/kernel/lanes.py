@@ -51,7 +51,9 @@ FUSE = (
     "return d; }}({0}, {1}, {2})"
 )
 BOTH = '[](half h){{ uint d; asm("mov.b32 %0, {{%1, %1}};" : "=r"(d) : "h"(__half_as_ushort(h))); return d; }}({0})'
-CHAIN = f'asm volatile("{AWAIT_PREVIOUS}; griddepcontrol.launch_dependents;" ::: "memory");'
+# The next kernel may start as soon as all threadgroups of this one have, and there is room: it waits for the end itself
+START_NEXT = 'asm volatile("griddepcontrol.launch_dependents;" ::: "memory");'
+CHAIN = f'{START_NEXT}\nasm volatile("{AWAIT_PREVIOUS};" ::: "memory");'
 # (columns of the right operand, rows of the left one, terms) of one instruction
 MATRIX_DIMS = {"CUDA": (8, 16, 16), "METAL": (8, 8, 8)}
 
@@ -318,7 +320,8 @@ def _metal_place(lane: UOp) -> tuple[UOp, UOp]:
 def await_previous(lanes: Lanes, *buffers: UOp, ahead: Iterable[UOp] = ()) -> tuple[UOp, ...]:
     """The buffers, which may be read once the previous kernels have ended. With CUDA's programmatic dependent launch,
     each of our kernels passes its inputs through here, once, except those that no kernel of a step writes: weights and
-    the step's inputs.
+    the step's inputs. Kernels start in order, but before this point none of the earlier ones need have ended: what a
+    kernel writes there, no other kernel of the step may use.
 
     `ahead`: values of such inputs, to be loaded while the kernel waits, and statements and loads of several words, to
     be executed before. Otherwise the compiler, which does not know of the wait, would load them where they are used."""

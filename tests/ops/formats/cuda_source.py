@@ -39,6 +39,15 @@ static uint __byte_perm(uint x, uint y, uint selector) {
 }
 static half half_of(uint word) { unsigned short bits = word; half h; __builtin_memcpy(&h, &bits, 2); return h; }
 static uint bits_of(half h) { unsigned short bits; __builtin_memcpy(&bits, &h, 2); return bits; }
+static uint halves_of_float8(unsigned short pair) {
+  uint found = 0;
+  for (int i = 0; i < 2; i++) {
+    uint code = pair >> 8 * i & 255, exponent = code >> 3 & 15, mantissa = code & 7;
+    float size = exponent ? (8 + mantissa) * 0x1p-10f * (1 << exponent) : mantissa * 0x1p-9f;
+    found |= bits_of(half(code >> 7 ? -size : size)) << 16 * i;
+  }
+  return found;
+}
 static half fused(half a, half b, half c) { return half((float)((double)a * b + c)); }
 static uint fused_pair(uint a, uint b, uint c) {
   return bits_of(fused(half_of(a), half_of(b), half_of(c)))
@@ -50,6 +59,7 @@ static uint fused_pair(uint a, uint b, uint c) {
 INSTRUCTIONS = (
     (r'asm\("lop3\.b32 %0, %1, (\w+), (\w+), 0xea;"[^;]*\);', r"d = (w & \1) | \2;"),
     (r'asm\("fma\.rn\.f16x2 [^;]*;"[^;]*\);', "d = fused_pair(a, b, c);"),
+    (r'asm\("cvt\.rn\.f16x2\.e4m3x2 [^;]*;"[^;]*\);', "d = halves_of_float8(e);"),
     (r'asm\("mov\.b32 %0, \{%1, %1\};"[^;]*\);', "d = bits_of(h) | bits_of(h) << 16;"),
 )
 

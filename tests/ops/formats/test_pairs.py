@@ -17,7 +17,7 @@ from tests.ops.formats.drawn import FORMATS, NF4, affine, any_format, draw_matri
 from tinyvllm.arrays import Format, QuantizedMatrix, to_float32
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 from tinyvllm.ops.formats.matrix import PANEL, Matrix, Planes, pack
-from tinyvllm.ops.formats.pairs import CODE_ORDER, pair_form, pair_forms, read_halves, read_pairs, read_quarter
+from tinyvllm.ops.formats.pairs import code_order, pair_form, pair_forms, read_halves, read_pairs, read_quarter
 from tinyvllm.ops.formats.runs import covers
 from tinyvllm.ops.kernel.body import Body, KernelFn, empty, finish, run_kernel
 from tinyvllm.ops.kernel.lanes import Mma
@@ -25,8 +25,7 @@ from tinyvllm.ops.kernel.lanes import Mma
 ROWS, COLS = 32, 256
 RUNS, WORDS = ROWS * COLS // PANEL, ROWS * COLS // 2
 CUDA, METAL = Mma("CUDA", dtypes.half), Mma("METAL", dtypes.half)
-# the column of each half of `read_pairs` in its run
-PAIR_ORDER = [4 * (i // 2 + i % 2 * 4) + code for i in range(PANEL // 4) for code in CODE_ORDER]
+CONVERTING = Mma("CUDA", dtypes.half, has_float8=True)
 FAST = ("Q4_0", "Q5_1", "Q6_K", "Q8_0", "GPTQ", "Q3_K", "IQ4_NL", "NVFP4", "FP8", "nf4", "Q1_0", "IQ3_S")
 KNOWN = [*(kind.format for kind in QUANTIZED_KINDS.values()), *FORMATS, affine(4, 16), affine(8, 32)]
 KNOWN = list(dict.fromkeys(KNOWN))
@@ -95,7 +94,9 @@ def assert_pairs(words: np.ndarray, host: QuantizedMatrix, mma: Mma, *, in_place
     forms = pair_forms(host.format, mma) if in_place else [pair_form(host.format, mma)] * 2
     units, excesses = ([getattr(forms[i // 4 % 2], name) for i in range(PANEL)] for name in ("unit", "excess"))
     codes = np.empty((RUNS, PANEL), np.float32)
-    codes[:, PAIR_ORDER] = words.view(np.float16).astype(np.float32).reshape(RUNS, PANEL) * units - excesses
+    # the column of each half of `read_pairs` in its run
+    order = [4 * (i // 2 + i % 2 * 4) + code for i in range(PANEL // 4) for code in code_order(host.format, mma)]
+    codes[:, order] = words.view(np.float16).astype(np.float32).reshape(RUNS, PANEL) * units - excesses
     expected = host.code_values
     if host.format == NF4:
         expected = expected.astype(np.float16).astype(np.float32)
@@ -124,17 +125,24 @@ def test_pairs_hold_the_codes_of_every_format(fmt: Format) -> None:
 
 
 @cache
-def cuda_words(is_fast: bool) -> dict[tuple[Format, str], np.ndarray]:
-    """What CUDA's readers give for the formats of the default run, or for the others, compiled together."""
+def cuda_words(is_fast: bool) -> dict[tuple[Format, str, Mma], np.ndarray]:
+    """What CUDA's readers give for the formats of the default run, or for the others, compiled together: also with the
+    instruction that converts e4m3."""
     formats = [fmt for fmt in KNOWN if (fmt.name in FAST) == is_fast]
     makers = {"pairs": pairs_kernel, "halves": halves_kernel, "placed": placed_kernel, "quarters": quarters_kernel}
     streamed = ("placed", "quarters")
-    cases = [(fmt, which) for fmt in formats for which in makers if fmt.grid is None or which not in streamed]
-    matrices = [pack(draw_matrix(fmt, ROWS, COLS), "row", None, "CPU") for fmt, _ in cases]
-    names = [f"{which}_{i}" for i, (_, which) in enumerate(cases)]
+    cases = [
+        (fmt, which, mma)
+        for fmt in formats
+        for which in makers
+        if fmt.grid is None or which not in streamed
+        for mma in ((CUDA, CONVERTING) if fmt.is_float8 else (CUDA,))
+    ]
+    matrices = [pack(draw_matrix(fmt, ROWS, COLS), "row", None, "CPU") for fmt, *_ in cases]
+    names = [f"{which}_{i}" for i, (_, which, _) in enumerate(cases)]
     sources = [
-        cuda_source.render(makers[which](fmt, CUDA, name), WORDS, matrix)
-        for (fmt, which), name, matrix in zip(cases, names, matrices, strict=True)
+        cuda_source.render(makers[which](fmt, mma, name), WORDS, matrix)
+        for (fmt, which, mma), name, matrix in zip(cases, names, matrices, strict=True)
     ]
     return dict(zip(cases, cuda_source.run(sources, names, WORDS, matrices), strict=True))
 
@@ -143,10 +151,11 @@ def cuda_words(is_fast: bool) -> dict[tuple[Format, str], np.ndarray]:
 def test_cuda_reads_the_same_by_its_own_instructions(fmt: Format) -> None:
     host = draw_matrix(fmt, ROWS, COLS)
     words = cuda_words(fmt.name in FAST)
-    assert_pairs(words[fmt, "pairs"], host, CUDA)
-    assert_halves(words[fmt, "halves"].view(np.float16), host)
-    for which in ("placed", "quarters") if fmt.grid is None else ():
-        assert_pairs(words[fmt, which], host, CUDA, in_place=True)
+    for mma in (CUDA, CONVERTING) if fmt.is_float8 else (CUDA,):
+        assert_pairs(words[fmt, "pairs", mma], host, mma)
+        assert_halves(words[fmt, "halves", mma].view(np.float16), host)
+        for which in ("placed", "quarters") if fmt.grid is None else ():
+            assert_pairs(words[fmt, which, mma], host, mma, in_place=True)
 
 
 @pytest.mark.slow

@@ -41,16 +41,28 @@ from tinyvllm.ops.kernel.body import F16, U32
 from tinyvllm.ops.kernel.lanes import HALF_PAIR, Mma
 
 IN_HALF = 1024  # a code in a float16's mantissa makes it 1024 + code
-CODE_ORDER = (0, 2, 1, 3)  # of four neighboring codes in `read_pairs`: a word's halves hold every other one
 PLACED_PAIR = 0x54005400  # two float16 of 64, whose mantissa's bit 4 is worth 1
 BOTH = 0x00010001  # the lowest bit of both halves of a word
 MAX_FOLDED = 256.0  # units that a scale is multiplied by: with larger ones it might exceed float16
 FLOAT_PLACES = {8: E4M3_PLACE, 4: E2M1_PLACE}  # by a small float's bits
 
 
+def code_order(fmt: Format, mma: Mma) -> tuple[int, ...]:
+    """The order of four neighboring codes in `read_pairs`. Masking a word leaves every other code in its halves; an
+    instruction that converts two codes takes neighbors."""
+    return (0, 1, 2, 3) if _is_converted(fmt, mma) else (0, 2, 1, 3)
+
+
+def _is_converted(fmt: Format, mma: Mma) -> bool:
+    """Whether an instruction makes float16 of the codes."""
+    return fmt.is_float8 and mma.has_float8 and mma.dtype == F16
+
+
 def pair_form(fmt: Format, mma: Mma) -> CodeForm:
     """What the halves of `read_pairs` stand for."""
     require_covered(fmt)
+    if _is_converted(fmt, mma):
+        return CodeForm(1.0, 0.0)
     if unit := small_float_unit(fmt):
         return CodeForm(unit if mma.takes_subnormals else 1.0, 0.0)
     if known := line(fmt):
@@ -79,7 +91,7 @@ def _stays_in_place(fmt: Format) -> bool:
 def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, mma: Mma, *, in_place: bool = False) -> list[UOp]:
     """A run's codes as words of two halves (`pair_form`; `in_place`: `pair_forms`), so that one instruction does two.
 
-    The words are in groups of four neighboring columns, each in `CODE_ORDER`: the first four of the run, the first four
+    The words are in groups of four neighboring columns, each in `code_order`: the first four of the run, the first four
     of its second half, the second four, and so on.
     """
     require_covered(planes.fmt)
@@ -127,6 +139,8 @@ def read_quarter(planes: Planes, run: UOp, quarter: UOp, mma: Mma, *, in_place: 
         if len(tables) == 1:
             return [mma.to_halves(_down(four, 8 * odd), 0xFF * BOTH) for four in found[0] for odd in range(2)]
         return [pair for low, high in zip(*found, strict=True) for pair in _joined(low, high)]
+    if _is_converted(fmt, mma):
+        return [mma.float8_pair(word, odd) for word, _ in parts for odd in range(2)]
     if unit := small_float_unit(fmt):
         pairs = [_small_floats(word, shift + odd * 8, width) for word, shift in parts for odd in range(2)]
         return pairs if mma.takes_subnormals else [mma.scaled(pair, unit) for pair in pairs]
@@ -190,10 +204,13 @@ def read_halves(planes: Planes, row: UOp, run: UOp, num_cols: int, mma: Mma) -> 
 
 
 def _spread_pair(planes: Planes, mma: Mma, run: UOp, four: int, odd: int) -> UOp:
-    """Codes `odd` and `odd` + 2 of four neighbors, which lie 16 bits apart in the same word."""
+    """A word of two codes of four neighbors: `odd` and `odd` + 2, which lie 16 bits apart in the same word, or as
+    `code_order` says."""
     fmt, (width, high_width) = planes.fmt, packed_bits(planes.fmt)
     words, high = code_words(planes, run), high_words(planes, run)
     shift, word = four // len(words) * width + odd * 8, words[four % len(words)]
+    if _is_converted(fmt, mma):
+        return mma.float8_pair(word, odd)
     if unit := small_float_unit(fmt):
         pair = _small_floats(word, shift, width)
         return pair if mma.takes_subnormals else mma.scaled(pair, unit)
@@ -214,6 +231,9 @@ def _neighbors(planes: Planes, run: UOp, mma: Mma) -> list[tuple[UOp, CodeForm]]
             return [(pair, form) for pair in _byte_pairs(looked_up[0], mma, HALF_PAIR >> 24)]
         low, high = (_byte_pairs(words, mma, 0) for words in looked_up)
         return [(a | b << 8, form) for a, b in zip(low, high, strict=True)]
+    if _is_converted(fmt, mma):
+        words = code_words(planes, run)
+        return [(mma.float8_pair(word, which), CodeForm(1.0, 0.0)) for word in words for which in range(2)]
     if width == 8 and not fmt.is_float8:
         return [(pair, pair_form(fmt, mma)) for pair in _byte_pairs(code_words(planes, run), mma, HALF_PAIR >> 24)]
     shared = _byte_pairs(code_words(planes, run), mma, 0)  # pairs whose bytes several codes share

@@ -18,7 +18,7 @@ from tinygrad.uop.ops import Ops
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import gated
 from tinyvllm.ops.formats.matrix import PANEL
-from tinyvllm.ops.formats.pairs import pair_forms, read_quarter
+from tinyvllm.ops.formats.pairs import code_order, pair_forms, read_quarter
 from tinyvllm.ops.formats.runs import groups_in_run
 from tinyvllm.ops.gpu.chunk_scales import ChunkScales, Scaled
 from tinyvllm.ops.gpu.plane_ring import (
@@ -256,8 +256,7 @@ class _StreamedRows:
             halves: list[UOp] = []
             for i in range(2):
                 pair = words[2 * i : 2 * i + 2]
-                even, odd = (UOp(Ops.CUSTOM, U32, src=tuple(pair), arg=PERMUTE % sel) for sel in (0x5410, 0x7632))
-                stores.append(statement(STORE_TWO, inside, number(at + 16 * i), even, odd))
+                stores.append(statement(STORE_TWO, inside, number(at + 16 * i), *self._in_order(pair)))
                 halves += [
                     bits.cast(dtypes.ushort).bitcast(F16).cast(F32)
                     for word in pair
@@ -265,6 +264,12 @@ class _StreamedRows:
                 ]
             stores += self._store_sums(inside, token, piece, spec.lanes.sum(balanced(halves), (1,)))
         return UOp(Ops.BARRIER, src=tuple(stores))
+
+    def _in_order(self, pair: list[UOp]) -> list[UOp]:
+        """Four neighbors of x in the order of the codes."""
+        if code_order(self.spec.format, self.spec.mma) == (0, 1, 2, 3):
+            return pair
+        return [UOp(Ops.CUSTOM, U32, src=tuple(pair), arg=PERMUTE % selector) for selector in (0x5410, 0x7632)]
 
     def _store_sums(self, inside: UOp, token: UOp, piece: UOp, own: UOp) -> list[UOp]:
         """Stores of the sums of x over the groups of a run, and of what the products start from. `own`: the sum over

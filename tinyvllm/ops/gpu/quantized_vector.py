@@ -22,7 +22,7 @@ from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
-from tinyvllm.ops.formats.pairs import CODE_ORDER, pair_form, read_pairs
+from tinyvllm.ops.formats.pairs import code_order, pair_form, read_pairs
 from tinyvllm.ops.formats.runs import CodeForm, group_of, group_scale, groups_in_run
 from tinyvllm.ops.gpu.attention_split import SplitOperands
 from tinyvllm.ops.gpu.chosen import ChosenExperts, ChosenRows
@@ -488,7 +488,7 @@ def _stage(spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: 
     staged_run = spec.staged_run
     staged = body.shared((spec.num_runs + 1) * staged_run, U32)
     sums = body.shared(spec.num_runs * spec.sums_of_run)
-    at, inside = source.pieces, source.inside
+    at, inside, order = source.pieces, source.inside, code_order(spec.format, spec.mma)
     if spec.norm_eps is not None:
         scale = _rms_factor(spec, place, source, loaded, spec.norm_eps)
         loaded = [
@@ -503,7 +503,7 @@ def _stage(spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: 
         start = piece // (PANEL // PIECE) * staged_run + part // 2 * 2 + part % 2 * 8
         for i in range(0, PIECE, 4):
             for j in range(2):
-                word = _word(*[halves[i + CODE_ORDER[2 * j + side]] for side in range(2)])
+                word = _word(*[halves[i + order[2 * j + side]] for side in range(2)])
                 target = start + i + j
                 stores.append(staged[target if ok is None else target.valid(ok)].store(word))
         total = spec.lanes.sum(balanced(half.cast(F32) for half in halves), (1, 2) if spec.sums_of_run == 1 else (1,))

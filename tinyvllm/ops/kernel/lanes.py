@@ -35,6 +35,18 @@ HALF_PAIR = 0x64006400  # two float16 of 1024, whose lowest mantissa bit is wort
 AND_OR = (
     '[](uint w){{{{ uint d; asm("lop3.b32 %0, %1, {0:#x}, {1:#x}, 0xea;" : "=r"(d) : "r"(w)); return d; }}}}({{0}})'
 )
+# the lambda's argument is the word's lower or upper half, which the instruction takes without a shift
+FLOAT8_PAIR = (
+    '[](unsigned short e){{{{ unsigned d; asm("%s" : "=r"(d) : "h"(e)); return d; }}}}((unsigned short)({0} >> %d))'
+)
+FLOAT8_TO = {
+    dtypes.half: "cvt.rn.f16x2.e4m3x2 %0, %1;",
+    dtypes.bfloat16: (
+        "{{ .reg .b32 pair;\\n.reg .b16 low, high;\\n.reg .f32 first, second;\\ncvt.rn.f16x2.e4m3x2 pair, %1;\\n"
+        "mov.b32 {{low, high}}, pair;\\ncvt.f32.f16 first, low;\\ncvt.f32.f16 second, high;\\n"
+        "cvt.rn.bf16x2.f32 %0, second, first; }}"
+    ),
+}
 MULTIPLY_WORDS = (
     'asm("mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32'
     ' {{{{%0,%1,%2,%3}}}}, {{{{%4,%5,%6,%7}}}}, {{{{%8,%9}}}}, {{{{%0,%1,%2,%3}}}};"'
@@ -117,6 +129,7 @@ class Mma:
 
     kind: str
     dtype: DType  # of the operands
+    has_float8: bool = False  # as in Lanes
 
     @property
     def rows(self) -> int:
@@ -183,6 +196,12 @@ class Mma:
     def takes_subnormals(self) -> bool:
         """Whether the matrix unit is known to compute with subnormal float16."""
         return self.kind == "CUDA"
+
+    def float8_pair(self, word: UOp, which: int) -> UOp:
+        """Bytes 2 * which and 2 * which + 1 of a word, which are e4m3 numbers, as a word of two numbers of `dtype`."""
+        assert self.has_float8, f"{self} does not convert e4m3"
+        text = FLOAT8_PAIR % (FLOAT8_TO[self.dtype], 16 * which)
+        return UOp(Ops.CUSTOM, dtypes.uint, src=(word,), arg=text)
 
     def scaled(self, word: UOp, factor: float) -> UOp:
         """A word's two halves times a constant."""

@@ -49,6 +49,7 @@ from tinyvllm.ops.gpu.recurrent_rows import GpuRecurrentSpec
 from tinyvllm.ops.gpu.recurrent_solve import ChunkSpec
 from tinyvllm.ops.gpu.row_sum import RUN_COLS, EmbedSpec, SumSpec, sum_kernel
 from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, NUM_MAPS, StreamSpec, stream_kernel
+from tinyvllm.ops.gpu.stream_hopper_codes import CodeStreamSpec, code_stream_kernel, reads_codes
 from tinyvllm.ops.gpu.vector import NormedSum, VectorSpec, vector_kernel
 from tinyvllm.ops.kernel.body import F32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import allows_wgmma
@@ -171,7 +172,7 @@ class FusedGpuBackend(GpuBackend):
         self.float = dtypes.half if dtype == "float16" else dtypes.float
         self.mma = self._mma(FLOATS[dtype])
         self.has_wgmma = allows_wgmma(device.name)
-        self.has_quantized = False  # whether any matrix so far is quantized
+        self.has_quantized = False  # whether any matrix so far is quantized, and not streamed as float16 is
         self.arrivals = device.zeros(GROUPS_WANTED, dtypes.int)  # of threadgroups that share a context
         # where products that stream their weights describe their operands, in turn (NUM_MAPS). The memory of a step's
         # other scratch may still be read then
@@ -179,13 +180,13 @@ class FusedGpuBackend(GpuBackend):
 
     def _mma(self, dtype: DType) -> Mma | None:
         usable = dtype != dtypes.float and dtype in self.lanes.matrix_dtypes
-        return Mma(self.lanes.kind, dtype) if usable else None
+        return Mma(self.lanes.kind, dtype, self.lanes.has_float8) if usable else None
 
     # -- weights and pool ---------------------------------------------------------------------------------------------
 
     def matrix(self, host: HostMatrix) -> Matrix:
         matrix = super().matrix(host)
-        self.has_quantized |= matrix.format.is_quantized
+        self.has_quantized |= matrix.format.is_quantized and not (self.has_wgmma and reads_codes(matrix.format))
         return matrix
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
@@ -601,7 +602,8 @@ class FusedGpuBackend(GpuBackend):
         size = num_tokens * spec.num_rows
         if epilogue.residual is not None:
             epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
-            if isinstance(spec, GemmSpec | StreamSpec) and spec.splits == 1 and not epilogue.uncovered():
+            may_add = isinstance(spec, GemmSpec | StreamSpec) and not isinstance(spec, CodeStreamSpec)
+            if may_add and spec.splits == 1 and not epilogue.uncovered():
                 return self._multiply(spec, self._empty(size), matrix, x, epilogue.residual)
         partials = self._multiply(spec, self._floats(spec.splits * size), matrix, x)
         if spec.splits == 1 and epilogue.is_plain:
@@ -620,6 +622,8 @@ class FusedGpuBackend(GpuBackend):
             return run_kernel(streamed_matrix_kernel(spec), [out], [*matrix.planes, x])[0]
         self.maps.append(self.maps.pop(0))
         rest = [] if residual is None else [residual]
+        if isinstance(spec, CodeStreamSpec):
+            return run_kernel(code_stream_kernel(spec), [out, self.maps[0]], [*matrix.planes, x])[0]
         fn = stream_kernel(replace(spec, adds_residual=residual is not None))
         return run_kernel(fn, [out, self.maps[0]], [*matrix.planes, x, *rest])[0]
 
@@ -629,10 +633,11 @@ class FusedGpuBackend(GpuBackend):
             return False
         if self.mma.kind == "METAL":
             return num_tokens >= MIN_TOKENS
-        if any(matrix.format.name != "bfloat16" for matrix in matrices):
-            return False
-        if num_tokens < MIN_TOKENS:
+        are_words = [matrix.format.name == "bfloat16" for matrix in matrices]
+        if num_tokens < MIN_TOKENS and all(are_words):
             return True
+        if not all(is_word or reads_codes(m.format) for is_word, m in zip(are_words, matrices, strict=True)):
+            return False
         specs = [self._matrix_spec("", self.mma, matrix, num_tokens, None, dtypes.half) for matrix in matrices]
         return all(isinstance(spec, StreamSpec) or (isinstance(spec, GemmSpec) and spec.uses_wgmma) for spec in specs)
 
@@ -653,11 +658,8 @@ class FusedGpuBackend(GpuBackend):
     ) -> ProductSpec:
         """`x_dtype`: of the rows, which in a bfloat16 model are rounded first if there are many."""
         size = (num_tokens, matrix.num_rows, matrix.num_cols)
-        is_rounded = mma.dtype == dtypes.bfloat16 and num_tokens >= ROUND_TOKENS
-        if self.has_wgmma and matrix.format.name == DENSE_NAMES[mma.dtype] and (x_dtype == dtypes.half or is_rounded):
-            stream = StreamSpec(name, self._lanes(num_tokens, MAX_CHAINED_STREAMS), mma, *size, activation)
-            if stream.is_wanted and (stream := choose(stream)).is_possible():
-                return stream
+        if stream := self._stream_spec(name, mma, matrix, num_tokens, activation, x_dtype):
+            return stream
         if num_tokens >= MIN_TOKENS:
             shape = (num_tokens, matrix.num_rows, matrix.num_cols, activation, self.has_wgmma)
             return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
@@ -676,6 +678,24 @@ class FusedGpuBackend(GpuBackend):
             if streamed.is_possible():
                 return choose(streamed)
         return choose(MatrixSpec(name, self._lanes(num_tokens), mma, matrix.format, *size, activation))
+
+    def _stream_spec(
+        self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, activation: str | None, x_dtype: DType
+    ) -> StreamSpec | None:
+        """The spec of the kernel that streams the weights past all tokens (Hopper); None if another one is faster."""
+        lanes = self._lanes(num_tokens, MAX_CHAINED_STREAMS)
+        shape = (name, lanes, mma, num_tokens, matrix.num_rows, matrix.num_cols, activation)
+        spec: StreamSpec | None = None
+        is_rounded = mma.dtype == dtypes.bfloat16
+        if reads_codes(matrix.format) and (x_dtype == dtypes.half or is_rounded):
+            spec = CodeStreamSpec(*shape, format=matrix.format)
+        elif matrix.format.name == DENSE_NAMES[mma.dtype]:
+            is_rounded &= num_tokens >= ROUND_TOKENS
+            spec = StreamSpec(*shape) if x_dtype == dtypes.half or is_rounded else None
+        if spec is None or not self.has_wgmma or not spec.is_wanted:
+            return None
+        spec = choose(spec)
+        return spec if spec.is_possible() else None
 
     def _streams(self, matrix: Matrix) -> bool:
         """Whether products of few rows stream the matrix through threadgroup memory, if they can."""

@@ -155,8 +155,13 @@ class StreamSpec(Tunable):
         return -(-self.out_rows // self.out_tile)
 
     @property
+    def token_groups(self) -> int:
+        """Tiles of tokens."""
+        return 1
+
+    @property
     def num_tiles(self) -> int:
-        return self.splits * self.row_groups
+        return self.splits * self.row_groups * self.token_groups
 
     @property
     def units(self) -> int:
@@ -167,9 +172,11 @@ class StreamSpec(Tunable):
         """How many tiles a threadgroup has."""
         return (self.num_tiles - 1 - unit) // self.units + 1
 
-    def tile_of(self, number: Number) -> tuple[Number, Number]:
-        """(split of K, first row of the output) of a tile of the list."""
-        return number // self.row_groups, number % self.row_groups * self.out_tile
+    def tile_of(self, number: Number) -> tuple[Number, Number, Number]:
+        """(split of K, first row of the output, first token) of a tile of the list. Neighbors share the matrix's
+        rows."""
+        rows, token_group = number // self.token_groups, number % self.token_groups
+        return rows // self.row_groups, rows % self.row_groups * self.out_tile, token_group * self.token_rows
 
     @property
     def steps(self) -> int:
@@ -201,8 +208,18 @@ class StreamSpec(Tunable):
     @property
     def shared_bytes(self) -> int:
         """Threadgroup memory of the kernel."""
-        read = (self.panels - 1) * self.token_bytes + self.groups * WGMMA_TOKENS * PANEL_ROW_BYTES
-        return max(LEAST_BYTES, self.stages * self.stage_bytes + max(EXTRA_BYTES, read - self.stage_bytes))
+        extra = max(EXTRA_BYTES, self.read_bytes - self.stage_bytes)
+        return max(LEAST_BYTES, self.stages * self.stage_bytes + extra)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes from the beginning of a stage on that are read, of which those after it do not matter."""
+        return (self.panels - 1) * self.token_bytes + self.groups * WGMMA_TOKENS * PANEL_ROW_BYTES
+
+    @property
+    def readers(self) -> int:
+        """How many say that they have read a stage: one warp of each group."""
+        return self.groups
 
     @property
     def map_size(self) -> int:
@@ -298,16 +315,20 @@ def stream_kernel(spec: StreamSpec) -> KernelFn:
 
     def kernel(out: UOp, maps: UOp, w: UOp, x: UOp, *rest: UOp) -> UOp:
         assert spec.is_possible(), f"{spec} {spec.chosen} is not possible"
-        work = _Stream(spec, out, maps, w, x, rest)
-        ready = work.prepare()
-        begun = work.await_previous(work.fetch_early(ready))
-        done = UOp(Ops.BARRIER, src=(work.fetch_rest(begun), work.multiply(begun)))
         kind = "float16" if spec.mma.dtype == F16 else "bfloat16"
-        name = f"{spec.name}_{kind}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
-        size = spec.num_rows * spec.num_cols
-        return finish(done.end(*reversed(work.axes)), name, ops=2 * spec.num_tokens * size, nbytes=2 * size)
+        return finish_stream_kernel(spec, StreamWork(spec, out, maps, w, x, rest), kind, 16)
 
     return kernel
+
+
+def finish_stream_kernel(spec: StreamSpec, work: StreamWork, kind: str, bits: float) -> UOp:
+    """The kernel that does a threadgroup's work. `kind`: the weights' format; `bits`: of a weight."""
+    ready = work.prepare()
+    begun = work.await_previous(work.fetch_early(ready))
+    done = UOp(Ops.BARRIER, src=(work.fetch_rest(begun), work.multiply(begun)))
+    name = f"{spec.name}_{kind}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}"
+    size = spec.num_rows * spec.num_cols
+    return finish(done.end(*reversed(work.axes)), name, ops=2 * spec.num_tokens * size, nbytes=int(size * bits / 8))
 
 
 def row_of(spec: StreamSpec, block: int, element: int, lane: Number) -> Number:
@@ -316,10 +337,11 @@ def row_of(spec: StreamSpec, block: int, element: int, lane: Number) -> Number:
     return lane % 4 * spec.run + (block // blocks * 4 * spec.run + block % blocks * 2 + element % 2)
 
 
-Stage = tuple[UOp, UOp, UOp, UOp]  # see `_Stream._stage`
+Stage = tuple[UOp, UOp, UOp, UOp]  # see `StreamWork._stage`
+Tile = tuple[UOp, UOp, UOp]  # see `StreamSpec.tile_of`
 
 
-class _Stream:
+class StreamWork:
     """One threadgroup's work: its tiles of the list, one after another."""
 
     def __init__(self, spec: StreamSpec, out: UOp, maps: UOp, w: UOp, x: UOp, rest: Sequence[UOp]) -> None:
@@ -347,7 +369,7 @@ class _Stream:
             describe(0, end, maps[word], self.x[0], spec.token_box, memory),
             describe(1, end + MAP_WORDS * 4, maps[word + MAP_WORDS], self.w[0], spec.row_box, memory),
         ]
-        barriers = make_barriers(spec.barriers_at, spec.stages, 1, spec.groups, memory)
+        barriers = make_barriers(spec.barriers_at, spec.stages, 1, spec.readers, memory)
         return UOp(Ops.BARRIER, src=(*described, barriers))
 
     def await_previous(self, fetched: UOp) -> UOp:
@@ -364,8 +386,8 @@ class _Stream:
         full = slot * 8 + spec.barriers_at
         return slot * spec.stage_bytes, full, full + spec.stages * 8, turn % 2
 
-    def _tile(self, turn: UOp) -> tuple[UOp, UOp]:
-        """(split of K, first row of the output) of the threadgroup's tile number `turn`."""
+    def _tile(self, turn: UOp) -> Tile:
+        """The threadgroup's tile number `turn`."""
         spec = self.spec
         return spec.tile_of((turn * spec.units + self.unit).minimum(spec.num_tiles - 1))
 
@@ -407,7 +429,7 @@ class _Stream:
             done = self._fetch(turn * spec.steps + step, step, self._tile(turn), step, loop, done).end(step).end(loop)
         return done
 
-    def _fetch(self, number: UOp, step: UOp, tile: tuple[UOp, UOp], *after: UOp) -> UOp:
+    def _fetch(self, number: UOp, step: UOp, tile: Tile, *after: UOp) -> UOp:
         """Fetch a stage, as soon as it is empty."""
         stage = _, full, empty, parity = self._stage(number)
         expected = expect(full, self.spec.stage_bytes, wait(empty, 1 - parity, *after))
@@ -416,9 +438,9 @@ class _Stream:
     def _map(self, which: int) -> UOp:
         return self.maps[self.unit * UNIT_WORDS + which * MAP_WORDS]
 
-    def _fetch_rows(self, stage: Stage, step: UOp, tile: tuple[UOp, UOp], *after: UOp) -> UOp:
+    def _fetch_rows(self, stage: Stage, step: UOp, tile: Tile, *after: UOp) -> UOp:
         """Fetch the matrix's rows of a stage."""
-        spec, (place, full, *_), (split, first_row) = self.spec, stage, tile
+        spec, (place, full, *_), (split, first_row, _) = self.spec, stage, tile
         last, nil = after, UOp.const(0, I32)
         for panel in range(spec.panels):
             col = ((split * spec.steps + step) * spec.panels + panel) * WGMMA_COLS
@@ -432,13 +454,13 @@ class _Stream:
         """Where a panel of the matrix's rows begins in the stage at `place`."""
         return place + (self.spec.panels * self.spec.token_bytes + panel * self.spec.row_tile * PANEL_ROW_BYTES)
 
-    def _fetch_tokens(self, stage: Stage, step: UOp, tile: tuple[UOp, UOp], *after: UOp) -> UOp:
+    def _fetch_tokens(self, stage: Stage, step: UOp, tile: Tile, *after: UOp) -> UOp:
         """Fetch the token rows of a stage."""
-        spec, (place, full, *_), (split, _) = self.spec, stage, tile
+        spec, (place, full, *_), (split, _, first_token) = self.spec, stage, tile
         last = after
         for panel in range(spec.panels):
             col = ((split * spec.steps + step) * spec.panels + panel) * WGMMA_COLS
-            last = (fetch(place + panel * spec.token_bytes, self._map(0), full, [col, UOp.const(0, I32)], *last),)
+            last = (fetch(place + panel * spec.token_bytes, self._map(0), full, [col, first_token], *last),)
         return last[0]
 
     # -- the warps that multiply ---------------------------------------------------------------------------------------
@@ -491,7 +513,7 @@ class _Stream:
     def _places(self, turn: UOp) -> list[UOp]:
         """Where the thread's results of a tile go: runs of consecutive rows."""
         spec, mma, places = self.spec, TileMma(self.spec.mma), []
-        split, first_row = self._tile(turn)
+        split, first_row, _ = self._tile(turn)
         tile = TokenTile(0, spec.groups * WGMMA_TOKENS, spec.num_tokens)
         for block in range(spec.out_tile // 8):
             for element in range(mma.elements):

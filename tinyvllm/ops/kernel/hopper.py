@@ -399,6 +399,21 @@ def start_weighing(type_name: str, words: Sequence[UOp], right: UOp, sums: UOp, 
     return statement("\n".join(lines), *[sums[i] for i in range(count)], *words, right, *after)
 
 
+def start_rows(type_name: str, words: Sequence[UOp], right: UOp, sums: UOp, adds: bool, *after: UOp) -> UOp:
+    """Start to compute left @ right.T into the registers `sums`, or to add it, and do not wait for it. left: four words
+    a lane for each 16 of its columns; right: a tile of 64 columns."""
+    count = sums.max_numel()
+    first = count + len(words)
+    lines = [FENCE, f"{{{{ unsigned long long b = {DESCRIPTOR % first};"]
+    for k in range(len(words) // 4):
+        four = ", ".join(f"%{count + i}" for i in range(4))
+        inputs = ", ".join(f'"r"({{{count + 4 * k + i}}})' for i in range(4))
+        operands = f"{{{{{four}}}}}, %{count + 4}, {int(adds or k > 0)}, 1, 1, 0"
+        lines.append(_product(type_name, count, operands, f'{inputs}, "l"(b + {2 * k})'))
+    lines += ["}}", COMMIT]
+    return statement("\n".join(lines), *[sums[i] for i in range(count)], *words, right, *after)
+
+
 def await_products(pending: int, sums: UOp, *after: UOp) -> UOp:
     """Wait for all but the `pending` latest products. `sums`: the registers that may be read after it."""
     count = sums.max_numel()

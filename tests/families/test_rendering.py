@@ -85,5 +85,4 @@ def check_step(config: ModelConfig, *, is_decode: bool) -> None:
     kernels = kernels_of([logits])
     assert {kernel.arg.name.split("_")[0] for kernel in kernels} >= {"embed", "write", "attention"}
     for kernel in kernels:
-        for target in TARGETS:
-            check_limits(kernel, target)
+        check_limits(kernel, *TARGETS)

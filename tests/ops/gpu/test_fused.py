@@ -136,14 +136,14 @@ DECODING = [(1, ("Q4_K", "Q6_K")), (1, ("bfloat16", "Q4_K")), (3, ("Q8_0", "Q5_0
     ("kind", "case"),
     swept(
         product(KINDS, DECODING),
-        {("METAL", DECODING[1]), ("METAL", DECODING[2]), ("CUDA", DECODING[0]), ("CUDA", DECODING[3])},
+        {("METAL", DECODING[2]), ("CUDA", DECODING[0]), ("CUDA", DECODING[3])},
     ),
 )
 def test_a_decoding_step_renders_within_the_limits(kind: str, case: tuple[int, tuple[str, str]]) -> None:
     tokens, formats = case
     backend = rendered(kind, "bfloat16" if "bfloat16" in formats else "float16")
     layout = StepLayout(tokens, tokens, 2, 16)
-    kernels = kernels_of(plan_layer(backend, layout, formats, is_decode=True, normed=tokens == 3))
+    kernels = kernels_of(plan_layer(backend, layout, formats, is_decode=True, samples=False, normed=tokens == 3))
     assert "decode" in {kernel.arg.name.split("_")[0] for kernel in kernels}
     for kernel in kernels:
         check_limits(kernel, KINDS[kind])
@@ -158,10 +158,10 @@ def test_decoding_with_wide_heads_renders_within_the_limits(kind: str) -> None:
     check_limits(kernels[0], KINDS[kind])
 
 
-@pytest.mark.parametrize("kind", ["METAL", pytest.param("CUDA", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.slow), "CUDA"])
 def test_a_mixed_step_renders_within_the_limits(kind: str) -> None:
     layout = StepLayout(18, 3, 2, 16)
-    outputs = plan_layer(rendered(kind), layout, ("Q4_1", "Q4_1"), is_decode=False, normed=True)
+    outputs = plan_layer(rendered(kind), layout, ("Q4_1", "Q4_1"), is_decode=False, samples=False, normed=True)
     for kernel in kernels_of(outputs):
         check_limits(kernel, KINDS[kind])
 
@@ -176,7 +176,7 @@ def test_a_chained_kernel_waits_before_it_touches_what_the_step_writes(
     layout = StepLayout(tokens, tokens, 2, 16)
     backend = rendered("CUDA", is_chained=True)
     epilogue = Epilogue(post_norm=Norm(unwritten(backend, 256), 1e-5)) if has_post_norm else PLAIN
-    outputs = plan_layer(backend, layout, formats, is_decode=True, normed=True, epilogue=epilogue)
+    outputs = plan_layer(backend, layout, formats, is_decode=True, samples=False, normed=True, epilogue=epilogue)
     calls = [call for call in Tensor.schedule_linear(*outputs).src if call.src[0].op is Ops.SINK]
     programs = [to_program(call.src[0], make_renderer("CUDA sm_90")) for call in calls]
     written: set[UOp] = set()

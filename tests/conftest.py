@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +26,8 @@ import pytest
 from tinyvllm.config import CACHE_DIR_VARIABLE, CORES_VARIABLE, ModelFiles
 
 # Where there is a worker for each core, an engine on all cores would mostly wait for those that others hold.
-if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+HAS_OTHER_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1
+if HAS_OTHER_WORKERS:
     os.environ.setdefault(CORES_VARIABLE, "1")
 
 # Tests speak to this machine alone, and a proxy would answer for it.
@@ -71,6 +73,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return FileScheduler(config, log)
 
 
+def pytest_collection_finish() -> None:
+    """Where there is a worker for each core, each compiles its kernels itself: an engine's compiling processes would
+    import tinygrad and build its rewriting rules anew for every engine, which takes over two seconds. Processes that
+    tests start compile as they always do, and tests of compiling processes take the fixture of this name."""
+    if HAS_OTHER_WORKERS and "tinygrad" in sys.modules:
+        from tinygrad.helpers import PARALLEL
+
+        PARALLEL.value = 0
+
+
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
     """Bytes are named by their argument: each worker collects the tests itself, and compressed data may hold a time."""
     return argname if isinstance(val, bytes) else None
@@ -112,6 +124,18 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixt
     folder = (base.parent if hasattr(request.config, "workerinput") else base) / "cache"
     folder.mkdir(mode=0o700, exist_ok=True)
     os.environ[CACHE_DIR_VARIABLE] = str(folder)
+
+
+@pytest.fixture
+def compiling_processes() -> Iterator[None]:
+    """Engines have processes that trace and compile, in every run."""
+    from tinygrad.helpers import PARALLEL, Context
+
+    from tinyvllm.device.compiling import _end_pool
+
+    with Context(PARALLEL=max(1, PARALLEL.value)):
+        yield
+        _end_pool()
 
 
 @pytest.fixture(scope="session")

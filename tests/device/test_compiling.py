@@ -25,6 +25,8 @@ from tinyvllm.device.compiling import Compiler
 from tinyvllm.ops.kernel.body import F32
 from tinyvllm.processes import MEANINGLESS_SIGNALS, STOP_SIGNALS
 
+pytestmark = pytest.mark.usefixtures("compiling_processes")
+
 
 def kernel(size: int) -> tuple[UOp, str]:
     """Of a size of its own, so that no other test has compiled it."""

@@ -24,6 +24,8 @@ from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.scheduler import Scheduler
 
+pytestmark = pytest.mark.usefixtures("compiling_processes")
+
 PATIENCE_S = 20
 COMPILERS_S = 90  # where everything else wants the cores too
 

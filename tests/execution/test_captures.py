@@ -35,6 +35,9 @@ PROMPTS = [list(b"to be"), list(b"or not to be, that is the question:"), [7], li
 PATIENCE_S = 60
 
 
+pytestmark = pytest.mark.usefixtures("compiling_processes")  # which `advance` takes graphs from
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Programs are compiled once for all tests here."""

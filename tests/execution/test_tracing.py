@@ -33,7 +33,10 @@ CONFIG = EngineConfig(
 )
 PROMPTS = [list(b"to be"), list(b"or not to be, that is the question:")]
 
-pytestmark = pytest.mark.skipif(compiling.num_workers() == 0, reason="PARALLEL=0: no other processes")
+pytestmark = [
+    pytest.mark.skipif(compiling.num_workers() == 0, reason="PARALLEL=0: no other processes"),
+    pytest.mark.usefixtures("compiling_processes"),
+]
 
 
 @pytest.fixture(scope="module")

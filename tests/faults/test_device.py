@@ -119,6 +119,7 @@ async def test_each_point_of_a_start_ends_it_or_is_done_without(model: Path) -> 
         assert threading.active_count() <= num_threads, point
 
 
+@pytest.mark.usefixtures("compiling_processes")
 async def test_compiling_goes_on_without_failed_compilers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

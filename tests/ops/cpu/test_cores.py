@@ -67,7 +67,7 @@ def generate(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[
     ("quant", "cores", "kv"),
     [
         (None, 2, "float32"),
-        ("Q4_1", 2, "float32"),
+        pytest.param("Q4_1", 2, "float32", marks=pytest.mark.slow),  # cut as the first, in 4 bits as the last
         ("Q8_0", 3, "float32"),
         ("Q4_0", 9, "float32"),
         ("Q4_0", 9, "q8_0"),

@@ -24,8 +24,6 @@ from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.scheduler import Scheduler
 
-pytestmark = pytest.mark.usefixtures("compiling_processes")
-
 PATIENCE_S = 20
 COMPILERS_S = 90  # where everything else wants the cores too
 
@@ -170,7 +168,9 @@ async def test_warm_up_when_idle_waits_until_no_request_runs(monkeypatch: pytest
     await engine.shutdown()
 
 
-@pytest.mark.parametrize("warm_up", ["background", "full"])
+@pytest.mark.parametrize(
+    "warm_up", [pytest.param("background", marks=pytest.mark.usefixtures("compiling_processes")), "full"]
+)
 async def test_answers_are_the_same_while_graphs_come(tiny_gguf_files: ModelFiles, warm_up: str) -> None:
     """On the real runner, two steps in flight."""
     config = EngineConfig(

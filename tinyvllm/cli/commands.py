@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
 
-from tinyvllm.cli.bench import bench
 from tinyvllm.cli.examples import epilog
 from tinyvllm.cli.flags import spread
 from tinyvllm.cli.terminal import RedErrors, out
@@ -29,8 +30,8 @@ COMMANDS = (
 )
 
 
-def make_app() -> typer.Typer:
-    """The command line with every command of COMMANDS, and `bench` with its own."""
+def make_app(only: str = "") -> typer.Typer:
+    """The command line with every command of COMMANDS, and `bench` with its own; or with a single one."""
     app = typer.Typer(
         cls=RedErrors,
         no_args_is_help=True,
@@ -41,10 +42,13 @@ def make_app() -> typer.Typer:
         epilog="To start: tinyvllm pull, then tinyvllm chat. Every command has --help, with examples.",
         help="Run language models on tinygrad: over the APIs of OpenAI, Anthropic and Ollama, or in the terminal.",
     )
-    for name in COMMANDS:
+    for name in (only,) if only else COMMANDS:
         command = getattr(importlib.import_module(f"tinyvllm.cli.{name}"), name)
         app.command(epilog=epilog(name))(spread(command))
-    app.add_typer(bench)
+    if not only:
+        from tinyvllm.cli.bench import bench
+
+        app.add_typer(bench)
     app.callback()(_options)
     return app
 
@@ -65,11 +69,21 @@ def _options(
     """Options before the command."""
 
 
-app = make_app()
+_make_whole_app = functools.cache(make_app)
+
+
+def __getattr__(name: str) -> Any:
+    """`app`: the command line with all commands, made for whoever asks for it."""
+    if name == "app":
+        return _make_whole_app()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. It imports the modules of one command if it can: all of them take as long as a start of
+    tinygrad."""
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    app = make_app(wanted if wanted in COMMANDS else "")
     try:
         app()
     except SystemExit as end:

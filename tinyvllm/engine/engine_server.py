@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.board import StatsRow
 from tinyvllm.engine.heap import settle_heap
-from tinyvllm.engine.loading import LoadedEngine, Progress, load_engine, prepare_grammars
+from tinyvllm.engine.loading import LoadedEngine, Progress, load_for_clients
 from tinyvllm.engine.loop import EngineLoop
 from tinyvllm.engine.process_host import Endpoint
 from tinyvllm.engine.socket_door import SocketDoor
@@ -30,7 +29,7 @@ class EngineServer:
         self,
         progress: Progress,
         on_ready: Callable[[LoadedEngine], None],
-        load: Callable[[EngineConfig, Progress], LoadedEngine] = load_engine,
+        load: Callable[[EngineConfig, Progress], LoadedEngine] = load_for_clients,
     ) -> None:
         """Load, then serve on this thread until `stop`. Raises what loading raises, and EngineDeadError."""
 
@@ -39,14 +38,9 @@ class EngineServer:
                 raise EngineDeadError("the engine was stopped before it was ready")
             progress(stage, done, total)
 
-        with ThreadPoolExecutor(1) as beside:
-            prepared = beside.submit(prepare_grammars, self._config)
-            engine = load(self._config, report)
-            grammars = prepared.result()
-        if grammars is None or grammars.vocab_size != engine.model_config.vocab_size:
-            grammars = engine.grammars
+        engine = load(self._config, report)
         self._row.write(engine.core.stats)
-        self._loop = EngineLoop(engine.core, grammars, self._door, self._row.write)
+        self._loop = EngineLoop(engine.core, engine.grammars, self._door, self._row.write)
         if self._is_stopping:
             self._loop.stop()
         settle_heap()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from tinyvllm.config import Capacity, EngineConfig, GenerationDefaults, ModelConfig, ModelFiles
@@ -73,10 +74,10 @@ class Text:
     def for_callers(
         self, model_config: ModelConfig, capacity: Capacity, seed: int | str, grammars: GrammarCompiler | None = None
     ) -> Loaded:
-        """All that a caller of an engine with these limits needs. grammars: `prepare_grammars`'s."""
+        """All that a caller of an engine with these limits needs. grammars: a prepared compiler."""
         if grammars is None or grammars.vocab_size != model_config.vocab_size:
             grammars = GrammarCompiler(self.tokenizer, model_config.vocab_size, self.eos_ids)
-        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
         return Loaded(
             tokenizer=self.tokenizer,
             chat_template=self.chat_template,
@@ -101,22 +102,31 @@ def load_text(config: EngineConfig) -> Text:
     return Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=defaults)
 
 
-def prepare_grammars(config: EngineConfig, text: Text | None = None) -> GrammarCompiler | None:
-    """A compiler that has read the tokenizer, which takes seconds for 128,000 tokens, and would slow down every stream
-    if the first grammar had to wait for it. None if the model's files cannot be read: loading reports that error.
-
-    text: the model's, if it is loaded already."""
+def prepare_grammars(config: EngineConfig, text: Text) -> GrammarCompiler | None:
+    """A compiler of the model's grammars that has read its tokenizer, which takes seconds for 128,000 tokens, and would
+    slow down every stream if the first grammar had to wait for it. None if the model's files cannot be read: loading
+    reports that error."""
     try:
-        vocab_size = read_model_config(resolve_model(config.model)).vocab_size
-        text = text or load_text(config)
-        grammars = GrammarCompiler(text.tokenizer, vocab_size, text.eos_ids)
+        grammars = _grammar_compiler(resolve_model(config.model), text)
         grammars.prepare()
     except TinyvllmError:
         return None
     return grammars
 
 
-def load_engine(config: EngineConfig, progress: Progress | None = None) -> LoadedEngine:
+def _grammar_compiler(files: ModelFiles, text: Text) -> GrammarCompiler:
+    return GrammarCompiler(text.tokenizer, read_model_config(files).vocab_size, text.eos_ids)
+
+
+def load_for_clients(config: EngineConfig, progress: Progress | None = None) -> LoadedEngine:
+    """`load_engine` with a prepared compiler of grammars, as `prepare_grammars` gives. It reads the tokenizer while
+    weights are copied and kernels are compiled, because it holds the interpreter lock."""
+    return load_engine(config, progress, prepares_grammars=True)
+
+
+def load_engine(
+    config: EngineConfig, progress: Progress | None = None, *, prepares_grammars: bool = False
+) -> LoadedEngine:
     """Find the model's files, load them and warm up: all graphs, or only those needed to serve any request.
 
     Whatever is quick to check is checked before the weights are loaded."""
@@ -126,14 +136,27 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
 
     from tinyvllm.execution.runner import load_runner  # here, because it starts the device
 
-    runner = load_runner(files, config, progress, **memory_beside(config, draft_files))
-    try:
-        (runner.warm_up if config.warm_up == "full" else runner.warm_up_first)(progress)
-        drafter, more_captures = load_drafter(config, draft_files, runner, progress)
-        tiers = _load_tiers(config, runner, files)
-    except BaseException:
-        runner.close()
-        raise
+    grammars = _grammar_compiler(files, text) if prepares_grammars else None
+    with ThreadPoolExecutor(1) as beside:
+
+        @functools.cache
+        def prepare() -> None:
+            if grammars is not None:
+                beside.submit(grammars.prepare)  # whoever asks for a grammar gets its error
+
+        def report(stage: str, done: int, total: int) -> None:
+            prepare()
+            if progress is not None:
+                progress(stage, done, total)
+
+        runner = load_runner(files, config, report, **memory_beside(config, draft_files))
+        try:
+            (runner.warm_up if config.warm_up == "full" else runner.warm_up_first)(report)
+            drafter, more_captures = load_drafter(config, draft_files, runner, report)
+            tiers = _load_tiers(config, runner, files)
+        except BaseException:
+            runner.close()
+            raise
     captures = None if config.warm_up == "full" else CapturesInTurn([runner.captures, *more_captures])
     return assemble_engine(
         config,
@@ -145,6 +168,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         drafter,
         adapters=runner.adapters,
         tiers=tiers,
+        grammars=grammars,
     )
 
 
@@ -167,10 +191,11 @@ def assemble_engine(
     drafter: Drafter | None = None,
     adapters: Adapters | None = None,
     tiers: Tiers | None = None,
+    grammars: GrammarCompiler | None = None,
 ) -> LoadedEngine:
     """Build scheduler, core and text engine around a runner. `captures` makes the graphs that the runner lacks.
     `drafter`: what makes the drafts that steps verify; None: there are none. `adapters`: the runner's; None: off.
-    `tiers`: where blocks are kept that fall out of the pool; None: nowhere."""
+    `tiers`: where blocks are kept that fall out of the pool; None: nowhere. `grammars`: None: a new compiler."""
     capacity = runner.capacity
     block_manager = BlockManager.of(capacity, config.enable_prefix_caching)
     if tiers is not None:
@@ -184,7 +209,7 @@ def assemble_engine(
     slots = None if adapters is None else AdapterSlots(config.max_loras, adapters)
     scheduler = Scheduler(block_manager, capacity, config.scheduling_policy, name, pace, speculator, slots)
     text = Text(tokenizer=tokenizer, chat_template=chat_template, generation_defaults=generation_defaults)
-    loaded = text.for_callers(runner.model_config, capacity, config.seed)
+    loaded = text.for_callers(runner.model_config, capacity, config.seed, grammars)
     own_adapters = None if adapters is None else EngineAdapters(adapters, scheduler)
     is_idle = config.warm_up == "idle"
     core = EngineCore(runner, scheduler, captures, captures_when_idle=is_idle, adapters=own_adapters)

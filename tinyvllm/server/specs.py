@@ -9,7 +9,7 @@ from tinyvllm.config import EngineConfig
 from tinyvllm.server.settings import ServerSettings
 from tinyvllm.server.sockets import TlsFiles
 
-LOAD_ENGINE = "tinyvllm.engine.loading:load_engine"
+LOAD_ENGINE = "tinyvllm.engine.loading:load_for_clients"
 
 
 class Spec(Protocol):

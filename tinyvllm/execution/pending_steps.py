@@ -113,15 +113,18 @@ class PendingSteps:
         return self._code.sampling_tensors(_logits_of(self._recorded[0])) if self._recorded else self._named
 
     def _trace(self) -> None:
-        """Those that are not restored."""
+        """Those that are not restored. The first one's kernels are compiled while the second is traced."""
         code, (name, sampling_name) = self._code, self._names
         if not self._recorded:
             step, notes = trace_forward(code)
-            self._traced.append(_Traced(name, step, self._named, notes))
+            self._begin(_Traced(name, step, self._named, notes))
         logits = _logits_of(self._recorded[0] if self._recorded else self._traced[0].step)
         step, notes = trace_sampling(code, logits)
-        self._traced.append(_Traced(sampling_name, step, code.sampling_tensors(logits), notes))
-        self._compiling = [one for traced in self._traced for one in self._compiler.begin(traced.step.kernels)]
+        self._begin(_Traced(sampling_name, step, code.sampling_tensors(logits), notes))
+
+    def _begin(self, traced: _Traced) -> None:
+        self._traced.append(traced)
+        self._compiling += self._compiler.begin(traced.step.kernels)
 
     def _save(self, step: RecordedStep, traced: _Traced) -> None:
         if self._store is not None:

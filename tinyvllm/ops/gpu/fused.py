@@ -602,8 +602,7 @@ class FusedGpuBackend(GpuBackend):
         size = num_tokens * spec.num_rows
         if epilogue.residual is not None:
             epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
-            may_add = isinstance(spec, GemmSpec | StreamSpec) and not isinstance(spec, CodeStreamSpec)
-            if may_add and spec.splits == 1 and not epilogue.uncovered():
+            if isinstance(spec, GemmSpec | StreamSpec) and spec.splits == 1 and not epilogue.uncovered():
                 return self._multiply(spec, self._empty(size), matrix, x, epilogue.residual)
         partials = self._multiply(spec, self._floats(spec.splits * size), matrix, x)
         if spec.splits == 1 and epilogue.is_plain:
@@ -622,9 +621,8 @@ class FusedGpuBackend(GpuBackend):
             return run_kernel(streamed_matrix_kernel(spec), [out], [*matrix.planes, x])[0]
         self.maps.append(self.maps.pop(0))
         rest = [] if residual is None else [residual]
-        if isinstance(spec, CodeStreamSpec):
-            return run_kernel(code_stream_kernel(spec), [out, self.maps[0]], [*matrix.planes, x])[0]
-        fn = stream_kernel(replace(spec, adds_residual=residual is not None))
+        spec = replace(spec, adds_residual=residual is not None)
+        fn = code_stream_kernel(spec) if isinstance(spec, CodeStreamSpec) else stream_kernel(spec)
         return run_kernel(fn, [out, self.maps[0]], [*matrix.planes, x, *rest])[0]
 
     def _takes_words(self, matrices: Sequence[Matrix], num_tokens: int) -> bool:

@@ -17,7 +17,7 @@ from tinyvllm.ops.kernel.body import F32, Body, KernelFn, balanced, cached_kerne
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, await_previous, axes_of, dot, load_floats, warps
 from tinyvllm.ops.sampling.token_ids import token_id
 
-RUN_COLS = 8  # columns that a thread reads at once
+RUN_COLS, FEW_COLS = 8, 4  # columns that a thread reads at once; where kernels are chained
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,15 @@ class SumSpec:
     rounds_norm: bool = False  # so is h
 
     @property
+    def run_cols(self) -> int:
+        """Columns that a thread reads at once. In a chain everything waits for this kernel, so its loads must all be
+        in flight at once: the compiler uses the first ones before it issues the seventh."""
+        return FEW_COLS if self.lanes.is_chained else RUN_COLS
+
+    @property
     def num_warps(self) -> int:
-        return min(16 if self.num_tokens == 1 else 8, max(1, self.num_cols // (LANES * RUN_COLS)))
+        most = 32 if self.lanes.is_chained else 16 if self.num_tokens == 1 else 8
+        return min(most, max(1, self.num_cols // (LANES * self.run_cols)))
 
 
 @cached_kernel
@@ -68,7 +75,7 @@ def sum_kernel(spec: SumSpec) -> KernelFn:
         x_out = rest.pop(0) if spec.num_partials or spec.embed is not None else None
         h_out = rest.pop(0) if spec.norm_eps is not None else None
         norm_weight = rest.pop() if spec.norm_eps is not None else None
-        row = _SumRow(spec, rest)
+        row = _SumRow(spec, rest, norm_weight)
         values = row.values()
         if x_out is not None:
             values = [[value.cast(x_out.dtype).cast(F32) for value in new] for new in values]
@@ -90,12 +97,12 @@ def sum_kernel(spec: SumSpec) -> KernelFn:
 
 
 class _SumRow:
-    """A threadgroup's row of x. Each thread holds some runs of RUN_COLS consecutive values; `inside`: for each, whether
-    it exists; None: always."""
+    """A threadgroup's row of x. Each thread holds some runs of consecutive values; `inside`: for each, whether it
+    exists; None: always."""
 
-    def __init__(self, spec: SumSpec, operands: list[UOp]) -> None:
+    def __init__(self, spec: SumSpec, operands: list[UOp], norm_weight: UOp | None) -> None:
         """`operands`: those between the outputs and the last norm's weight."""
-        self.spec, self.body = spec, Body()
+        self.spec, self.body, self.norm_weight = spec, Body(), norm_weight
         self.weights = operands.pop() if spec.is_weighted else None
         self.out_scale = operands.pop() if spec.has_out_scale else None
         self.post_weight = operands.pop() if spec.post_norm_eps is not None else None
@@ -105,11 +112,11 @@ class _SumRow:
         self.row, self.lane = self.body.grid(spec.num_tokens), self.body.threads(LANES)
         self.warp = warps(self.body, spec.num_warps)
         self.axes = axes_of(self.row, self.lane, self.warp)
-        thread, num_runs = self.warp * LANES + self.lane, spec.num_cols // RUN_COLS
+        thread, num_runs = self.warp * LANES + self.lane, spec.num_cols // spec.run_cols
         runs = [thread + i * threads for i in range(-(-num_runs // threads))]
         self.inside = [None if (i + 1) * threads <= num_runs else run < num_runs for i, run in enumerate(runs)]
         self.starts = [
-            (run if ok is None else ok.where(run, 0)) * RUN_COLS for run, ok in zip(runs, self.inside, strict=True)
+            (run if ok is None else ok.where(run, 0)) * spec.run_cols for run, ok in zip(runs, self.inside, strict=True)
         ]
 
     def values(self) -> list[list[UOp]]:
@@ -117,7 +124,9 @@ class _SumRow:
         if self.spec.embed is not None:
             return [self._read_table(self.spec.embed, start) for start in self.starts]
         weights = [] if self.weights is None else [self.weights]
-        source, *residual = await_previous(self.spec.lanes, *self.operands, *weights)
+        constants = [buffer for buffer in (self.norm_weight, self.post_weight, self.bias) if buffer is not None]
+        ahead = [value for buffer in constants for start in self.starts for value in self._floats(buffer, start)]
+        source, *residual = await_previous(self.spec.lanes, *self.operands, *weights, ahead=ahead)
         if self.weights is not None:
             self.weights = residual.pop()
         values = [self._read_sum(source, start) for start in self.starts]
@@ -130,7 +139,7 @@ class _SumRow:
         previous = planes.pop(0) if embed.is_fed else None
         token = token_id(inputs[embed.token_offset + self.row].load(), previous, embed.num_rows)
         table = Planes(embed.format, planes)
-        values = [table.value(token, start + i, self.spec.num_cols, "row") for i in range(RUN_COLS)]
+        values = [table.value(token, start + i, self.spec.num_cols, "row") for i in range(self.spec.run_cols)]
         return values if embed.scale == 1.0 else [value * embed.scale for value in values]
 
     def _read_sum(self, source: UOp, start: UOp) -> list[UOp]:
@@ -146,13 +155,17 @@ class _SumRow:
         new = [balanced(column) for column in zip(*partials, strict=True)]
         if self.bias is None:
             return new
-        return [a + b for a, b in zip(new, load_floats(self.bias, start, RUN_COLS), strict=True)]
+        return [a + b for a, b in zip(new, self._floats(self.bias, start), strict=True)]
+
+    def _floats(self, buffer: UOp, at: UOp) -> list[UOp]:
+        """A run of a buffer."""
+        return load_floats(buffer, at, self.spec.run_cols)
 
     def _load(self, source: UOp, at: UOp) -> list[UOp]:
         """A run of the partial products."""
         if not self.spec.has_bfloat_bits:
-            return load_floats(source, at, RUN_COLS)
-        return [source[at + i].load().bitcast(dtypes.bfloat16).cast(F32) for i in range(RUN_COLS)]
+            return self._floats(source, at)
+        return [source[at + i].load().bitcast(dtypes.bfloat16).cast(F32) for i in range(self.spec.run_cols)]
 
     def _finished(self, new: list[UOp], start: UOp, residual: Sequence[UOp]) -> list[UOp]:
         spec = self.spec
@@ -160,7 +173,7 @@ class _SumRow:
             new = [value * spec.scale for value in new]
         for values in residual:
             at = self.row * spec.num_cols + start
-            new = [a + b for a, b in zip(new, load_floats(values, at, RUN_COLS), strict=True)]
+            new = [a + b for a, b in zip(new, self._floats(values, at), strict=True)]
         if self.out_scale is not None:
             new = [value * self.out_scale[0].load() for value in new]
         if spec.softcap is None:
@@ -178,7 +191,7 @@ class _SumRow:
             zero = UOp.const(0, dtypes.weakint)
             total = add_warps(self.body, total, self.warp, zero, spec.num_warps, 1, self.lane)
         scale = (total[0] * (1.0 / spec.num_cols) + eps).sqrt().reciprocal()
-        weights = [load_floats(weight, start, RUN_COLS) for start in self.starts]
+        weights = [self._floats(weight, start) for start in self.starts]
         return [[v * scale * w for v, w in zip(new, ws, strict=True)] for new, ws in zip(values, weights, strict=True)]
 
     def stores(self, target: UOp, values: list[list[UOp]]) -> list[UOp]:

@@ -50,18 +50,6 @@ def pairs_kernel(fmt: Format, mma: Mma, name: str) -> KernelFn:
     return kernel
 
 
-def placed_kernel(fmt: Format, mma: Mma, name: str) -> KernelFn:
-    """fn(words, *planes): every run's `read_pairs` in place."""
-
-    def kernel(out: UOp, *planes: UOp) -> UOp:
-        body = Body()
-        run = body.loop(RUNS)
-        words = read_pairs(Planes(fmt, planes), UOp.const(0, run.dtype), run, 0, mma, in_place=True)
-        return finish(UOp.group(*[out[run * 16 + i].store(word) for i, word in enumerate(words)]).end(run), name)
-
-    return kernel
-
-
 def quarters_kernel(fmt: Format, mma: Mma, name: str) -> KernelFn:
     """fn(words, *planes): the same, by quarters."""
 
@@ -129,13 +117,12 @@ def cuda_words(is_fast: bool) -> dict[tuple[Format, str, Mma], np.ndarray]:
     """What CUDA's readers give for the formats of the default run, or for the others, compiled together: also with the
     instruction that converts e4m3."""
     formats = [fmt for fmt in KNOWN if (fmt.name in FAST) == is_fast]
-    makers = {"pairs": pairs_kernel, "halves": halves_kernel, "placed": placed_kernel, "quarters": quarters_kernel}
-    streamed = ("placed", "quarters")
+    makers = {"pairs": pairs_kernel, "halves": halves_kernel, "quarters": quarters_kernel}
     cases = [
         (fmt, which, mma)
         for fmt in formats
         for which in makers
-        if fmt.grid is None or which not in streamed
+        if fmt.grid is None or which != "quarters"
         for mma in ((CUDA, CONVERTING) if fmt.is_float8 else (CUDA,))
     ]
     matrices = [pack(draw_matrix(fmt, ROWS, COLS), "row", None, "CPU") for fmt, *_ in cases]
@@ -154,8 +141,8 @@ def test_cuda_reads_the_same_by_its_own_instructions(fmt: Format) -> None:
     for mma in (CUDA, CONVERTING) if fmt.is_float8 else (CUDA,):
         assert_pairs(words[fmt, "pairs", mma], host, mma)
         assert_halves(words[fmt, "halves", mma].view(np.float16), host)
-        for which in ("placed", "quarters") if fmt.grid is None else ():
-            assert_pairs(words[fmt, which, mma], host, mma, in_place=True)
+        if fmt.grid is None:
+            assert_pairs(words[fmt, "quarters", mma], host, mma, in_place=True)
 
 
 @pytest.mark.slow

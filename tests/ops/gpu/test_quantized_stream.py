@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tinygrad import UOp
+from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
+from tinygrad.dtype import DType
 
 from tests.ops.builders import make_host, normal
 from tests.ops.rendering import check_limits, make_renderer, rendered
@@ -29,6 +30,7 @@ from tinyvllm.ops.kernel.tuning import candidates
 
 Streamed = StreamedVectorSpec | StreamedMatrixSpec
 FORMATS = ("Q4_K", "Q6_K", "Q4_0", "FP8-float32", "MXFP4-e8m0", "NVFP4-e4m3", "affine4_g64-float16", "Q3_K-float16")
+ONE_ROW = ("Q2_K-float16", "Q3_K-float16", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "affine4_g64-float16", "IQ4_NL-float16")
 SHAPES = ((6144, 4096), (4096, 14336), (5120, 17408), (2560, 9728), (3072, 2048), (2048, 8192), (96, 512))
 
 
@@ -108,8 +110,12 @@ def test_products_that_streams_cover_take_them(monkeypatch: pytest.MonkeyPatch) 
     assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == usual  # too small
     monkeypatch.setattr(plane_ring, "FEWEST_CODES", 0)
     assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == ["StreamedVectorSpec", "StreamedMatrixSpec", "MatrixSpec"]
+    assert kinds("Q6_K", 64, 2 * CHUNK_COLS) == ["StreamedVectorSpec", "MatrixSpec", "MatrixSpec"]
+    assert kinds("Q4_0", 64, 14 * CHUNK_COLS) == ["StreamedVectorSpec", "MatrixSpec", "MatrixSpec"]
+    assert kinds("Q4_0", 64, 13 * CHUNK_COLS) == usual  # less than two chunks a warp
     assert kinds("Q4_0", 64, 3 * CHUNK_COLS + 32) == usual  # no whole chunks
-    assert kinds("Q8_0", 64, 2 * CHUNK_COLS) == usual
+    assert kinds("NVFP4-e4m3", 64, 14 * CHUNK_COLS) == usual  # a scale for each row
+    assert kinds("FP8-float32", 64, 14 * CHUNK_COLS) == usual  # not integers
     backend.has_wgmma = False
     assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == usual
 
@@ -147,11 +153,51 @@ def test_streams_compute_what_the_values_give(fmt: str, tokens: int) -> None:
                 np.testing.assert_array_equal(product(spec, matrix, changed)[:, 0], result[:, 0])
 
 
-def product(spec: Streamed, matrix: Matrix, x: np.ndarray) -> np.ndarray:
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ONE_ROW)
+def test_one_row_is_multiplied_by_any_format_of_bytes(fmt: str) -> None:
+    device = open_device()
+    if not allows_wgmma(device.name):
+        pytest.skip("needs Hopper's instructions")
+    for rows, cols in ((150 * TILE_ROWS, 4096), (96, 10240), (32, 1792)):
+        host = make_host(fmt, rows, cols)
+        matrix, x = pack(host, "row", None, device.name), normal(1, cols, seed=1).astype(np.float16)
+        x[0, :256] *= 100  # columns of another unit
+        expected = x.astype(np.float64) @ to_float32(host).T.astype(np.float64)
+        result = product(streamed(fmt, 1, rows, cols), matrix, x)[0]
+        np.testing.assert_allclose(result, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [dtypes.half, dtypes.bfloat16], ids=str)
+def test_one_row_is_normed_before_and_added_after(dtype: DType) -> None:
+    """Values far beyond float16's range, too."""
+    device = open_device()
+    if not allows_wgmma(device.name):
+        pytest.skip("needs Hopper's instructions")
+    rows, cols = 2400, 4096
+    host = make_host("Q4_K", rows, cols)
+    matrix, weight = pack(host, "row", None, device.name), normal(cols, seed=2)
+    x = device.upload(normal(1, cols, seed=1) * np.float32(1e4 if dtype == dtypes.half else 1e8)).cast(dtype).realize()
+    values, residual = x.float().numpy().astype(np.float64), device.upload(normal(rows, seed=3))
+    normed = values / np.sqrt((values**2).mean() + 1e-5) * weight
+    for how, expected in (
+        ("norm", normed @ to_float32(host).T),
+        ("add", values @ to_float32(host).T + residual.numpy()),
+    ):
+        more: dict[str, Any] = dict(norm_eps=1e-5) if how == "norm" else dict(has_residual=True)
+        given = device.upload(weight) if how == "norm" else residual
+        result = product(streamed("Q4_K", 1, rows, cols, **more), matrix, x, given)[0]
+        np.testing.assert_allclose(result, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def product(spec: Streamed, matrix: Matrix, x: np.ndarray | Tensor, *more: Tensor) -> np.ndarray:
     """(S, T, N)."""
     splits = spec.splits if isinstance(spec, StreamedMatrixSpec) else 1
     fn = streamed_vector_kernel(spec) if isinstance(spec, StreamedVectorSpec) else streamed_matrix_kernel(spec)
     device = open_device()
-    out = empty(splits * len(x) * spec.out_rows, F16 if spec.activation else F32, device.name)
-    (result,) = run_kernel(fn, [out], [*matrix.planes, device.upload(x.reshape(-1))])
-    return result.float().numpy().reshape(splits, len(x), -1)
+    tokens = spec.num_tokens if isinstance(spec, StreamedMatrixSpec) else 1
+    out = empty(splits * tokens * spec.out_rows, F16 if spec.activation else F32, device.name)
+    given = device.upload(x) if isinstance(x, np.ndarray) else x
+    (result,) = run_kernel(fn, [out], [*matrix.planes, given.reshape(-1), *more])
+    return result.float().numpy().reshape(splits, tokens, -1)

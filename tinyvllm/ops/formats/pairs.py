@@ -68,7 +68,7 @@ def pair_form(fmt: Format, mma: Mma) -> CodeForm:
     if known := line(fmt):
         return _integer_form(*known, 0)
     assert fmt.codebook is not None
-    unit = _byte_unit(fmt.codebook)
+    unit = byte_unit(fmt.codebook)
     return CodeForm(unit, unit * (IN_HALF + SIGNED)) if unit else CodeForm(1.0, 0.0)
 
 
@@ -88,8 +88,8 @@ def _stays_in_place(fmt: Format) -> bool:
     return packed_bits(fmt) == (4, 0) and line(fmt) is not None and not small_float_unit(fmt)
 
 
-def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, mma: Mma, *, in_place: bool = False) -> list[UOp]:
-    """A run's codes as words of two halves (`pair_form`; `in_place`: `pair_forms`), so that one instruction does two.
+def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, mma: Mma) -> list[UOp]:
+    """A run's codes as words of two halves (`pair_form`), so that one instruction does two.
 
     The words are in groups of four neighboring columns, each in `code_order`: the first four of the run, the first four
     of its second half, the second four, and so on.
@@ -99,9 +99,6 @@ def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, mma: Mma, *, i
     fours = [i // 2 + i % 2 * 4 for i in range(PANEL // 4)]  # which four neighbors, in order
     tables = _byte_tables(fmt)
     if not tables:
-        if in_place and _stays_in_place(fmt):
-            words = code_words(planes, index)
-            return [_in_place(mma, words[four % 4], four // 4, odd) for four in fours for odd in range(2)]
         return [_spread_pair(planes, mma, index, four, odd) for four in fours for odd in range(2)]
     looked_up = [_look_up(planes, index, table, mma) for table in tables]
     if len(tables) == 1:
@@ -122,7 +119,7 @@ def _in_place(mma: Mma, word: UOp, half: int, odd: int) -> UOp:
 
 def read_quarter(planes: Planes, run: UOp, quarter: UOp, mma: Mma, *, in_place: bool = False) -> list[UOp]:
     """The four words of `read_pairs` from number 4 * `quarter` on: four neighboring columns of the first half of a run,
-    and four of the second."""
+    and four of the second. `in_place`: they stand for `pair_forms`."""
     fmt, (width, high_width) = planes.fmt, packed_bits(planes.fmt)
     count = code_lanes(fmt) // 4
     if count == 8:
@@ -311,15 +308,20 @@ def _byte_tables(fmt: Format) -> tuple[tuple[int, ...], ...]:
     float16. None without a codebook, or for e2m1."""
     if fmt.codebook is None or small_float_unit(fmt) or line(fmt):
         return ()
-    unit = _byte_unit(fmt.codebook)
-    if unit:
-        return (tuple(int(value / unit) + SIGNED for value in fmt.codebook),)
+    if byte_unit(fmt.codebook):
+        return (byte_table(fmt.codebook),)
     bits = np.array(fmt.codebook, np.float16).view(np.uint16)
     return tuple(int(value) for value in bits & 0xFF), tuple(int(value) for value in bits >> 8)
 
 
+def byte_table(codebook: tuple[float, ...]) -> tuple[int, ...]:
+    """The values in units of `byte_unit`, plus 128."""
+    unit = byte_unit(codebook)
+    return tuple(int(value / unit) + SIGNED for value in codebook)
+
+
 @cache
-def _byte_unit(codebook: tuple[float, ...]) -> float:
+def byte_unit(codebook: tuple[float, ...]) -> float:
     """The largest power of two of which all values are multiples by signed bytes; 0 if there is none."""
     for power in range(4, -8, -1):
         unit = 2.0**power

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tinygrad import UOp, dtypes
 from tinygrad.dtype import DType
@@ -10,10 +10,11 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
 from tinyvllm.ops.formats.matrix import PANEL, ScalePlanes, float_of_scale
-from tinyvllm.ops.formats.runs import groups_in_run
-from tinyvllm.ops.gpu.plane_ring import CHUNK_COLS, SharedPlane
-from tinyvllm.ops.kernel.body import F32, U32
+from tinyvllm.ops.formats.runs import FLIPPED, groups_in_run
+from tinyvllm.ops.gpu.plane_ring import CHUNK_COLS, SharedPlane, number
+from tinyvllm.ops.kernel.body import F32, I32, U32, balanced
 
+BYTE_FLOAT_AT = "(__uint_as_float(__byte_perm({0}, 0x4B000000, {1})) - %.1ff)"  # the byte is data
 BYTE_FLOAT = "(__uint_as_float(__byte_perm({0}, 0x4B000000, %#x)) - %.1ff)"  # 2^23 + byte, less 2^23 (and an offset)
 
 
@@ -37,20 +38,6 @@ class ChunkScales:
 
         return self._factor(entry)
 
-    def of_pair(self, pair: UOp) -> list[list[UOp]]:
-        """The scales of the groups of the runs 2 * pair and 2 * pair + 1 of the chunk."""
-
-        def scale(side: int, group: int) -> UOp:
-            def entry(plane: SharedPlane, span: int, *, is_number: bool = False) -> UOp:
-                per_chunk, count = CHUNK_COLS // span, max(1, 2 * PANEL // span)
-                first = self.chunk * per_chunk + (pair * 2 * PANEL // span if span < CHUNK_COLS else 0)
-                col = side * PANEL + group * (PANEL // groups_in_run(self.format))
-                return entries(plane, first, count, is_number=is_number)[col // span if count > 1 else 0]
-
-            return self._factor(entry)
-
-        return [[scale(side, group) for group in range(groups_in_run(self.format))] for side in range(2)]
-
     def _factor(self, entry: Callable[..., UOp]) -> UOp:
         if self.common is not None:
             return entry(self.scales.steps, self.format.group, is_number=True)
@@ -62,6 +49,59 @@ class ChunkScales:
     def _base(self, stored: UOp) -> UOp:
         value = float_of_scale(stored, self.scales.format)
         value = value if self.unit == 1.0 else value * self.unit
+        return value if self.scales.multiplier is None else value * self.scales.multiplier[0].load()
+
+
+class LaneScales:
+    """The scales (or minimums) of a row's groups in some neighboring chunks from `first` on: those of the runs `slot`
+    and `slot` + 4 of each. Of bytes, a lane loads all, and takes its own."""
+
+    def __init__(self, scales: ScalePlanes | None, fmt: Format, first: UOp | int, count: int, slot: UOp) -> None:
+        assert scales is not None
+        self.scales, self.format, self.first, self.slot = scales, fmt, first, slot
+        self.has_common = False
+        self.bases: list[UOp] = []
+        self.words: list[UOp] = []
+        if scales.steps is not None and scales.format.span == CHUNK_COLS:
+            self.has_common = True
+            self.bases = entries(scales.base, number(first), count)
+            size = CHUNK_COLS // fmt.group // 4  # words of a chunk
+            self.words = scales.steps.words(number(first * size), count * size)
+
+    def weigh(self, index: int, values: Sequence[Sequence[UOp]]) -> UOp:
+        """The lane's sum of a chunk's `values` (by run and group), each times its scale."""
+        terms = [
+            value * self._factor(index, side, g) for side, groups in enumerate(values) for g, value in enumerate(groups)
+        ]
+        total = balanced(terms)
+        return total * self._base(self.bases[index]) if self.has_common else total
+
+    def _factor(self, index: int, side: int, group: int) -> UOp:
+        fmt, per_run = self.format, groups_in_run(self.format)
+        if self.has_common:
+            assert self.scales.steps is not None
+            words = self.words[index * 2 * per_run + side * per_run :][:per_run]  # of four runs each
+            word, at = words[0], self.slot
+            if per_run == 2:
+                word, at = (self.slot < 2).where(*words), self.slot % 2 * 2 + group
+            is_signed = self.scales.steps.dtype == dtypes.char
+            offset = 8388608.0 + (128 if is_signed else 0)
+            selector = (at + 0x7540).cast(U32)
+            return UOp(
+                Ops.CUSTOM, F32, src=(word ^ FLIPPED if is_signed else word, selector), arg=BYTE_FLOAT_AT % offset
+            )
+        col = (self.slot + 4 * side) * PANEL + group * (PANEL // per_run)
+
+        def entry(plane: SharedPlane, span: int) -> UOp:
+            return plane.at(number((self.first + index) * (CHUNK_COLS // span) + col // span))
+
+        value = self._base(entry(self.scales.base, self.scales.format.span))
+        if self.scales.steps is None:
+            return value
+        return value * entry(self.scales.steps, fmt.group).cast(I32).cast(F32)
+
+    def _base(self, stored: UOp) -> UOp:
+        value = float_of_scale(stored, self.scales.format)
         return value if self.scales.multiplier is None else value * self.scales.multiplier[0].load()
 
 

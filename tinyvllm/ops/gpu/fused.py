@@ -37,7 +37,7 @@ from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows, round_row
 from tinyvllm.ops.gpu.latent_attention import store_latents_kernel
 from tinyvllm.ops.gpu.latent_fused import FusedLatentSpec, combine_latents_kernel, fused_latent_kernel
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
-from tinyvllm.ops.gpu.plane_ring import is_worth_streaming
+from tinyvllm.ops.gpu.plane_ring import is_worth_streaming, is_worth_streaming_row
 from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, streamed_vector_kernel
 from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS as STREAMED_TOKENS
 from tinyvllm.ops.gpu.quantized_stream_rows import StreamedMatrixSpec, streamed_matrix_kernel
@@ -564,7 +564,7 @@ class FusedGpuBackend(GpuBackend):
         if matrix.format.is_quantized and half is not None and self.dtype != "float32":
             packing: dict[str, Any] = dict(mma=half, rescales_input=self.dtype == "bfloat16" and not is_normed)
             streamed = StreamedVectorSpec(planes=plane_sizes(matrix), **packing, **fields)
-            if self._streams(matrix) and streamed.is_possible():
+            if self._streams_row(matrix) and streamed.is_possible():
                 return choose(streamed)
             packed = QuantizedVectorSpec(**packing, **fields)
             if fits_quantized_vector(packed):
@@ -694,6 +694,10 @@ class FusedGpuBackend(GpuBackend):
             return None
         spec = choose(spec)
         return spec if spec.is_possible() else None
+
+    def _streams_row(self, matrix: Matrix) -> bool:
+        """Whether a product of one row streams the matrix through threadgroup memory, if it can."""
+        return self.has_wgmma and is_worth_streaming_row(matrix.format, matrix.num_rows, matrix.num_cols)
 
     def _streams(self, matrix: Matrix) -> bool:
         """Whether products of few rows stream the matrix through threadgroup memory, if they can."""

@@ -66,7 +66,7 @@ FETCH = """auto fetch = [&](int unit) {{{{
   __syncwarp();
 }}}};
 if (threadIdx.y == 0 && threadIdx.x < {stages}) ((int*)(shared_memory + {counts}))[threadIdx.x] = 0;"""
-BEGIN = "if (threadIdx.y == 0) for (int unit = 0; unit < {stages}; unit++) fetch(unit);"
+BEGIN = "if (threadIdx.y == 0) for (int unit = {first}; unit < {end}; unit++) fetch(unit);"
 # The warp that is the last to have read a stage fills it again
 RELEASE = """{{{{
   int unit = {{0}}, turn = 0;
@@ -248,9 +248,18 @@ class RingWalk:
     """A threadgroup's way along its tiles: `number` is its own among those of its split."""
 
     def __init__(
-        self, ring: Ring, fmt: Format, body: Body, number_: UOp, split: UOp | int, planes: Sequence[UOp], total: int
+        self,
+        ring: Ring,
+        fmt: Format,
+        body: Body,
+        number_: UOp,
+        split: UOp | int,
+        planes: Sequence[UOp],
+        total: int,
+        early: int | None = None,
     ) -> None:
-        """`total`: bytes of dynamic threadgroup memory."""
+        """`total`: bytes of dynamic threadgroup memory. `early`: how many stages it fetches at once, and the others by
+        `begin_rest`; None: all of them."""
         self.ring, self.format, self.body, self.split = ring, fmt, body, split
         tiles, groups = ring.out_tiles, ring.groups
         # how many tiles it has
@@ -277,7 +286,14 @@ class RingWalk:
         fetch = statement(text, number(number_), units, first_part, *[plane[0] for plane in planes], memory)
         barriers = make_barriers(ring.barriers_at, ring.stages, 1, ring.warps, memory)
         ready = UOp(Ops.BARRIER, src=(fetch, barriers))
-        self.begun = statement(BEGIN.format(stages=ring.stages), ready)
+        self._early = ring.stages if early is None else early
+        self.begun = statement(BEGIN.format(first=0, end=self._early), ready) if self._early else ready
+
+    def begin_rest(self, after: Sequence[UOp]) -> UOp:
+        """Fetch the stages that are not fetched yet, after some loads: these would wait for what is fetched before."""
+        if self._early < self.ring.stages:
+            self.begun = statement(BEGIN.format(first=self._early, end=self.ring.stages), self.begun, *after)
+        return self.begun
 
     def _copies(self) -> list[str]:
         ring, lines, at, tile_at = self.ring, [], 0, 0
@@ -347,13 +363,21 @@ def wanted_parts(planes: Sequence[tuple[DType, float]], num_cols: int) -> int:
     return best
 
 
-def is_worth_streaming(fmt: Format, num_rows: int, num_cols: int) -> bool:
-    """Whether a product is faster with a ring than with loads into registers: of codes up to 4 bits with scales and
-    minimums of a byte, which are many small loads (K quants), and where a multiprocessor has some tiles.
+def is_worth_streaming_row(fmt: Format, num_rows: int, num_cols: int) -> bool:
+    """Whether one row's product is faster with a ring than with loads into registers: where a multiprocessor has some
+    tiles; if scales are not bytes (K quants), which are many small loads, some more, and of so many columns that each
+    warp has two chunks.
 
-    NVIDIA H200, one row: of Q4_K, 7 % less for 4,096 rows of 4,096 columns, 10 % more for 3,072 of 2,048. An 8B model's
-    steps in Q4_K take 5 % less, and in MLX's 4 bits 7 % more; a 1B model's in Q4_0, of which two matrices are large
-    enough, 20 % more."""
+    NVIDIA H200, a step: 8B in MLX's 4 bits 1,609 us instead of 1,899 (1,620 with attention_out, 4,096 rows of 4,096
+    columns), in Q6_K (8 layers) 618 instead of 915, in Q8_0 (8 layers) 670 instead of 715."""
+    if fmt.scale is not None and fmt.scale.has_steps:
+        return num_rows * num_cols >= FEWEST_CODES
+    return num_cols >= 2 * MIN_WARPS * CHUNK_COLS and num_rows * num_cols >= 3 * FEWEST_CODES
+
+
+def is_worth_streaming(fmt: Format, num_rows: int, num_cols: int) -> bool:
+    """Whether a product of a few rows is faster with a ring than with loads into registers: of codes up to 4 bits with
+    scales and minimums of a byte, which are many small loads (K quants), and where a multiprocessor has some tiles."""
     has_small_scales = fmt.minimum is not None and fmt.minimum.has_steps
     return has_small_scales and fmt.bits <= MAX_BITS and num_rows * num_cols >= FEWEST_CODES
 

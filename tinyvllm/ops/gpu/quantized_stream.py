@@ -1,13 +1,17 @@
 """One token row times a quantized matrix on Hopper: codes stream through threadgroup memory (plane_ring.py).
 
-Codes go into the matrix unit as in quantized_vector.py. All warps multiply each stage: they split its columns into
-chunks of 256, eight runs, one for each token of the matrix unit's tile. Their sums of each tile are kept in threadgroup
-memory and added up at the end. x is staged once on each multiprocessor.
+Codes go into the matrix unit as bytes, and x as two planes of bytes (fixed_row.py), so that eight codes cost three
+instructions, or two where the upper four bits of bytes stay in place. A tile of the matrix unit has 8 tokens, but there
+is only one token here: token 2 t is the upper plane of the runs of slot t, token 2 t + 1 the lower one, and both are
+zero for the runs of other slots. Then the two sums that a lane holds of a row are those of one run, and integers.
+
+All warps multiply each stage: they split its columns into chunks of 256. Their sums of each tile are kept in
+threadgroup memory and added up at the end. x is staged once on each multiprocessor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,13 +19,15 @@ from tinygrad import UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.ops.formats.matrix import PANEL, Planes
-from tinyvllm.ops.formats.pairs import pair_forms, read_pairs
-from tinyvllm.ops.gpu.chunk_scales import ChunkScales, Scaled
+from tinyvllm.ops.formats.code_bytes import byte_forms, read_bytes, takes_bytes
+from tinyvllm.ops.formats.matrix import Planes
+from tinyvllm.ops.gpu.chunk_scales import LaneScales
+from tinyvllm.ops.gpu.fixed_row import PLANE_WORDS, RUN_WORDS, FixedRow, fixed_words, stage_fixed_row
 from tinyvllm.ops.gpu.plane_ring import (
     CHUNK_COLS,
     LEAST_BYTES,
     MAX_WARPS,
+    MIN_WARPS,
     MULTIPROCESSORS,
     RING_BYTES,
     SLOTS,
@@ -36,16 +42,16 @@ from tinyvllm.ops.gpu.plane_ring import (
     wanted_parts,
     wanted_warps,
 )
-from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, RowPlace, StagedRow, multiply_run, stage_row
+from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, RowPlace
 from tinyvllm.ops.gpu.vector import RowOperands
 from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, balanced, cached_kernel
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, statement
-from tinyvllm.ops.kernel.lanes import LANES, carry, warps, zeros
+from tinyvllm.ops.kernel.lanes import LANES, carry, load_cuda_words, multiply_bytes, warps, zeros
 from tinyvllm.ops.kernel.tiles import together
 
 ROW_MASKS = (1, 2)  # connect the lanes that hold one row's sums
 STATIC_BYTES = 48 << 10
-HELD_CHUNKS = 24  # of a row, that the warps' registers hold
+HELD_CHUNKS = 2  # of x, that a warp's registers hold
 KEEP = "if ({0}) *((float*)(shared_memory + {1})) = {2};"
 
 
@@ -71,24 +77,25 @@ class StreamedVectorSpec(QuantizedVectorSpec):
 
     @property
     def warps(self) -> int:
-        """Warps, which split a stage's columns: as many as there can be, so that one threadgroup takes a multiprocessor
-        by itself. Where two fit, the next kernel's threadgroups start two by two on the multiprocessors that happen to
-        be free, and the others have nothing to do. (NVIDIA H200, a step of Llama-3.1-8B in Q4_K: 8 warps 1,933 us, 16
-        warps 1,657. In a chain of equal kernels, which start one by one, 8 warps are faster: 3.9 instead of 5.2 us for
-        4,096 rows of 4,096 columns.)"""
-        return self.knob("warps", wanted_warps(self.part_chunks))
+        """Warps, which split a stage's blocks: as many as there can be whose shares are equal."""
+        return self.knob("warps", wanted_warps(self.part_blocks))
+
+    @property
+    def block(self) -> int:
+        """Neighboring chunks whose scales are loaded together: two, if enough warps have some."""
+        return self.knob("block", 2 if self.part_chunks % 2 == 0 and self.part_chunks >= 2 * MIN_WARPS else 1)
+
+    @property
+    def part_blocks(self) -> int:
+        return self.part_chunks // self.block
 
     @property
     def _may_hold_x(self) -> bool:
-        return self.parts == 1 and self.part_chunks <= HELD_CHUNKS
+        return self.parts == 1 and -(-self.part_blocks // self.warps) * self.block <= HELD_CHUNKS
 
     @property
     def is_resident(self) -> bool:
         return False
-
-    @property
-    def sums_of_run(self) -> int:
-        return 2
 
     @property
     def holds_x(self) -> bool:
@@ -99,6 +106,13 @@ class StreamedVectorSpec(QuantizedVectorSpec):
     @property
     def stages(self) -> int:
         return self.ring.stages
+
+    @property
+    def early(self) -> int:
+        """Stages that are fetched before the previous kernel has ended. The loads of x, and of a norm's weights, wait
+        until they have come. (NVIDIA H200, a step of Llama-3.1-8B in Q4_K: all of them 1,562 us, one 1,450, none for
+        products of normed rows 1,500.)"""
+        return self.knob("early", 1)
 
     @cached_property
     def ring(self) -> Ring:
@@ -119,16 +133,26 @@ class StreamedVectorSpec(QuantizedVectorSpec):
         return max(LEAST_BYTES, self.ring.bytes + self.ring.most_tiles * self.warps * TILE_ROWS * 4)
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
-        return {"parts": (1, 2, 4, 7, 8), "warps": (4, 8, 16), "stages": (2, 3, 4, 6), "holds_x": (0, 1)}
+        return {
+            "parts": (1, 2, 4, 7, 8),
+            "warps": (4, 7, 8, 14, 16),
+            "stages": (2, 3, 4, 6),
+            "holds_x": (0, 1),
+            "block": (1, 2),
+            "early": (0, 1, 2),
+        }
 
     def is_possible(self) -> bool:
         chunks = self.num_cols // CHUNK_COLS
         return (
             self.num_cols % CHUNK_COLS == 0
             and chunks % self.parts == 0
-            and 1 < self.warps <= min(MAX_WARPS, self.part_chunks)
+            and self.part_chunks % self.block == 0
+            and 1 < self.warps <= min(MAX_WARPS, self.part_blocks)
             and self.out_rows % TILE_ROWS == 0
-            and self.format.grid is None
+            and takes_bytes(self.format)
+            and not any(scales.has_multiplier for scales in self.format.scales)
+            and self.early <= self.stages
             and self.experts is None
             and self.ring.is_possible
             and self.shared_bytes <= STATIC_BYTES
@@ -137,8 +161,7 @@ class StreamedVectorSpec(QuantizedVectorSpec):
 
     def _shared_bytes(self, staged_run: int) -> int:
         """Of x, its sums, and sums of the warps."""
-        staged = (self.num_runs + 1) * staged_run * 4 + self.num_runs * self.sums_of_run * 4
-        return staged + self.warps * 4 * (1 + (self.sum is not None))
+        return fixed_words(self) * 4 + self.warps * 4 * (1 + (self.sum is not None))
 
 
 @cached_kernel
@@ -153,8 +176,8 @@ def streamed_vector_kernel(spec: StreamedVectorSpec) -> KernelFn:
         body = Body()
         group, lane = body.grid(spec.num_groups), body.threads(LANES)
         place = RowPlace(body, 0, group, lane, warps(body, spec.warps))
-        walk = RingWalk(spec.ring, spec.format, body, group, 0, planes, spec.dynamic_bytes)
-        row = _StreamedRow(spec, place, walk, stage_row(spec, place, operands, x_out, [walk.begun]))
+        walk = RingWalk(spec.ring, spec.format, body, group, 0, planes, spec.dynamic_bytes, spec.early)
+        row = _StreamedRow(spec, place, walk, stage_fixed_row(spec, place, operands, x_out, walk))
         return spec.finish(row.staged.stores + row.finish(row.multiply(), out), place.axes)
 
     return kernel
@@ -163,13 +186,14 @@ def streamed_vector_kernel(spec: StreamedVectorSpec) -> KernelFn:
 class _StreamedRow:
     """One row's product."""
 
-    def __init__(self, spec: StreamedVectorSpec, place: RowPlace, walk: RingWalk, staged: StagedRow) -> None:
+    def __init__(self, spec: StreamedVectorSpec, place: RowPlace, walk: RingWalk, staged: FixedRow) -> None:
         self.spec, self.place, self.walk, self.staged = spec, place, walk, staged
 
     def multiply(self) -> UOp:
         """The statement after which all warps' sums of all tiles are in threadgroup memory."""
         spec, place, row = self.spec, self.place, self.staged
-        before = [row.x, row.sums, *self._residual()]
+        # the factor too, which the kernel would compute at its end otherwise
+        before = [row.words, row.sums, row.units, *self._residual(), *([] if row.factor is None else [row.factor])]
         loop, tile = self.walk.loop()
         outer = place.axes if loop is None else (*place.axes, loop)
 
@@ -189,49 +213,70 @@ class _StreamedRow:
         """A lane's sums of its two rows after a stage."""
         spec = self.spec
 
-        def add(local: UOp, before: list[UOp]) -> list[UOp]:
-            return self._add_chunk(stage, local, local + stage.part * spec.part_chunks, before)
+        def add(block: UOp | int, before: list[UOp]) -> list[UOp]:
+            return self._add_block(stage, block, before)
 
-        return chunks_of_warp(spec.part_chunks, spec.warps, self.place.warp, old, add)
+        return chunks_of_warp(spec.part_blocks, spec.warps, self.place.warp, old, add)
 
-    def _add_chunk(self, stage: Stage, local: UOp, chunk: UOp, old: list[UOp]) -> list[UOp]:
-        spec, lane = self.spec, self.place.lane
-        rows = [self.walk.planes(stage, lane // 4 + 8 * half) for half in range(2)]
-        totals, starts = self._sums(chunk)
-        acc = [[starts[e % 2][g] for e in range(4)] for g in range(spec.groups)]
-        for half in range(2):
-            slot = half * 4 + lane % 4
-            at = (lane // 4).eq(slot).where(chunk * SLOTS + slot, spec.num_runs) * spec.staged_run
-            inputs = [self._words_of_x(stage, at)]
-            runs = [read_pairs(planes, number(0), local * SLOTS + slot, 0, spec.mma, in_place=True) for planes in rows]
-            acc = multiply_run(self.place.body, spec, runs, inputs, acc)
+    def _add_block(self, stage: Stage, block: UOp | int, old: list[UOp]) -> list[UOp]:
+        """`block`: its number in the stage."""
+        spec, slot = self.spec, self.place.lane % 4
+        rows = [self.walk.planes(stage, self.place.lane // 4 + 8 * half) for half in range(2)]
+        shape = (spec.format, block * spec.block, spec.block, slot)
+        scales = [LaneScales(planes.scale, *shape) for planes in rows]
+        minima = [None if planes.minimum is None else LaneScales(planes.minimum, *shape) for planes in rows]
         new = list(old)
-        for half, planes in enumerate(rows):
-            new[half] = _with_chunk(
-                spec, planes, local, lane, [a[2 * half : 2 * half + 2] for a in acc], totals, new[half]
-            )
+        for i in range(spec.block):
+            local = block * spec.block + i
+            chunk = local + stage.part * spec.part_chunks
+            found = [self._multiply_run(stage, rows, local, chunk, side) for side in range(2)]
+            unit = self.staged.units[chunk].load()
+            code_unit = unit if spec.groups == 2 else unit * byte_forms(spec.format)[1].unit
+            for half in range(2):
+                values = [products[half] for products, _ in found]
+                new[half] = new[half] + scales[half].weigh(i, values) * code_unit
+                least = minima[half]
+                if least is not None:
+                    new[half] = new[half] + least.weigh(i, [sums for _, sums in found]) * unit
         return new
 
-    def _words_of_x(self, stage: Stage, at: UOp) -> list[UOp]:
-        """A run of x: read before the loop, it stays in registers."""
-        x = self.staged.x
-        if not self.spec.holds_x:
-            x = x.after(UOp(Ops.NOOP, dtypes.void, src=(stage.waited,)))
-        return [x[at + i].load() for i in range(PANEL // 2)]
+    def _multiply_run(
+        self, stage: Stage, rows: list[Planes], local: UOp, chunk: UOp, side: int
+    ) -> tuple[list[list[UOp]], list[UOp]]:
+        """Of one of the lane's two runs of a chunk: (by row and group, the product; by group, the sum of x), in units
+        of x."""
+        spec, slot, body = self.spec, self.place.lane % 4 + 4 * side, self.place.body
+        run = chunk * SLOTS + slot
+        codes = [read_bytes(planes, number(local * SLOTS + slot), spec.mma) for planes in rows]
+        x, forms = self._words_of_x(stage, run), byte_forms(spec.format)
+        sums = [self.staged.sums[run * spec.groups + g].load() for g in range(spec.groups)]
+        parts = []
+        for g in range(2):
+            words, start = slice(g * PLANE_WORDS // 2, (g + 1) * PLANE_WORDS // 2), [UOp.const(0, I32)] * 4
+            products = multiply_bytes(body, [code[words] for code in codes], x[words], start)
+            parts.append([products[2 * half] * 256 + products[2 * half + 1] for half in range(2)])
+        first, second = forms
+        if spec.groups == 2:
+            values = [
+                [parts[g][half].cast(F32) * form.unit - sums[g] * form.excess for g, form in enumerate(forms)]
+                for half in range(2)
+            ]
+            return values, sums
+        times = round(first.unit / second.unit)
+        totals = [(parts[0][half] * times + parts[1][half]).cast(F32) for half in range(2)]
+        if first.excess:
+            totals = [total - sums[0] * second.start for total in totals]
+        return [[total] for total in totals], sums
 
-    def _sums(self, chunk: UOp) -> tuple[list[list[UOp]], list[list[UOp]]]:
-        """By the lane's column and group: the sum of x, and what the sums start from."""
-        spec, forms, sums = self.spec, pair_forms(self.spec.format, self.spec.mma), self.staged.sums
-        totals, starts = [], []
-        for side in range(2):
-            at = (chunk * SLOTS + self.place.lane % 4 * 2 + side) * 2
-            halves = [sums[at + i].load() for i in range(2)]
-            parts = [half * -form.start for half, form in zip(halves, forms, strict=True)]
-            if not forms[0].excess:
-                parts = zeros(2)
-            totals.append(halves if spec.groups == 2 else [halves[0] + halves[1]])
-            starts.append(parts if spec.groups == 2 else [parts[0] + parts[1]])
-        return totals, starts
+    def _words_of_x(self, stage: Stage, run: UOp) -> list[UOp]:
+        """The lane's words of a run of x: of the plane of its token, if that belongs to the run's slot. Read before the
+        loop, they stay in registers."""
+        spec, token, words = self.spec, self.place.lane // 4, self.staged.words
+        if not spec.holds_x:
+            words = words.after(UOp(Ops.NOOP, dtypes.void, src=(stage.waited,)))
+        is_own = (token // 2).eq(self.place.lane % 4)
+        at = is_own.where(run * RUN_WORDS + token % 2 * PLANE_WORDS, spec.num_runs * RUN_WORDS)
+        return load_cuda_words(words, at, PLANE_WORDS)
 
     def _results(self) -> list[tuple[UOp, UOp, UOp, UOp]]:
         """The thread's results: the number of the tile in the threadgroup, the row in it, the row of the output, and
@@ -253,13 +298,13 @@ class _StreamedRow:
 
     def finish(self, summed: UOp, out: UOp) -> list[UOp]:
         """Add up the warps' sums of each row, and compute the epilogue: a thread for each row of the output."""
-        spec, size, stores, rms = self.spec, self.spec.ring.out_tile, [], self.staged.rms
+        spec, size, stores, factor = self.spec, self.spec.ring.out_tile, [], self.staged.factor
         sums = SharedPlane(F32, UOp.const(spec.ring.bytes, I32), summed)
         for tile, row, target, inside in self._results():
 
             def total(row: UOp, tile: UOp = tile) -> UOp:
                 value = balanced(sums.at((tile * spec.warps + w) * TILE_ROWS + row) for w in range(spec.warps))
-                return value if rms is None else value * rms
+                return value if factor is None else value * factor
 
             if spec.activation is not None:
                 (value,) = spec.gate(None, [total(row)], [total(row + size)], [target])
@@ -267,30 +312,3 @@ class _StreamedRow:
                 value = spec.epilogue(self.staged.operands, total(row), target)
             stores.append(out[target.valid(inside)].store(value.cast(out.dtype)))
         return stores
-
-
-def _with_chunk(
-    spec: StreamedVectorSpec,
-    planes: Planes,
-    chunk: UOp,
-    lane: UOp,
-    acc: Sequence[Sequence[UOp]],
-    totals: Sequence[Sequence[UOp]],
-    old: UOp,
-) -> UOp:
-    """A row's sum after a chunk. `acc`: by group and the lane's column, `totals`: by column and group."""
-    assert planes.scale is not None
-    scales = ChunkScales(planes.scale, spec.format, chunk, spec.form.unit)
-    scaled, factors = Scaled(scales), scales.of_pair(lane % 4)
-    for side in range(2):
-        for g, factor in enumerate(factors[side]):
-            scaled.add(acc[g][side], factor)
-    new = scaled.added_to(old)
-    if planes.minimum is None:
-        return new
-    minima = ChunkScales(planes.minimum, spec.format, chunk)
-    shifted, factors = Scaled(minima), minima.of_pair(lane % 4)
-    for side in range(2):
-        for g, factor in enumerate(factors[side]):
-            shifted.add(totals[side][g], factor)
-    return shifted.added_to(new)

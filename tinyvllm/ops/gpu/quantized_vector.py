@@ -30,11 +30,15 @@ from tinyvllm.ops.gpu.vector import RowOperands, RowProductSpec
 from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body, KernelFn, balanced, cached_kernel
 from tinyvllm.ops.kernel.lanes import (
     LANES,
+    WORDS,
     Mma,
     axes_of,
     carry,
     dot,
+    floats_of_vectors,
     grid,
+    load_cuda_floats,
+    load_cuda_vectors,
     load_floats,
     warps,
     zeros,
@@ -387,22 +391,22 @@ def stage_row(
 ) -> StagedRow:
     """Wait for the previous kernels, and bring x into threadgroup memory. `ahead`: what is loaded, and the statements
     that are executed, meanwhile."""
-    source = _Source(spec, operands, place, ahead)
+    source = RowSource(spec, operands, place, ahead)
     loaded, stores, rms = source.read(place.body, place.axes), [], None
     if x_out is not None:
-        loaded = _finish_sum(spec, place, source, loaded)
-        stores = _store_sum(spec, place, source, loaded, x_out)
+        loaded = finish_sum(spec, place, source, loaded)
+        stores = store_sum(spec, place, source, loaded, x_out)
     if spec.rescales_input:
         loaded, rms = _rescale(spec, place, source, loaded)
     return StagedRow(source.operands, *_stage(spec, place, source, loaded), stores, rms)
 
 
-class _Source:
+class RowSource:
     """The pieces of x that a thread stages; x is in a buffer, or in the splits of an attention."""
 
     def __init__(self, spec: QuantizedVectorSpec, operands: RowOperands, place: RowPlace, ahead: Sequence[UOp]) -> None:
         """Waits for the previous kernels, and loads `ahead` meanwhile."""
-        thread = place.thread
+        self._spec, thread = spec, place.thread
         threads, pieces = spec.warps * LANES, spec.num_cols // PIECE
         self.inside = [
             None if start + threads <= pieces else start + thread < pieces for start in range(0, pieces, threads)
@@ -410,7 +414,7 @@ class _Source:
         wanted = [start + thread for start in range(0, pieces, threads)]
         self.pieces = [p if ok is None else ok.where(p, 0) for p, ok in zip(wanted, self.inside, strict=True)]
         self.norm_weights, self.sum_weights = (
-            [] if weight is None else [load_floats(weight, piece * PIECE, PIECE) for piece in self.pieces]
+            [] if weight is None else [self._load(spec, weight, piece) for piece in self.pieces]
             for weight in (operands.norm_weight, operands.sum_weight)
         )
         weights = [weight for piece in self.norm_weights + self.sum_weights for weight in piece]
@@ -421,14 +425,38 @@ class _Source:
 
     def read(self, body: Body, axes: tuple[UOp, ...]) -> list[list[UOp]]:
         """The pieces as float32."""
-        starts = [piece * PIECE for piece in self.pieces]
         if self._split is None:
-            return [load_floats(self.operands.x, start, PIECE) for start in starts]
-        return [self._split.read(body, start, PIECE, axes) for start in starts]
+            return [self._load(self._spec, self.operands.x, piece) for piece in self.pieces]
+        return [self._split.read(body, piece * PIECE, PIECE, axes) for piece in self.pieces]
+
+    def squares(self, loaded: list[list[UOp]]) -> UOp:
+        """The sum of the squares of the thread's pieces."""
+        squares = [dot(values, values) for values in loaded]
+        return balanced(
+            value if ok is None else ok.where(value, 0.0) for value, ok in zip(squares, self.inside, strict=True)
+        )
+
+    def read_before(self, body: Body, axes: tuple[UOp, ...], follow: Callable[[Sequence[UOp]], UOp]) -> list[list[UOp]]:
+        """`read`, and `follow` is given the loads: the statement that it returns is executed after them, and before
+        their values are used."""
+        if self._split is not None or self._spec.lanes.kind != "CUDA":
+            return self.read(body, axes)
+        x = self.operands.x
+        loads = [load_cuda_vectors(x, piece * PIECE, PIECE) for piece in self.pieces]
+        done = follow([load for vectors in loads for load in vectors])
+        return [
+            floats_of_vectors([UOp(Ops.CUSTOM, WORDS, src=(load, done), arg="{0}") for load in vectors], x.dtype)
+            for vectors in loads
+        ]
+
+    @staticmethod
+    def _load(spec: QuantizedVectorSpec, buffer: UOp, piece: UOp) -> list[UOp]:
+        load = load_cuda_floats if spec.lanes.kind == "CUDA" else load_floats
+        return load(buffer, piece * PIECE, PIECE)
 
 
-def _finish_sum(
-    spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]]
+def finish_sum(
+    spec: QuantizedVectorSpec, place: RowPlace, source: RowSource, loaded: list[list[UOp]]
 ) -> list[list[UOp]]:
     """The thread's pieces of the sum, from those of y."""
     assert spec.sum is not None and source.operands.sum_residual is not None
@@ -442,8 +470,8 @@ def _finish_sum(
     return [[value * source.operands.sum_out_scale[0].load() for value in values] for values in new]
 
 
-def _store_sum(
-    spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]], out: UOp
+def store_sum(
+    spec: QuantizedVectorSpec, place: RowPlace, source: RowSource, loaded: list[list[UOp]], out: UOp
 ) -> list[UOp]:
     """Stores of the threadgroup's share of x."""
     stores = []
@@ -457,7 +485,7 @@ def _store_sum(
 
 
 def _rescale(
-    spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]]
+    spec: QuantizedVectorSpec, place: RowPlace, source: RowSource, loaded: list[list[UOp]]
 ) -> tuple[list[list[UOp]], UOp]:
     """(the thread's pieces of x divided by its RMS; the RMS)."""
     rms = _rms(spec, place, source, loaded, RESCALING_EPS)
@@ -466,22 +494,19 @@ def _rescale(
 
 
 def _rms_factor(
-    spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]], eps: float
+    spec: QuantizedVectorSpec, place: RowPlace, source: RowSource, loaded: list[list[UOp]], eps: float
 ) -> UOp:
     """What an RMSNorm multiplies a row by."""
     return _rms(spec, place, source, loaded, eps).reciprocal()
 
 
-def _rms(spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]], eps: float) -> UOp:
+def _rms(spec: QuantizedVectorSpec, place: RowPlace, source: RowSource, loaded: list[list[UOp]], eps: float) -> UOp:
     """sqrt(mean square + eps) of a row, from the thread's pieces of it, in every thread."""
-    squares = [
-        dot(v, v) if ok is None else ok.where(dot(v, v), 0.0) for v, ok in zip(loaded, source.inside, strict=True)
-    ]
-    mean = _sum_threads(place.body, spec, balanced(squares), place.thread) * (1.0 / spec.num_cols)
-    return (mean + eps).sqrt()
+    total = _sum_threads(place.body, spec, source.squares(loaded), place.thread)
+    return (total * (1.0 / spec.num_cols) + eps).sqrt()
 
 
-def _stage(spec: QuantizedVectorSpec, place: RowPlace, source: _Source, loaded: list[list[UOp]]) -> tuple[UOp, UOp]:
+def _stage(spec: QuantizedVectorSpec, place: RowPlace, source: RowSource, loaded: list[list[UOp]]) -> tuple[UOp, UOp]:
     """(x, normed if there is a norm, as float16 in threadgroup memory: run by run in the order of the codes, and then a
     run of zeros; the float32 sum of each group of the stored values)."""
     body, thread = place.body, place.thread

@@ -16,7 +16,7 @@ from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.device.recording import AWAIT_PREVIOUS
-from tinyvllm.ops.kernel.body import F32, Body, balanced
+from tinyvllm.ops.kernel.body import F32, I32, Body, balanced
 
 LANES = 32  # threads that run in lockstep: CUDA's warp, METAL's simdgroup
 SHARED_BYTES = 32 << 10  # threadgroup memory that every device has (METAL's limit; CUDA has 48 KiB)
@@ -48,9 +48,9 @@ FLOAT8_TO = {
     ),
 }
 MULTIPLY_WORDS = (
-    'asm("mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32'
+    'asm("mma.sync.aligned.{kind}'
     ' {{{{%0,%1,%2,%3}}}}, {{{{%4,%5,%6,%7}}}}, {{{{%8,%9}}}}, {{{{%0,%1,%2,%3}}}};"'
-    ' : "+f"({sums}_0), "+f"({sums}_1), "+f"({sums}_2), "+f"({sums}_3) : {words});'
+    ' : "+{c}"({sums}_0), "+{c}"({sums}_1), "+{c}"({sums}_2), "+{c}"({sums}_3) : {words});'
 )
 WORDS = VectorType(20, 128, "uint4", None)  # four words of two halves
 TWO_WORDS = VectorType(20, 64, "uint2", None)
@@ -281,18 +281,8 @@ class Mma:
         if self.kind == "METAL":
             sums = self.multiply([_in_halves(run) for run in w], [_in_halves(run) for run in x], UOp.stack(*start))
             return [sums.index(e) for e in range(self.elements)]
-        low, high, right, name = w[0], w[1], x[0], f"sums{body.label()}"
-        lines = ["float " + ", ".join(f"{name}_{e} = {{{e}}}" for e in range(self.elements)) + ";"]
-        operands = list(start)
-        for i in range(0, len(low), 2):
-            words = ", ".join(f'"r"({{{len(operands) + j}}})' for j in range(6))
-            kind = "f16" if self.dtype == dtypes.half else "bf16"
-            lines.append(MULTIPLY_WORDS.format(sums=name, words=words, kind=kind))
-            operands += [low[i], high[i], low[i + 1], high[i + 1], right[i], right[i + 1]]
-        done = UOp(Ops.CUSTOM, dtypes.void, src=tuple(operands), arg="\n".join(lines))
-        # the zero is not rendered: it tells tinygrad the shape, one value
-        zero = UOp.const(0.0, F32)
-        return [UOp(Ops.CUSTOM, F32, src=(zero, done), arg=f"{name}_{e}") for e in range(self.elements)]
+        kind = "f16" if self.dtype == dtypes.half else "bf16"
+        return _multiply_inline(body, f"m16n8k16.row.col.f32.{kind}.{kind}.f32", F32, w, x[0], start)
 
     def multiply(self, w: list[list[UOp]], x: list[list[UOp]], sums: UOp) -> UOp:
         """Add the product of one chunk to `sums`. w: the lane's `row_runs`, x: its `token_runs`, both of `dtype`."""
@@ -309,6 +299,29 @@ class Mma:
     def tile(self, left: Sequence[UOp], right: Sequence[UOp], sums: UOp) -> UOp:
         """One instruction. The left operand is rows of w on CUDA, and tokens on METAL."""
         return UOp.wmma(UOp.stack(*left), UOp.stack(*right), sums, MATRIX_DIMS[self.kind], self.kind, LANES)
+
+
+def multiply_bytes(body: Body, w: list[list[UOp]], x: list[UOp], start: Sequence[UOp]) -> list[UOp]:
+    """As `Mma.multiply_words` on CUDA, of words of four bytes: unsigned ones of w, signed ones of x, and int32 sums."""
+    return _multiply_inline(body, "m16n8k32.row.col.s32.u8.s8.s32", I32, w, x, start)
+
+
+def _multiply_inline(
+    body: Body, kind: str, dtype: DType, w: list[list[UOp]], x: list[UOp], start: Sequence[UOp]
+) -> list[UOp]:
+    """A tile's sums after instructions of a kind, two words of each operand at a time. w: the lane's two rows."""
+    (low, high), name = w, f"sums{body.label()}"
+    type_name, letter = ("float", "f") if dtype == F32 else ("int", "r")
+    lines = [f"{type_name} " + ", ".join(f"{name}_{e} = {{{e}}}" for e in range(4)) + ";"]
+    operands = list(start)
+    for i in range(0, len(low), 2):
+        words = ", ".join(f'"r"({{{len(operands) + j}}})' for j in range(6))
+        lines.append(MULTIPLY_WORDS.format(sums=name, words=words, kind=kind, c=letter))
+        operands += [low[i], high[i], low[i + 1], high[i + 1], x[i], x[i + 1]]
+    done = UOp(Ops.CUSTOM, dtypes.void, src=tuple(operands), arg="\n".join(lines))
+    # the zero is not rendered: it tells tinygrad the shape, one value
+    zero = UOp.const(0.0, F32) if dtype == F32 else UOp.const(0, dtype)
+    return [UOp(Ops.CUSTOM, dtype, src=(zero, done), arg=f"{name}_{e}") for e in range(4)]
 
 
 def _in_halves(words: Sequence[UOp]) -> list[UOp]:
@@ -347,9 +360,14 @@ def await_previous(lanes: Lanes, *buffers: UOp, ahead: Iterable[UOp] = ()) -> tu
     if not lanes.is_chained:
         return buffers
     ahead = list(ahead)
-    done = dict.fromkeys(uop for value in ahead for uop in value.toposort() if uop.op is Ops.LOAD)
-    statements = (dtypes.void, WORDS, TWO_WORDS)
-    done |= dict.fromkeys(value for value in ahead if value.op is Ops.CUSTOM and value.dtype in statements)
+    words = (WORDS, TWO_WORDS)
+    done = dict.fromkeys(
+        uop
+        for value in ahead
+        for uop in value.toposort()
+        if uop.op is Ops.LOAD or (uop.op is Ops.CUSTOM and uop.dtype in words)
+    )
+    done |= dict.fromkeys(value for value in ahead if value.op is Ops.CUSTOM and value.dtype == dtypes.void)
     # after a barrier, because tinygrad does not order loads after a CUSTOM statement
     ready = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=tuple(done), arg=CHAIN),))
     return tuple(buffer.after(ready) for buffer in buffers)
@@ -396,6 +414,29 @@ def carry(body: Body, init: Sequence[UOp], count: int | UOp, outer: Sequence[UOp
 def load_floats(buffer: UOp, at: UOp, count: int) -> list[UOp]:
     """Neighbors as float32, by one vector load or a few."""
     return [buffer[at + i].load().cast(F32) for i in range(count)]
+
+
+def load_cuda_floats(buffer: UOp, at: UOp, count: int) -> list[UOp]:
+    """`load_floats` of a multiple of 8 neighbors that begin at a multiple of 16 bytes in an aligned buffer, by loads
+    of 16 bytes. CUDA's compiler does not know of the alignment, and would load each value by itself."""
+    return floats_of_vectors(load_cuda_vectors(buffer, at, count), buffer.dtype)
+
+
+def load_cuda_vectors(buffer: UOp, at: UOp, count: int) -> list[UOp]:
+    """The loads of `load_cuda_floats`, each of 16 bytes."""
+    # the zero is not rendered: it makes tinygrad include the header that declares the buffer's type
+    zero, per_load = UOp.const(0.0, buffer.dtype), 16 // buffer.dtype.itemsize
+    return [UOp(Ops.CUSTOM, WORDS, src=(buffer[at + i], zero), arg=LOAD_WORDS) for i in range(0, count, per_load)]
+
+
+def floats_of_vectors(loads: Sequence[UOp], dtype: DType) -> list[UOp]:
+    """The values in vectors of four words."""
+    words = [UOp(Ops.CUSTOMI, dtypes.uint, src=(load,), arg=f"{{0}}.{name}") for load in loads for name in "xyzw"]
+    if dtype == F32:
+        return [word.bitcast(F32) for word in words]
+    if dtype == dtypes.bfloat16:
+        return [half.bitcast(F32) for word in words for half in (word << 16, word & 0xFFFF0000)]
+    return [half.cast(F32) for half in _in_halves(words)]
 
 
 def load_cuda_words(buffer: UOp, at: UOp, count: int) -> list[UOp]:

@@ -141,7 +141,7 @@ def _count_attention(layer: LayerKind) -> tuple[PrefillSpec, MetalCounts, MetalC
     if spec.uncovered_shape():
         return None
     pool = (layout.max_blocks * BLOCK_SIZE * spec.slot_elements, F16)
-    sizes = [(tokens * layer.q_size, F16), pool, pool, (spec.map_size, I32), (layout.size, I32)]
+    sizes = [(tokens * layer.q_size, F16), pool, pool, (spec.map_size + 1, I32), (layout.size, I32)]
     sizes += [(tokens * spec.rope_cols, F32)] if layer.rope else []
     sizes += [(tokens * cols, F32) for _ in spec.parts(QUERIES)]
     once, twice = count_kernel(prefill_kernel(spec)(*_placeholders(sizes)), 1, 2)

@@ -69,7 +69,7 @@ from tinyvllm.ops.gpu.gemm_hopper import (
     wgmma_kernel,
 )
 from tinyvllm.ops.gpu.gemm_hopper_unpack import unpacking_wgmma_kernel
-from tinyvllm.ops.gpu.tile_map import tile_map_kernel
+from tinyvllm.ops.gpu.tile_map import tile_map_kernel, tile_order_kernel
 from tinyvllm.ops.kernel.body import empty, run_kernel
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WGMMA_COLS, WGMMA_TOKENS, Box, declared_bytes
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
@@ -140,7 +140,8 @@ def test_hopper_attends_in_the_memory_that_it_says(
     monkeypatch.setattr(gpu_prefill, "choose", remember)
     kind = replace(LayerKind(heads, heads // 4, dim, Rope(10000.0)), **dict(features))
     kernels = kernels_of(plan_attention(rendered("CUDA"), kind, "float16"))
-    assert [kernel.arg.name.split("_")[0] for kernel in kernels] == ["tile", "rotate", "prefill"]
+    names = [re.split(r"_\d", kernel.arg.name)[0] for kernel in kernels]
+    assert sorted(names) == ["prefill_attention", "rotate", "tile_map", "tile_order"]
     for kernel in kernels:
         check_limits(kernel, "CUDA sm_90")
     (spec,) = specs
@@ -465,14 +466,15 @@ def expected_map(spec: PrefillSpec, views: dict[str, np.ndarray]) -> list[int]:
     firsts, end = [], int((views["seq_rows"] < spec.layout.num_seqs).sum())
     for row in range(end):
         is_other = row == 0 or views["seq_rows"][row] != views["seq_rows"][row - 1]
-        if is_other or views["positions"][row] % spec.tokens == 0:
+        is_next = spec.tokens < spec.layout.num_tokens and views["positions"][row] % spec.tokens == 0
+        if is_other or is_next:
             firsts.append(row)
     return [*firsts, end]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_tiles_begin_where_sequences_do_and_at_their_size(device: DeviceHandle, case: Case) -> None:
+def test_tiles_begin_where_sequences_do_and_the_longest_go_first(device: DeviceHandle, case: Case) -> None:
     """By threadgroup memory alone: any device with threadgroups runs it."""
     for kind, seed in (("CUDA", 0), ("METAL", 1), ("CUDA", 2), ("METAL", 3)):
         spec = PrefillSpec(
@@ -487,10 +489,16 @@ def test_tiles_begin_where_sequences_do_and_at_their_size(device: DeviceHandle, 
             qkv_partials=(1,) * len(case.parts),
         )
         buffer = make_step(case.layout, ragged(case, np.random.default_rng(seed)), seed=seed)
-        tiles = empty(spec.map_size, dtypes.int, device.name)
+        tiles = empty(spec.map_size + 1, dtypes.int, device.name)
         inputs: Tensor = device.upload(buffer)
         got = run_kernel(tile_map_kernel(spec), [tiles], [inputs])[0].numpy()
         expected = expected_map(spec, case.layout.views(buffer))
         assert len(expected) <= spec.max_tiles + 1
         assert got[: len(expected)].tolist() == expected
-        assert (got[len(expected) :] == expected[-1]).all()
+        assert (got[len(expected) : -1] == expected[-1]).all()
+        count = len(expected) - 1
+        assert got[-1] == count
+        order = empty(spec.map_size, dtypes.int, device.name)
+        ranked = run_kernel(tile_order_kernel(spec), [order], [device.upload(got), inputs])[0].numpy()
+        ends = [case.layout.views(buffer)["positions"][row - 1] for row in expected[1:]]
+        assert ranked[:count].tolist() == sorted(range(count), key=lambda tile: (-ends[tile], -tile))

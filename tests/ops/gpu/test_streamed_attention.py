@@ -19,7 +19,8 @@ from tests.ops.gpu.test_fused import CASES, attend
 from tests.ops.rendering import check_limits, kernels_of, make_renderer, plan_attention, rendered
 from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import DeviceHandle
-from tinyvllm.ops.gpu.attention_decode_hopper import MAX_SPLITS, MULTIPROCESSORS, StreamedAttentionSpec, piece_of
+from tinyvllm.ops.gpu.attention_decode_hopper import MAX_SPLITS, StreamedAttentionSpec, piece_of
+from tinyvllm.ops.gpu.attention_prefill_inputs import MULTIPROCESSORS
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, declared_bytes
 from tinyvllm.ops.kernel.lanes import Lanes, Mma

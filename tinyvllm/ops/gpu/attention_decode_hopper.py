@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tinygrad import Tensor, UOp, dtypes
+from tinygrad import Tensor, UOp
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.attention_spec import AttentionLayer
@@ -24,7 +24,14 @@ from tinyvllm.ops.gpu.attention_prefill_hopper import (
     weigh_rows,
     word_stores,
 )
-from tinyvllm.ops.gpu.attention_prefill_inputs import BARRIER_BYTES, GROUP_WARPS, ROW_BYTES, Inputs, PrefillSpec
+from tinyvllm.ops.gpu.attention_prefill_inputs import (
+    BARRIER_BYTES,
+    GROUP_WARPS,
+    MULTIPROCESSORS,
+    ROW_BYTES,
+    Inputs,
+    PrefillSpec,
+)
 from tinyvllm.ops.gpu.attention_rotate import KEY_MAP, QUERY_MAP, VALUE_MAP, rotate
 from tinyvllm.ops.gpu.attention_split import NOTHING, SplitHeads, combine_kernel
 from tinyvllm.ops.kernel.body import (
@@ -54,9 +61,11 @@ from tinyvllm.ops.kernel.hopper import (
     expect,
     fence_proxy,
     fetch,
+    hidden,
     leave_if,
     make_barriers,
     meet_threads,
+    opaque,
     read_sums,
     share_multiprocessor,
     start_scores,
@@ -67,7 +76,6 @@ from tinyvllm.ops.kernel.hopper import (
 from tinyvllm.ops.kernel.lanes import LANES, await_previous, axes_of, grid, zeros
 from tinyvllm.ops.kernel.tiles import PIECE, PTX_NAMES, together
 
-MULTIPROCESSORS = 132  # of an H100 or H200; with fewer, threadgroups take turns
 MAX_SPLITS = 64
 MAX_STAGES = 6
 FULL_WAVES = 0.9  # the share of threadgroups that must have work at any time, if splits can achieve it
@@ -280,7 +288,7 @@ class _Stream:
         without the role: tinygrad has no branches."""
         spec = self.spec
         count = (spec.num_pieces - 1 - self.unit) // spec.num_units + 1
-        loop = self.body.fold_while(_hidden(has_role.ne(0).where(count, 0).cast(I32)))
+        loop = self.body.fold_while(hidden(has_role.ne(0).where(count, 0).cast(I32)))
         turn = clamp(loop, 0, max(2, -(-spec.num_pieces // spec.num_units)) - 1)
         number = (turn * spec.num_units + self.unit).minimum(spec.num_pieces - 1)
         split, row, kv_head = piece_of(spec, number)
@@ -494,7 +502,7 @@ class _Stream:
             if e // 2 * 8 >= spec.group:
                 continue  # rows of no head
             row, column = self._place(e)
-            is_real = _opaque((row < spec.group) & (piece.tiles > 0))
+            is_real = opaque((row < spec.group) & (piece.tiles > 0))
             total = totals[e // 2]
             safe = total if is_whole else (total > 0.0).where(total, 1.0)
             inverse, start = safe.reciprocal(), (head + row) * spec.head_dim + column
@@ -503,23 +511,12 @@ class _Stream:
                 stores.append(self.outs[0][(start + block * 8).valid(is_real)].store(value))
             if not is_whole and e % 2 == 0:
                 lse = (total > 0.0).where(bests[e // 2] + safe.log2(), NOTHING)
-                stores.append(self.outs[1][(head + row).valid(_opaque(is_real & column.eq(0)))].store(lse))
+                stores.append(self.outs[1][(head + row).valid(opaque(is_real & column.eq(0)))].store(lse))
         return stores
 
     def _release(self, barrier: UOp, *after: UOp) -> UOp:
         """Tell the fetching warp that its buffer has been read."""
         return arrive(barrier, self.warp.eq(0) & self.lane.eq(0), *after)
-
-
-def _hidden(value: UOp) -> UOp:
-    """An int whose limits tinygrad does not know."""
-    return UOp(Ops.CUSTOM, dtypes.int, src=(value,), arg="{0}")
-
-
-def _opaque(condition: UOp) -> UOp:
-    """A condition of a store into which tinygrad does not look. Otherwise it would simplify what is stored, and so make
-    a second loop in which the condition holds."""
-    return UOp(Ops.CUSTOM, dtypes.bool, src=(condition,), arg="{0}")
 
 
 assert WGMMA_TOKENS == GROUP_WARPS * 16

@@ -24,8 +24,8 @@ from tinyvllm.ops.gpu.attention_prefill_metal import MetalTile
 from tinyvllm.ops.gpu.attention_prefill_tile import AttentionTile
 from tinyvllm.ops.gpu.attention_rotate import rotate
 from tinyvllm.ops.gpu.kv_codes import StoredHeads, store_run
-from tinyvllm.ops.gpu.tile_map import tile_map_kernel
-from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.gpu.tile_map import tile_map, tile_order
+from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, finish, run_kernel
 from tinyvllm.ops.kernel.hopper import has_wgmma
 from tinyvllm.ops.kernel.lanes import await_previous, axes_of, grid
 from tinyvllm.ops.kernel.tiles import PIECE
@@ -46,11 +46,12 @@ def attend_tiles(
     if spec.uses_wgmma:
         sinks = [] if layer.sinks is None else [layer.sinks]
         queries, maps, pool = rotate(spec, pool, layer, step, qkv)
-        read = [maps, _tile_map(spec, step), step.inputs, *sinks, queries, *pool]
+        tiles = tile_map(spec, step)
+        read = [maps, tiles, tile_order(spec, tiles, step), step.inputs, *sinks, queries, *pool]
         return run_kernel(hopper_kernel(spec), [out], read)[0]
     if spec.writes_kv:
         pool = store_rows(spec, pool, layer, step, qkv)
-    read = [*pool, _tile_map(spec, step), step.inputs, *layer.tables, *[qkv[i] for i in spec.parts(QUERIES)]]
+    read = [*pool, tile_map(spec, step), step.inputs, *layer.tables, *[qkv[i] for i in spec.parts(QUERIES)]]
     return run_kernel(prefill_kernel(spec), [out], read)[0]
 
 
@@ -60,15 +61,6 @@ def store_rows(
     """The pool's planes with the keys and values of the step."""
     written = [step.inputs, *layer.key_tables, *[qkv[i] for i in spec.parts(KEYS, VALUES)]]
     return run_kernel(store_kernel(spec), list(pool), written)
-
-
-def _tile_map(spec: PrefillSpec, step: Step) -> Tensor:
-    """The tile map: computed by the step's first layer with such tiles, and kept for the others."""
-    name = f"tiles of {spec.tokens} tokens"
-    if name not in step.kept:
-        fresh = empty(spec.map_size, I32, str(step.inputs.device))
-        step.kept[name] = run_kernel(tile_map_kernel(spec.for_map), [fresh], [step.inputs])[0]
-    return step.kept[name]
 
 
 @cached_kernel
@@ -106,16 +98,16 @@ def store_kernel(spec: PrefillSpec) -> KernelFn:
 
 @cached_kernel
 def hopper_kernel(spec: PrefillSpec) -> KernelFn:
-    """fn(out (T, H * D), maps, tiles, inputs, *sinks, queries, *planes of the pool). `maps` describe queries, and keys
-    and values in float16. Does not write rows of padding."""
+    """fn(out (T, H * D), maps, tiles, order, inputs, *sinks, queries, *planes of the pool). `maps` describe queries,
+    and keys and values in float16; `order` is that of the tiles. Does not write rows of padding."""
 
-    def kernel(out: UOp, maps: UOp, tiles: UOp, inputs: UOp, *operands: UOp) -> UOp:
+    def kernel(out: UOp, maps: UOp, tiles: UOp, order: UOp, inputs: UOp, *operands: UOp) -> UOp:
         if spec.kv.is_quantized:
             count = len(operands) - spec.num_planes
             pool = StoredHeads.of(spec, spec.take_planes(list(operands[count:])), spec.lanes)
-            tile: HopperTile = UnpackingTile(spec, pool, maps, tiles, inputs, operands[:count])
+            tile: HopperTile = UnpackingTile(spec, pool, maps, tiles, order, inputs, operands[:count])
         else:
-            tile = HopperTile(spec, maps, tiles, inputs, operands)
+            tile = HopperTile(spec, maps, tiles, order, inputs, operands)
         done = tile.attend_and_store(out)
         return finish(done.end(*reversed(tile.axes)), _name(spec), **_work(spec))
 

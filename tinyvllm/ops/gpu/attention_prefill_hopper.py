@@ -1,18 +1,22 @@
-"""One threadgroup's attention on Hopper: one warp fetches keys and values, groups of four warps multiply them.
+"""Prompts' attention on Hopper: one warp fetches keys and values, groups of four warps multiply them.
 
 The queries have been rotated and scaled by an earlier kernel (`rotate_kernel`), so that the copy engine fetches them as
-it does blocks of the pool. The fetching warp runs ahead through two stages of keys and two of values. A group of warps
-has 64 rows of the tile, whose scores and sums are in the registers of wgmma. It multiplies the next keys while it
-computes the weights of the tile before (FlashAttention-3, Shah et al. 2024, sec. 3.2). Letting the groups take turns
-(sec. 3.1) gained nothing.
+it does blocks of the pool. There are as many threadgroups as multiprocessors, and each takes its turn with pieces of
+work, tiles of tokens and KV heads, the longest first: while one piece ends, the next one's queries, keys and values are
+on their way. The fetching warp runs ahead through two stages of keys and two of values. A group of warps has 64 rows of
+the tile, whose scores and sums are in the registers of wgmma. It multiplies the next keys while it computes the weights
+of the tile before (FlashAttention-3, Shah et al. 2024, sec. 3.2). Letting the groups take turns (sec. 3.1) gained
+nothing, nor did computing all weights before the wait for the values' products: the other group's products fill the
+matrix unit meanwhile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import ClassVar, TypeVar
 
-from tinygrad import UOp
+from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.attention_spec import Tables
@@ -35,24 +39,27 @@ from tinyvllm.ops.kernel.hopper import (
     await_products,
     clear_piece,
     declare,
-    exit_if,
     expect,
     fence_proxy,
     fetch,
     give_registers,
+    leave_if,
     make_barriers,
     meet_threads,
+    opaque,
     read_sums,
     start_scores,
     start_weighing,
+    statement,
     take_registers,
     uniform,
     wait,
 )
-from tinyvllm.ops.kernel.lanes import LANES, zeros
+from tinyvllm.ops.kernel.lanes import LANES, grid, zeros
 from tinyvllm.ops.kernel.tiles import PIECE, PTX_NAMES, pack_words, quick_exp2, quick_maximum, together
 
 Number = TypeVar("Number", int, UOp)
+STORE_RESULTS = "if ({5}) *((uint4*)({0})) = make_uint4({1}, {2}, {3}, {4});"
 FIRST_GROUP = 1  # the named barrier of the first group's threads
 
 
@@ -62,14 +69,21 @@ class HopperTile(AttentionTile):
     extra_warps: ClassVar[int] = GROUP_WARPS  # only the first of them fetches; registers belong to whole groups
     num_described: ClassVar[int] = 3  # buffers that the copy engine fetches
 
-    def __init__(self, spec: PrefillSpec, maps: UOp, tiles: UOp, inputs: UOp, operands: Sequence[UOp]) -> None:
+    # on a piece of work: its tiles of keys, those of the pieces before it, and a register that counts them
+    steps: UOp
+    before: UOp
+    counter: UOp
+
+    def __init__(
+        self, spec: PrefillSpec, maps: UOp, tiles: UOp, order: UOp, inputs: UOp, operands: Sequence[UOp]
+    ) -> None:
         """`operands`: perhaps the sinks, and then the buffers that the maps describe."""
         super().__init__(spec, None, tiles, inputs, operands)
+        self.order = order
         self.maps, self.described = maps, operands[-self.num_described :]
         self.type_name = PTX_NAMES[self.mma.mma.dtype]
         self.role = uniform(self.warp)  # the warp's number, without limits that tinygrad knows
         self.group = self.thread // (GROUP_WARPS * LANES)
-        self.steps = (self.context + (spec.keys - 1)) // spec.keys - self.begin  # tiles of keys
 
     def make_inputs(self, inputs: UOp, operands: Sequence[UOp]) -> Inputs:
         step = Inputs(self.spec, inputs)
@@ -77,16 +91,14 @@ class HopperTile(AttentionTile):
         return step
 
     def attend_and_store(self, out: UOp) -> UOp:
-        ready = self._prepare()
-        return UOp(Ops.BARRIER, src=(self._fetch(ready), self._multiply(out, ready)))
+        # in this order, the few registers of those that fetch need not hold what the others compute with
+        return UOp(Ops.BARRIER, src=(self._fetch(self._multiply(out, self._prepare())),))
 
     def _prepare(self) -> UOp:
-        """The UOp after which the barriers are ready. Ends threadgroups without rows."""
-        memory = declare(self.spec.shared_bytes)
-        ended = exit_if(self.count < 1)
-        at, places = self._barriers, self.described_places()
-        made = make_barriers(at + 16, 2 * STAGES, self.fillers, self.spec.groups, memory, ended, *places)
-        return UOp(Ops.BARRIER, src=(make_barriers(at, 1, 1, 1, made),))
+        """The UOp after which the barriers are ready."""
+        at, memory = self._barriers, declare(self.spec.shared_bytes)
+        made = make_barriers(at + 16, 2 * STAGES, self.fillers, self.spec.groups, memory, *self.described_places())
+        return UOp(Ops.BARRIER, src=(make_barriers(at, 1, 1, self.spec.groups, made),))
 
     @property
     def fillers(self) -> int:
@@ -97,60 +109,111 @@ class HopperTile(AttentionTile):
         """What the maps describe, so that tinygrad sees that it is read."""
         return [buffer[0] for buffer in self.described]
 
+    # -- pieces of work ------------------------------------------------------------------------------------------------
+
+    def make_grid(self) -> tuple[UOp | int, ...]:
+        self.unit = grid(self.body, self.spec.num_units)
+        return (self.unit,)
+
+    def _number(self, turn: UOp) -> UOp:
+        """The threadgroup's piece of work in a turn, of those in the order of their length: every second turn in
+        reverse, so that the sums of lengths are about the same."""
+        units, unit = self.spec.num_units, self.unit + UOp.const(0, dtypes.weakint)
+        return turn * units + (turn % 2).eq(0).where(unit, units - 1 - unit)
+
+    def _loop_pieces(self, has_role: UOp, *after: UOp) -> tuple[UOp, UOp, HopperTile]:
+        """(a loop over the threadgroup's pieces of work, the number of the iteration, this on the piece: a tile of
+        tokens and a KV head, and where its keys begin among all those that the threadgroup attends to). No iterations
+        for threads without the role: tinygrad has no branches."""
+        spec, heads, most = self.spec, self.spec.num_kv_heads, self.spec.max_tiles
+        tiles = clamp(self.tiles[spec.map_size].load(), 0, most)
+        whole = tiles * heads // spec.num_units
+        count = whole + (self._number(whole) < tiles * heads).cast(dtypes.weakint)
+        loop = self.body.fold_while(has_role * uniform(count.cast(I32)))
+        turn = clamp(loop, 0, max(2, -(-most * heads // spec.num_units)) - 1)
+        number = self._number(turn)
+        piece = copy(self)
+        rank = clamp(number // heads, 0, most - 1)
+        piece.place(clamp(self.order[rank].load(), 0, most - 1), number % heads)
+        piece.steps = (piece.context + (spec.keys - 1)) // spec.keys - piece.begin  # tiles of keys
+        counter = self.body.registers(1, I32)
+        counter = counter.after(counter.after(*self.axes, *after)[0].store(UOp.const(0, I32)))
+        piece.counter = counter.after(loop)
+        piece.before = clamp(piece.counter[0].load(), 0, 1 << 24)
+        return loop, turn, piece
+
+    def _end_piece(self, *after: UOp) -> UOp:
+        """The last statements of a piece."""
+        return together(self.counter.after(*after)[0].store((self.before + self.steps).cast(I32)), *after)
+
+    def _loop_tiles(self, count: UOp, *after: UOp) -> tuple[UOp, UOp]:
+        """(a loop over so many tiles of keys, what its statements come after)."""
+        loop = self.body.fold(1 << 16)
+        return loop, leave_if(loop >= count, loop, *after)
+
     # -- places in threadgroup memory, in bytes ------------------------------------------------------------------------
 
     @property
     def _barriers(self) -> int:
-        """The queries' barrier and one that is not used; those of full stages of keys, of values; of empty ones."""
+        """The queries' barriers, full and empty; those of full stages of keys, of values; of empty ones."""
         return self.spec.query_bytes + 2 * STAGES * self.spec.tile_bytes
 
-    def _stage(self, number: UOp, is_value: int) -> tuple[UOp, UOp, UOp, UOp]:
-        """(tile, full barrier, empty barrier, parity of the phase) of the number-th tile of keys or of values."""
-        spec = self.spec
+    @property
+    def _queries(self) -> tuple[UOp, UOp]:
+        """(full barrier, empty barrier) of the queries."""
+        return UOp.const(self._barriers, I32), UOp.const(self._barriers + 8, I32)
+
+    def _stage(self, step: UOp | int, is_value: int) -> tuple[UOp, UOp, UOp, UOp]:
+        """(tile, full barrier, empty barrier, parity of the phase) of the piece's tile of keys, or of values."""
+        spec, number = self.spec, self.before + step
         slot, parity = number % STAGES + is_value * STAGES, number // STAGES % 2
         full = slot * 8 + (self._barriers + 16)
         return slot * spec.tile_bytes + spec.query_bytes, full, full + 2 * STAGES * 8, parity
 
     # -- the warp that fetches -----------------------------------------------------------------------------------------
 
-    def _bounded(self, loop: UOp) -> UOp:
-        """The number of an iteration, 32 bits wide."""
-        return clamp(loop, 0, self.step.positions // self.spec.keys)
-
     def _fetch(self, ready: UOp) -> UOp:
         """The work of the group of the fetching warp."""
-        is_here = uniform((self.role < self.spec.num_warps).where(UOp.const(0, I32), 1))
-        loop = self.body.fold_while(is_here)
-        given = give_registers(self.spec.fetcher_registers, loop, ready)
-        return self._fetch_tiles(self._fetch_queries(given)).end(loop)
+        once = self.body.fold_while(uniform((self.role < self.spec.num_warps).where(UOp.const(0, I32), 1)))
+        given = give_registers(self.spec.fetcher_registers, once, ready)
+        loop, turn, piece = self._loop_pieces(self._fetches, once)
+        for index in range(self.num_described):
+            given = acquire_map(self._map(index), given)
+        fetched = piece._fetch_tiles(piece._fetch_queries(turn, loop, given))
+        return piece._end_piece(fetched).end(loop).end(once)
 
-    def _is_fetcher(self, lanes: int) -> UOp:
-        """1 in the first lanes of the fetching warp, else 0: the length of a loop, since tinygrad has no branches."""
-        return (self.lane < lanes).where(uniform(self.role.eq(self.spec.num_warps).where(UOp.const(1, I32), 0)), 0)
+    @property
+    def _is_fetcher(self) -> UOp:
+        """1 in the warp that fetches."""
+        return uniform(self.role.eq(self.spec.num_warps).where(UOp.const(1, I32), 0))
+
+    @property
+    def _fetches(self) -> UOp:
+        """1 in the lanes that fetch."""
+        return (self.lane < self.spec.fetchers).where(self._is_fetcher, 0)
 
     def _map(self, index: int) -> UOp:
         return self.maps[index * MAP_WORDS]
 
-    def _fetch_queries(self, ready: UOp) -> UOp:
-        spec, barrier = self.spec, UOp.const(self._barriers, I32)
-        loop = self.body.fold_while(self._is_fetcher(1))
-        last = acquire_map(self._map(QUERY_MAP), loop, ready)
-        last = expect(barrier, spec.tokens * spec.group * spec.head_dim * 2, last)
+    def _fetch_queries(self, turn: UOp, *after: UOp) -> UOp:
+        """The first lane fetches the queries."""
+        spec, (full, empty) = self.spec, self._queries
+        once = self.body.fold_while((self.lane < 1).where(self._is_fetcher, 0))
+        last = wait(empty, 1 - turn % 2, once, *after)
+        last = expect(full, spec.tokens * spec.group * spec.head_dim * 2, last)
         for tile in range(spec.head_dim // WGMMA_COLS):
             place = UOp.const(tile * spec.rows * ROW_BYTES, I32)
             at = [UOp.const(tile * WGMMA_COLS, I32), self.kv_head * spec.group + UOp.const(0, I32), self.first]
-            last = fetch(place, self._map(QUERY_MAP), barrier, at, last)
-        return last.end(loop)
+            last = fetch(place, self._map(QUERY_MAP), full, at, last)
+        return last.end(once)
 
     def _fetch_tiles(self, ready: UOp) -> UOp:
-        """Fetch all tiles of keys and values in order, each as soon as its stage is empty."""
+        """Fetch the piece's tiles of keys and values in order, each as soon as its stage is empty."""
         spec = self.spec
-        loop = self.body.fold_while(self._is_fetcher(spec.fetchers) * self.steps.cast(I32))
-        step = self._bounded(loop)
-        rows = self._block_rows(self.begin + step)
-        last = acquire_map(self._map(VALUE_MAP), acquire_map(self._map(KEY_MAP), loop, ready))
+        loop, last = self._loop_tiles(self.steps, ready)
+        rows = self._block_rows(self.begin + loop)
         for is_value, index in enumerate((KEY_MAP, VALUE_MAP)):
-            place, full, empty, parity = self._stage(step, is_value)
+            place, full, empty, parity = self._stage(loop, is_value)
             last = wait(empty, 1 - parity, last, *[row for row, _, _ in rows])
             last = expect(full, spec.tile_bytes // spec.fetchers, last)
             for row, block, tile in rows:
@@ -179,23 +242,29 @@ class HopperTile(AttentionTile):
     # -- the warps that multiply ---------------------------------------------------------------------------------------
 
     def _multiply(self, out: UOp, ready: UOp) -> UOp:
-        """The tile's attention, and its stores."""
-        spec, body = self.spec, self.body
-        is_here = uniform((self.role < spec.num_warps).where(UOp.const(1, I32), 0))
-        loop = body.fold_while(is_here)
+        """The work of the groups that multiply."""
+        is_here = uniform((self.role < self.spec.num_warps).where(UOp.const(1, I32), 0))
+        once = self.body.fold_while(is_here)
+        taken = take_registers(self.spec.registers, once, ready)
+        loop, turn, piece = self._loop_pieces(is_here, once)
+        return piece._end_piece(piece._attend_one(out, turn, loop, taken)).end(loop).end(once)
+
+    def _attend_one(self, out: UOp, turn: UOp, loop: UOp, ready: UOp) -> UOp:
+        """A piece's attention, and its stores."""
+        spec, body, (full, empty) = self.spec, self.body, self._queries
         stats, sums = body.registers(4), body.registers(spec.head_dim // 8 * 4)  # two rows' maxima and totals
         words = body.registers(spec.keys // 4, U32)  # the weights of a tile
-        begun = [stats.after(loop, ready)[i].store(value) for i, value in enumerate(self.initial_stats())]
-        begun += [sums.after(loop, ready)[i].store(value) for i, value in enumerate(zeros(sums.max_numel()))]
+        begun = [stats.after(loop)[i].store(value) for i, value in enumerate(self.initial_stats())]
+        begun += [sums.after(loop)[i].store(value) for i, value in enumerate(zeros(sums.max_numel()))]
         stats, sums = stats.after(UOp.group(*begun)), sums.after(UOp.group(*begun))
-        taken = take_registers(spec.registers, stats[0], sums[0])
-        here = wait(UOp.const(self._barriers, I32), UOp.const(0, I32), taken)
+        here = wait(full, turn % 2, ready, stats[0], sums[0])
         stats, words = self._first_tile(stats, words, here)
         for first, count, is_whole in self._walks_after_first():
             stats, sums, words = self._walk_keys(first, count, is_whole, stats, sums, words)
-        finished = self._last_tile(words, sums)
+        released = self._release(empty, stats[0], sums[0], words[0])
+        finished = self._last_tile(words, sums, released)
         totals = [spec.lanes.sum(stats.after(finished)[2 + row].load(), spec.mma.row_masks) for row in range(2)]
-        return UOp.group(*self.stores(out, totals, read_sums(sums, finished))).end(loop)
+        return together(*self.row_stores(out, totals, read_sums(sums, finished)))
 
     def _walks_after_first(self) -> list[tuple[UOp | int, UOp, bool]]:
         """(number of the first tile of keys, count, whether all tokens attend to all of their keys) of each walk after
@@ -220,8 +289,8 @@ class HopperTile(AttentionTile):
 
     def _first_tile(self, stats: UOp, words: UOp, here: UOp) -> tuple[UOp, UOp]:
         """(stats, words of weights) after the first tile of keys."""
-        spec, zero = self.spec, UOp.const(0, I32)
-        keys, full, empty, parity = self._stage(zero, 0)
+        spec = self.spec
+        keys, full, empty, parity = self._stage(0, 0)
         scores = self.body.registers(spec.keys // 2)
         waited = wait(full, parity, here)
         scored = await_products(0, scores, self._score(keys, scores, waited))
@@ -236,11 +305,11 @@ class HopperTile(AttentionTile):
     ) -> tuple[UOp, UOp, UOp]:
         """The same after `count` more tiles of keys, from number `first` on, and the sums of the values before them."""
         spec = self.spec
-        loop = self.body.fold_while(uniform(count))
-        number = self._bounded(loop) + first
+        loop, going = self._loop_tiles(uniform(count), stats[0], sums[0], words[0])
+        number = loop + first
         keys, full, empty, parity = self._stage(number, 0)
         values, values_full, values_empty, values_parity = self._stage(number - 1, 1)
-        waited = wait(values_full, values_parity, wait(full, parity, loop))
+        waited = wait(values_full, values_parity, wait(full, parity, going))
         scores = self.body.registers(spec.keys // 2)
         started = self._score(keys, scores.after(loop), waited)
         started = self._weigh_values(words.after(loop), values, sums.after(loop), started)
@@ -261,13 +330,47 @@ class HopperTile(AttentionTile):
         done = together(UOp.group(*scaled, *packed, *kept), released).end(loop)
         return stats.after(done), sums.after(done), words.after(done)
 
-    def _last_tile(self, words: UOp, sums: UOp) -> UOp:
+    def _last_tile(self, words: UOp, sums: UOp, here: UOp) -> UOp:
         """The end of the last products. Values after the context are zeros first: the pool may hold anything there, and
         a weight of 0 does not erase NaN."""
         last = self.steps - 1
-        values, full, _, parity = self._stage(last, 1)
-        here = self.clear_outside(values, last, wait(full, parity, words[0], sums[0]))
-        return await_products(0, sums, self._weigh_values(words, values, sums, here))
+        values, full, empty, parity = self._stage(last, 1)
+        here = self.clear_outside(values, last, wait(full, parity, here))
+        return self._release(empty, await_products(0, sums, self._weigh_values(words, values, sums, here)))
+
+    def row_stores(self, out: UOp, totals: list[UOp], sums: list[UOp]) -> list[UOp]:
+        """Stores of the results, 16 bytes of a lane at once: four neighboring lanes exchange their words of 32
+        columns."""
+        spec, inverses = self.spec, [total.reciprocal() for total in totals]
+        # one that never happens, so that tinygrad sees a write: it does not see those of our own statements
+        stores = [out[self.first.valid(opaque(self.role < 0))].store(UOp.const(0.0, out.dtype))]
+        for row in range(2):
+            place = self.first_row + self.mma.place(self.lane, 2 * row)[0]
+            token, head = place // spec.group, place % spec.group
+            is_real = (token < self.count) & (place < spec.tokens * spec.group)
+            at = (self.first + token) * (spec.num_heads * spec.head_dim)
+            at = at + (self.kv_head * spec.group + head) * spec.head_dim + self.lane % 4 * PIECE
+            words = [
+                pack_words(*[sums[block * 4 + 2 * row + e] * inverses[row] for e in range(2)])
+                for block in range(spec.head_dim // 8)
+            ]
+            for start in range(0, len(words), 4):
+                own = self._exchange(words[start : start + 4])
+                stores.append(statement(STORE_RESULTS, out[at + start * 8], *own, is_real))
+        return stores
+
+    def _exchange(self, words: list[UOp]) -> list[UOp]:
+        """The words that four neighboring lanes have in the place of this lane: a transposition."""
+        words = [word.bitcast(F32) for word in words]
+        for bit in (1, 2):
+            is_upper = (self.lane & bit).ne(0)
+            for i in range(4):
+                if i & bit:
+                    continue
+                low, high = words[i], words[i | bit]
+                other = self.spec.lanes.shuffle(is_upper.where(low, high), bit)
+                words[i], words[i | bit] = is_upper.where(other, low), is_upper.where(high, other)
+        return [word.bitcast(U32) for word in words]
 
     def clear_outside(self, values: UOp, last: UOp, here: UOp) -> UOp:
         """Make the values of the last tile that are outside the context zeros."""

@@ -54,11 +54,12 @@ class UnpackingTile(HopperTile):
         pool: tuple[StoredHeads, StoredHeads],
         maps: UOp,
         tiles: UOp,
+        order: UOp,
         inputs: UOp,
         operands: Sequence[UOp],
     ) -> None:
         """`operands`: perhaps the sinks, and then the queries."""
-        super().__init__(spec, maps, tiles, inputs, operands)
+        super().__init__(spec, maps, tiles, order, inputs, operands)
         self.pool = pool
         self.unpacker = self.thread % THREADS
 
@@ -94,16 +95,18 @@ class UnpackingTile(HopperTile):
 
     # -- the warps that unpack -----------------------------------------------------------------------------------------
 
+    @property
+    def _fetches(self) -> UOp:
+        return uniform((self.role < self.spec.num_warps).where(UOp.const(0, I32), 1))
+
     def _fetch_tiles(self, ready: UOp) -> UOp:
         """Unpack all tiles of keys and values in order, each as soon as its stage is empty."""
-        is_here = uniform((self.role < self.spec.num_warps).where(UOp.const(0, I32), 1))
-        begun = self._copy(1, 0, self._copy(0, 0, ready))
-        loop = self.body.fold_while(is_here * self.steps.cast(I32))
-        step = self._bounded(loop)
-        last = statement("", loop, begun)
+        ended = statement(ARRIVED % 0, ready)  # the copies ahead of the piece before, to the same places
+        begun = self._copy(1, 0, self._copy(0, 0, ended))
+        loop, last = self._loop_tiles(uniform(self.steps), begun)
         for is_value in range(2):
-            last = self._unpack(is_value, step, last)
-            last = self._copy(is_value, step + 1, last)
+            last = self._unpack(is_value, loop, last)
+            last = self._copy(is_value, loop + 1, last)
         return last.end(loop)
 
     def _slot(self, step: UOp | int, row: UOp) -> tuple[UOp, UOp]:

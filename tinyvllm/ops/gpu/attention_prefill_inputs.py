@@ -25,6 +25,7 @@ FETCHER_REGISTERS = 24  # that a thread of the fetching warp's group keeps
 UNPACKER_REGISTERS = {64: 80, 128: 104, 256: 72}  # if it unpacks codes, by dimensions of a head
 SPARE_REGISTERS = 40  # of a thread, besides scores, weights and sums
 MAP_THREADS = 256
+MULTIPROCESSORS = 132  # of an H100 or H200; with fewer, threadgroups take turns
 MIN_LOOP = 2  # iterations that a loop must be able to run: Body.fold_while
 
 Halves = tuple[list[UOp], list[UOp]]  # eight dimensions of a head, and those half a head further
@@ -99,6 +100,11 @@ class PrefillSpec(FusedAttentionSpec, Tunable):
     def copies(self) -> int:
         """Copies that fetch a tile of keys, or of values."""
         return self.keys // self.layout.block_size * (self.head_dim // WGMMA_COLS)
+
+    @property
+    def num_units(self) -> int:
+        """Threadgroups, which take turns with the pieces of work: tiles of tokens and KV heads."""
+        return min(MULTIPROCESSORS, self.max_tiles * self.num_kv_heads)
 
     @property
     def launch_registers(self) -> int:

@@ -71,21 +71,32 @@ class AttentionTile:
         if pool is not None:
             self.keys, self.values = pool
         self.step = self.make_inputs(inputs, operands)
-        body, layout = Body(), spec.layout
-        tile, self.kv_head = grid(body, spec.max_tiles), grid(body, spec.num_kv_heads)
+        self.body, self.tiles = Body(), tiles
+        body = self.body
+        places = self.make_grid()
         self.lane, self.warp = body.threads(LANES), warps(body, spec.num_warps + self.extra_warps)
-        self.axes = axes_of(tile, self.kv_head, self.lane, self.warp)
-        self.body, self.thread = body, self.warp * LANES + self.lane
+        self.axes = axes_of(*places, self.lane, self.warp)
+        self.thread = self.warp * LANES + self.lane
         self.threads = spec.num_warps * LANES
-        tile = spec.max_tiles - 1 - tile  # the last tokens of a prompt attend to the most keys: they go first
-        self.first = clamp(tiles[tile].load(), 0, layout.num_tokens - 1)
+        self.first_row = self.warp * (spec.row_blocks * self.mma.left_rows)
+
+    def make_grid(self) -> tuple[UOp | int, ...]:
+        """The axes of the threadgroups: tiles of tokens, and KV heads. Places this one on its tile."""
+        tile, kv_head = grid(self.body, self.spec.max_tiles), grid(self.body, self.spec.num_kv_heads)
+        # the last tokens of a prompt attend to the most keys: they go first
+        self.place(self.spec.max_tiles - 1 - tile, kv_head)
+        return tile, kv_head
+
+    def place(self, tile: UOp | int, kv_head: UOp | int) -> None:
+        """Let this be the work of a tile of tokens and a KV head."""
+        layout, self.kv_head = self.spec.layout, kv_head
+        self.first = clamp(self.tiles[tile].load(), 0, layout.num_tokens - 1)
         # from the unclamped bounds: after the last row of a full bucket, a tile is empty, although `first` is a row
-        begin, end = (clamp(tiles[at].load(), 0, layout.num_tokens) for at in (tile, tile + 1))
+        begin, end = (clamp(self.tiles[at].load(), 0, layout.num_tokens) for at in (tile, tile + 1))
         self.count = (end - begin).maximum(0)
         self.position = self.step.position(self.first)
         self.sequence = self.step.sequence(self.first)
         self.context = (self.count > 0).where(self.position + self.count, 0).minimum(self.step.positions)
-        self.first_row = self.warp * (spec.row_blocks * self.mma.left_rows)
 
     def make_inputs(self, inputs: UOp, operands: Sequence[UOp]) -> Inputs:
         return Inputs(self.spec, inputs, operands, QUERIES, with_sinks=True)

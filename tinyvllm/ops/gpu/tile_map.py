@@ -2,16 +2,75 @@
 
 from __future__ import annotations
 
-from tinygrad import UOp
+from tinygrad import Tensor, UOp
 
+from tinyvllm.ops.backend import Step
 from tinyvllm.ops.gpu.attention_prefill_inputs import Inputs, PrefillSpec
-from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel.body import I32, Body, KernelFn, cached_kernel, clamp, empty, finish, run_kernel
+
+
+def tile_map(spec: PrefillSpec, step: Step) -> Tensor:
+    """The tile map: computed by the step's first layer with such tiles, and kept for the others."""
+    name = f"tiles of {spec.tokens} tokens"
+    if name not in step.kept:
+        fresh = empty(spec.map_size + 1, I32, str(step.inputs.device))
+        step.kept[name] = run_kernel(tile_map_kernel(spec.for_map), [fresh], [step.inputs])[0]
+    return step.kept[name]
+
+
+def tile_order(spec: PrefillSpec, tiles: Tensor, step: Step) -> Tensor:
+    """The numbers of the tiles in the order of their work, kept likewise."""
+    name = f"order of tiles of {spec.tokens} tokens"
+    if name not in step.kept:
+        fresh = empty(spec.map_size, I32, str(step.inputs.device))
+        step.kept[name] = run_kernel(tile_order_kernel(spec.for_map), [fresh], [tiles, step.inputs])[0]
+    return step.kept[name]
+
+
+@cached_kernel
+def tile_order_kernel(spec: PrefillSpec) -> KernelFn:
+    """fn(order (map_size,) int32, tiles, inputs): the numbers of the tiles, those with the longest contexts first. One
+    threadgroup: a thread finds how many tiles go before each of its own."""
+
+    def kernel(order: UOp, tiles: UOp, inputs: UOp) -> UOp:
+        body, step, size, threads = Body(), Inputs(spec, inputs), spec.map_size, spec.map_threads
+        thread = body.threads(threads)
+        own = [first + thread for first in range(0, size, threads)]
+        contexts = [tile_context(step, tiles, tile) for tile in own]
+        shared = body.shared(size, I32)
+        shared = shared.after(UOp.group(*[shared[i].store(value) for i, value in zip(own, contexts, strict=True)]))
+        count = clamp(tiles[size].load(), 0, max(2, spec.max_tiles))
+        ranks = _zeros(body.registers(len(own), I32), shared)
+        loop = body.fold_while(count)
+        other = clamp(loop, 0, size - 1)
+        value = shared[other].load()
+        before = [
+            ((value > context) | (value.eq(context) & (other > tile))).cast(I32)
+            for tile, context in zip(own, contexts, strict=True)
+        ]
+        summed = _add(ranks.after(loop), before).end(loop)
+        places = [clamp(ranks.after(summed)[i].load(), 0, size - 1) for i in range(len(own))]
+        stores = [
+            order[place.valid(tile < count)].store(tile.cast(I32)) for place, tile in zip(places, own, strict=True)
+        ]
+        return finish(UOp.group(*stores).end(thread), f"tile_order_{spec.layout.num_tokens}", nbytes=8 * size)
+
+    return kernel
+
+
+def tile_context(step: Inputs, tiles: UOp, tile: UOp) -> UOp:
+    """How many keys a tile's last token attends to; 0 after the last tile."""
+    tokens = step.spec.layout.num_tokens
+    first, end = (tiles[at].load() for at in (tile, (tile + 1).minimum(step.spec.map_size - 1)))
+    count = (end - first).maximum(0)
+    return (count > 0).where(step.position(clamp(first, 0, tokens - 1)).cast(I32) + count, 0)
 
 
 @cached_kernel
 def tile_map_kernel(spec: PrefillSpec) -> KernelFn:
-    """fn(tiles (map_size,) int32, inputs): the first row of each tile, in order; the other words are the number of rows
-    that are not padding. One threadgroup: each thread handles some consecutive rows."""
+    """fn(tiles (map_size + 1,) int32, inputs): the first row of each tile, in order; the other words are the number of
+    rows that are not padding, but the last is that of tiles. One threadgroup: each thread handles some consecutive
+    rows."""
 
     def kernel(tiles: UOp, inputs: UOp) -> UOp:
         tile_map = _TileMap(spec, inputs)
@@ -74,8 +133,10 @@ class _TileMap:
 
     def write_rest(self, tiles: UOp, total: UOp, num_rows: UOp) -> list[UOp]:
         """Stores of the words after the last tile's."""
-        places = [first + self.thread for first in range(0, self.spec.map_size, self.threads)]
-        return [tiles[place.valid(place >= total)].store(num_rows) for place in places]
+        size = self.spec.map_size
+        places = [first + self.thread for first in range(0, size, self.threads)]
+        stores = [tiles[place.valid(place >= total)].store(num_rows) for place in places]
+        return [*stores, tiles[(self.thread + size).valid(self.thread.eq(0))].store(total)]
 
     def _loop_rows(self) -> UOp | None:
         """A loop over the thread's rows; None if it has only one."""
@@ -89,7 +150,9 @@ class _TileMap:
         safe = inside.where(row, 0)
         sequence, before = step.sequence(safe), step.sequence((safe - 1).maximum(0))
         is_real = inside & (sequence < spec.layout.num_seqs)
-        is_first = row.eq(0) | sequence.ne(before) | (step.position(safe) % spec.tokens).eq(0)
+        is_first = row.eq(0) | sequence.ne(before)
+        if spec.tokens < spec.layout.num_tokens:  # else a tile has room for all of a sequence's rows
+            is_first = is_first | (step.position(safe) % spec.tokens).eq(0)
         return row, is_real & is_first, is_real
 
 

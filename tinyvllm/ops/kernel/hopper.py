@@ -455,3 +455,14 @@ def uniform(value: UOp) -> UOp:
     """The first lane's value, which the compiler then knows to be the same in all lanes: products do not stay in flight
     across a branch that may diverge. tinygrad knows no bounds of the result."""
     return UOp(Ops.CUSTOM, dtypes.int, src=(UOp.const(0, I32) + value,), arg="__shfl_sync(0xffffffffu, {0}, 0)")
+
+
+def hidden(value: UOp) -> UOp:
+    """An int whose limits tinygrad does not know."""
+    return UOp(Ops.CUSTOM, dtypes.int, src=(value,), arg="{0}")
+
+
+def opaque(condition: UOp) -> UOp:
+    """A condition of a store into which tinygrad does not look. Otherwise it would simplify what is stored, and so make
+    a second loop in which the condition holds."""
+    return UOp(Ops.CUSTOM, dtypes.bool, src=(condition,), arg="{0}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,22 @@ from tinygrad import dtypes
 from tinygrad.codegen import to_program
 
 from tests.ops.attention import Case, decode_pieces, forget_before_windows, make_history
-from tests.ops.builders import largest_difference, make_step
+from tests.ops.attention import attend as attend_and_read
+from tests.ops.builders import Piece, largest_difference, make_step
 from tests.ops.gpu.products import TOLERANCE
 from tests.ops.gpu.test_fused import CASES, attend
-from tests.ops.rendering import check_limits, kernels_of, make_renderer, plan_attention, rendered
+from tests.ops.rendering import (
+    check_limits,
+    kernels_of,
+    make_renderer,
+    plan_attention,
+    plan_attention_layer,
+    rendered,
+    unwritten,
+)
 from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.ops.backend import Step, pool_groups
 from tinyvllm.ops.gpu.attention_decode_hopper import MAX_SPLITS, StreamedAttentionSpec, piece_of
 from tinyvllm.ops.gpu.attention_prefill_inputs import MULTIPROCESSORS
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
@@ -66,11 +77,72 @@ def test_every_piece_of_work_is_done_once_and_few_threadgroups_wait(rows: int, c
     spec = make_spec(rows, context)
     numbers = [n for unit in range(spec.num_units) for n in range(unit, spec.num_pieces, spec.num_units)]
     expected = itertools.product(range(spec.num_splits), range(rows), range(8))
-    assert sorted(piece_of(spec, number) for number in numbers) == sorted(expected)
+    assert sorted(piece_of(spec, number, rows) for number in numbers) == sorted(expected)
     assert 1 <= spec.num_splits <= MAX_SPLITS
     if spec.num_pieces > 4 * MULTIPROCESSORS:
         turns = -(-spec.num_pieces // spec.num_units)
         assert spec.num_pieces >= 0.8 * turns * spec.num_units
+
+
+@pytest.mark.parametrize(("rows", "group", "most"), [(5, 4, 5), (16, 8, 8), (33, 16, 4), (64, 1, 64)])
+def test_rows_of_a_sequence_that_share_keys_are_those_of_one_wgmma(rows: int, group: int, most: int) -> None:
+    spec = replace(make_spec(rows, 8192), num_kv_heads=32 // group, shares_keys=True)
+    assert spec.tokens == most and spec.query_bytes >= most * group * 128 * 2
+    expected = itertools.product(range(spec.num_splits), range(3), range(spec.num_kv_heads))  # of three sequences
+    assert sorted(piece_of(spec, n, 3) for n in range(spec.num_splits * 3 * spec.num_kv_heads)) == sorted(expected)
+    assert spec.stages >= 2 and spec.shared_bytes * spec.units <= HOPPER_SHARED_BYTES
+
+
+def test_verifying_rows_share_keys_where_contexts_may_be_long() -> None:
+    backend = rendered("CUDA", is_chained=True)
+    backend.has_wgmma = True
+    for context, names in ((4096, ["tile", "rotate", "stream", "combine"]), (512, ["store", "decode"])):
+        kind, layout = LayerKind(32, 8, 128, Rope(10000.0)), StepLayout(5, 5, context // 16, 16)
+        pool = backend.make_pool(pool_groups([kind]), 5, 16, "float16")
+        step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode=False, verifies=True)
+        qkv = [unwritten(backend, 5 * 48 * 128, dtypes.half)]
+        kernels = kernels_of([backend.attend(qkv, plan_attention_layer(backend, kind, [48 * 128]), step)])
+        assert [kernel.arg.name.split("_")[0] for kernel in kernels] == names
+        for kernel in kernels:
+            check_limits(kernel, "CUDA sm_90")
+
+
+VERIFYING = [
+    Case(32, 8, 128, StepLayout(5, 5, 160, 16), False, "float16", verifies=True),
+    Case(4, 4, 64, StepLayout(9, 9, 160, 16), False, "float16", verifies=True),
+    Case(16, 2, 128, StepLayout(20, 20, 160, 16), False, "float16", (16, 2, 2), verifies=True),  # several groups
+    Case(8, 4, 256, StepLayout(6, 6, 80, 32), False, "float16", verifies=True),
+]
+VERIFYING += [replace(VERIFYING[0], features=(("window", 700), ("has_sinks", True), ("softcap", 2.0)))]
+VERIFYING += [replace(VERIFYING[2], features=(("window", 40),))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", VERIFYING, ids=lambda case: case.name)
+def test_rows_that_share_keys_equal_the_reference(
+    always: None, device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, case: Case
+) -> None:
+    backend, tokens = FusedGpuBackend(device, "float16", lanes), case.layout.num_tokens
+    size, longest = case.layout.block_size, case.layout.max_blocks * case.layout.block_size
+    batches = [
+        [Piece(longest - tokens, tokens)],
+        [Piece(1500, tokens - 2), Piece(size - 1, 2)],
+        [Piece(1022, 2), Piece(1), Piece(longest - 1)],
+        [Piece(700 + 300 * i) for i in range(tokens if tokens < 6 else 5)],
+    ]
+    for seed, pieces in enumerate(batches):
+        buffer, history = make_step(case.layout, pieces, seed=seed), make_history(case)
+        got, expected = (attend_and_read(ops, case, buffer, history) for ops in (backend, reference))
+        live = sum(piece.count for piece in pieces)
+        difference = largest_difference(got.out[:live], expected.out[:live])
+        print(f"{case.name} {pieces}: {difference:.1e}")
+        assert difference < TOLERANCE["float16"]
+        slots = case.layout.views(buffer)["slots"][0, :live]
+        others = np.setdiff1d(np.arange(size, len(history[0])), slots)
+        for now, then in zip(got.after, got.before, strict=True):
+            np.testing.assert_array_equal(now[others], then[others])
+        spoiled = attend_and_read(backend, case, *forget_before_windows(case, buffer, pieces, history))
+        np.testing.assert_array_equal(spoiled.out[:live], got.out[:live])  # what others left behind is not attended
 
 
 @pytest.mark.gpu

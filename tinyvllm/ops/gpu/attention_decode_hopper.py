@@ -34,6 +34,7 @@ from tinyvllm.ops.gpu.attention_prefill_inputs import (
 )
 from tinyvllm.ops.gpu.attention_rotate import KEY_MAP, QUERY_MAP, VALUE_MAP, rotate
 from tinyvllm.ops.gpu.attention_split import NOTHING, SplitHeads, combine_kernel
+from tinyvllm.ops.gpu.tile_map import tile_map
 from tinyvllm.ops.kernel.body import (
     F32,
     I32,
@@ -81,12 +82,17 @@ MAX_STAGES = 6
 FULL_WAVES = 0.9  # the share of threadgroups that must have work at any time, if splits can achieve it
 WORTHWHILE_BYTES = 250 << 20
 LONG_CONTEXT = 2048  # tokens
+# where rows share keys: on an H200, 5 rows at 300 tokens take 11.1 us and not 8.1, 8 at 2,000 14.8 and not 15.4, and
+# 5 at 8,192 20.5 and not 50.1
+LONG_SHARED = 4096
 SHORTEST_SPLIT = 512  # tokens that are worth a piece of work of its own
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamedAttentionSpec(PrefillSpec):
-    """Attention of rows that are each the last token of a sequence of its own, on Hopper."""
+    """Attention of a few rows on Hopper, each the last token of a sequence of its own, or several of a sequence."""
+
+    shares_keys: bool = False  # rows of the same sequence are attended to together
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         return {"keys": (64, 128), "units": (1, 2), "num_splits": (1, 2, 4, 8, 16, 33, 64), "fetchers": (1, 4)}
@@ -108,6 +114,8 @@ class StreamedAttentionSpec(PrefillSpec):
         attention on an H200; with 256 rows of 128 tokens it takes 59 us and not 44)."""
         longest = self.layout.max_blocks * self.layout.block_size
         longest = min(longest, self.window or longest)
+        if self.shares_keys:
+            return self.layout.num_tokens > 1 and longest >= LONG_SHARED
         nbytes = self.layout.num_tokens * longest * self.slot_elements * 4
         return self.layout.num_tokens > 1 and longest >= LONG_CONTEXT and nbytes >= WORTHWHILE_BYTES
 
@@ -117,7 +125,8 @@ class StreamedAttentionSpec(PrefillSpec):
 
     @property
     def tokens(self) -> int:
-        return 1
+        """Rows of a piece of work: as many as there are rows of wgmma for."""
+        return min(WGMMA_TOKENS // self.group, self.layout.num_tokens) if self.shares_keys else 1
 
     @property
     def keys(self) -> int:
@@ -132,7 +141,7 @@ class StreamedAttentionSpec(PrefillSpec):
     def query_tile_bytes(self) -> int:
         """Of 64 columns of a piece's queries. wgmma reads more rows, which are of something else: their results are not
         used."""
-        return -(-self.group // 8) * 8 * ROW_BYTES
+        return -(-self.tokens * self.group // 8) * 8 * ROW_BYTES
 
     @property
     def query_bytes(self) -> int:
@@ -154,10 +163,11 @@ class StreamedAttentionSpec(PrefillSpec):
 
     @property
     def num_splits(self) -> int:
-        """Parts of a context: so many that the pieces of work fill the threadgroups, if contexts may be long."""
+        """Parts of a context: so many that the pieces of work fill the threadgroups, if contexts may be long. Where
+        rows share keys, even if all rows are of as few sequences as they can be."""
         longest = self.layout.max_blocks * self.layout.block_size
         longest = min(longest, self.window or longest)
-        pairs, places = self.layout.num_tokens * self.num_kv_heads, MULTIPROCESSORS * self.units
+        pairs, places = -(-self.layout.num_tokens // self.tokens) * self.num_kv_heads, MULTIPROCESSORS * self.units
         most = max(1, min(MAX_SPLITS, longest // SHORTEST_SPLIT))
 
         def share(splits: int) -> float:
@@ -177,10 +187,12 @@ class StreamedAttentionSpec(PrefillSpec):
             has_own_token=True,
             shortest_span=SHORTEST_SPLIT,
             unit=self.keys,
+            is_sparse=self.shares_keys,
         )
 
     @property
     def num_pieces(self) -> int:
+        """Pieces of work, at most."""
         return self.num_splits * self.layout.num_tokens * self.num_kv_heads
 
     @property
@@ -201,7 +213,8 @@ def attend_streamed(
     split, device = spec.split, str(out.device)
     queries, maps, pool = rotate(spec, pool, layer, step, qkv)
     sinks = [] if layer.sinks is None else [layer.sinks]
-    operands = [maps, step.inputs, *sinks, queries, *pool]
+    tiles = [tile_map(spec, step)] if spec.shares_keys else []
+    operands = [maps, *tiles, step.inputs, *sinks, queries, *pool]
     if split.num_splits == 1:
         return run_kernel(stream_kernel(spec), [out], operands)[0]
     rows = split.num_splits * step.num_tokens
@@ -212,13 +225,13 @@ def attend_streamed(
 
 @cached_kernel
 def stream_kernel(spec: StreamedAttentionSpec) -> KernelFn:
-    """fn(out (T, H * D), maps, inputs, *sinks, queries, keys, values), the last three as `maps` describe them; with
-    splits, fn(values, sums, maps, ...), which `combine_kernel` combines."""
+    """fn(out (T, H * D), maps[, tiles], inputs, *sinks, queries, keys, values), the last three as `maps` describe them;
+    with splits, fn(values, sums, maps, ...), which `combine_kernel` combines. tiles: which rows share keys, if any
+    do."""
 
     def kernel(*operands: UOp) -> UOp:
         count = 1 if spec.num_splits == 1 else 2
-        maps, inputs, *rest = operands[count:]
-        stream = _Stream(spec, operands[:count], maps, inputs, rest)
+        stream = _Stream(spec, operands[:count], operands[count:])
         tokens, length = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
         return finish(
             stream.done().end(*reversed(stream.axes)),
@@ -233,17 +246,20 @@ def stream_kernel(spec: StreamedAttentionSpec) -> KernelFn:
 Number = TypeVar("Number", int, UOp)
 
 
-def piece_of(spec: StreamedAttentionSpec, number: Number) -> tuple[Number, Number, Number]:
-    """(split, row, KV head) of a piece of work. Splits that short contexts do not use come last."""
+def piece_of(spec: StreamedAttentionSpec, number: Number, count: Number | int) -> tuple[Number, Number, Number]:
+    """(split, row or group of rows, KV head) of a piece of work, if there are so many rows or groups. Splits that short
+    contexts do not use come last."""
     kv_head, rest = number % spec.num_kv_heads, number // spec.num_kv_heads
-    return rest // spec.layout.num_tokens, rest % spec.layout.num_tokens, kv_head
+    return rest // count, rest % count, kv_head
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A piece of work: tokens [low, high) of a row's context, and a KV head. `tiles`: of keys, from `low` on."""
+    """A piece of work: tokens [low, high) of the context of `count` rows from `row` on, consecutive tokens of a
+    sequence, and a KV head. `past`: tokens before the first row. `tiles`: of keys, from `low` on."""
 
     row: UOp
+    count: UOp | int
     kv_head: UOp
     split: UOp
     past: UOp
@@ -255,11 +271,12 @@ class _Piece:
 class _Stream:
     """One threadgroup's work."""
 
-    def __init__(
-        self, spec: StreamedAttentionSpec, outs: Sequence[UOp], maps: UOp, inputs: UOp, operands: Sequence[UOp]
-    ) -> None:
+    def __init__(self, spec: StreamedAttentionSpec, outs: Sequence[UOp], operands: Sequence[UOp]) -> None:
+        """`operands`: as of `stream_kernel`, from `maps` on."""
         self.spec, self.outs, self.described = spec, outs, operands[-3:]
-        self.sinks = operands[0] if spec.has_sinks else None
+        count = 2 if spec.shares_keys else 1  # of buffers that the step's kernels wrote
+        inputs, *rest = operands[count:]
+        self.sinks = rest[0] if spec.has_sinks else None
         self.step, body = Inputs(spec, inputs), Body()
         self.body = body
         self.unit = grid(body, spec.num_units)
@@ -267,7 +284,7 @@ class _Stream:
         self.axes = axes_of(self.unit, self.lane, self.warp)
         self.role = uniform(self.warp)
         self.type_name = PTX_NAMES[spec.mma.dtype]
-        (self.maps,) = await_previous(spec.lanes, maps)
+        self.maps, *self.row_tiles = await_previous(spec.lanes, *operands[:count])
 
     def done(self) -> UOp:
         ready = self._prepare()
@@ -286,16 +303,34 @@ class _Stream:
     def _loop_pieces(self, has_role: UOp) -> tuple[UOp, UOp, _Piece]:
         """(a loop over the threadgroup's pieces, the number of the iteration, the piece). No iterations for threads
         without the role: tinygrad has no branches."""
-        spec = self.spec
-        count = (spec.num_pieces - 1 - self.unit) // spec.num_units + 1
+        spec, groups = self.spec, self._num_groups
+        pieces = groups * (spec.num_splits * spec.num_kv_heads)
+        count = (pieces - 1 - self.unit + spec.num_units) // spec.num_units
         loop = self.body.fold_while(hidden(has_role.ne(0).where(count, 0).cast(I32)))
         turn = clamp(loop, 0, max(2, -(-spec.num_pieces // spec.num_units)) - 1)
         number = (turn * spec.num_units + self.unit).minimum(spec.num_pieces - 1)
-        split, row, kv_head = piece_of(spec, number)
+        split, group, kv_head = piece_of(spec, number, groups)
+        row, rows = self._rows_of(group)
         past = self.step.position(row)
-        low, high = self._bounds(past, split)
+        low, high = self._bounds(past, rows, split)
         tiles = ((high - low).maximum(0) + (spec.keys - 1)) // spec.keys
-        return loop, turn, _Piece(row, kv_head, split, past, low, high, tiles)
+        return loop, turn, _Piece(row, rows, kv_head, split, past, low, high, tiles)
+
+    @property
+    def _num_groups(self) -> UOp | int:
+        """How many rows, or groups of rows that share keys, there are."""
+        if not self.row_tiles:
+            return self.spec.layout.num_tokens
+        return clamp(self.row_tiles[0][self.spec.map_size].load(), 1, self.spec.max_tiles)
+
+    def _rows_of(self, group: UOp) -> tuple[UOp, UOp | int]:
+        """(the first row of a group, how many it has)."""
+        if not self.row_tiles:
+            return group, 1
+        tokens, (tiles,) = self.spec.layout.num_tokens, self.row_tiles
+        group = group.minimum(self.spec.max_tiles - 1)
+        row, end = (clamp(tiles[at].load(), 0, tokens) for at in (group, group + 1))
+        return row.minimum(tokens - 1), (end - row).maximum(1).minimum(self.spec.tokens)
 
     @property
     def _most_tiles(self) -> int:
@@ -307,13 +342,13 @@ class _Stream:
         loop = self.body.fold(self._most_tiles)
         return loop, leave_if(loop >= count, loop, *after)
 
-    def _bounds(self, past: UOp, number: UOp) -> tuple[UOp, UOp]:
-        """The tokens [low, high) of a split of the context of a row with `past` tokens before its own."""
-        split, end = self.spec.split, past + 1
+    def _bounds(self, past: UOp, count: UOp | int, number: UOp) -> tuple[UOp, UOp]:
+        """The tokens [low, high) of a split of the context of `count` rows with `past` tokens before them."""
+        split, end = self.spec.split, past + count
         start = split.start(past) + 0 * past
         if split.num_splits == 1:
             return start, end
-        span = split.span(split.shared(past))
+        span = split.span(end - start)
         low = start + number * span
         return low, (low + span).minimum(end)
 
@@ -375,7 +410,7 @@ class _Stream:
         place, full, empty_barrier, parity = self._query_slot(turn)
         once = self.body.fold_while(uniform(self.lane.eq(0).where(UOp.const(1, I32), 0)) * self.lane.eq(0).cast(I32))
         last = wait(empty_barrier, 1 - parity, once, *after)
-        last = expect(full, spec.group * spec.head_dim * 2, last)
+        last = expect(full, spec.tokens * spec.group * spec.head_dim * 2, last)
         for tile in range(spec.head_dim // WGMMA_COLS):
             at = [UOp.const(tile * WGMMA_COLS, I32), piece.kv_head * spec.group + UOp.const(0, I32), piece.row]
             target = place + tile * spec.query_tile_bytes
@@ -472,10 +507,13 @@ class _Stream:
         """The scores of a block of eight keys, LOWEST where the row does not attend to the key."""
         masked = []
         for e, score in enumerate(scores):
-            key = first + self._place(e)[1]
+            row, column = self._place(e)
+            key, position = first + column, piece.past + row // self.spec.group
             is_seen = key < piece.high
+            if self.spec.shares_keys:
+                is_seen = is_seen & (key <= position)
             if self.spec.window is not None:
-                is_seen = is_seen & (key >= self.spec.first_key(piece.past))
+                is_seen = is_seen & (key >= self.spec.first_key(position if self.spec.shares_keys else piece.past))
             masked.append(is_seen.where(score, LOWEST))
         return masked
 
@@ -497,22 +535,35 @@ class _Stream:
         spec, tokens, stores = self.spec, self.spec.layout.num_tokens, []
         is_whole = spec.num_splits == 1
         first = piece.row if is_whole else piece.split * tokens + piece.row
-        head = first * spec.num_heads + piece.kv_head * spec.group
         for e in range(4):
-            if e // 2 * 8 >= spec.group:
+            if e // 2 * 8 >= spec.tokens * spec.group:
                 continue  # rows of no head
             row, column = self._place(e)
-            is_real = opaque((row < spec.group) & (piece.tiles > 0))
+            token = row // spec.group if spec.shares_keys else 0
+            head = (first + token) * spec.num_heads + piece.kv_head * spec.group + row % spec.group
+            exists = row < piece.count * spec.group
+            is_real = opaque(exists & (piece.tiles > 0))
             total = totals[e // 2]
             safe = total if is_whole else (total > 0.0).where(total, 1.0)
-            inverse, start = safe.reciprocal(), (head + row) * spec.head_dim + column
+            inverse, start = safe.reciprocal(), head * spec.head_dim + column
             for block in range(spec.head_dim // 8):
                 value = (sums[block * 4 + e] * inverse).cast(self.outs[0].dtype)
                 stores.append(self.outs[0][(start + block * 8).valid(is_real)].store(value))
             if not is_whole and e % 2 == 0:
-                lse = (total > 0.0).where(bests[e // 2] + safe.log2(), NOTHING)
-                stores.append(self.outs[1][(head + row).valid(opaque(is_real & column.eq(0)))].store(lse))
+                sees = total > 0.0
+                if spec.shares_keys:
+                    sees = sees & self._sees(piece, piece.past + token)
+                lse = sees.where(bests[e // 2] + safe.log2(), NOTHING)
+                is_real = opaque((exists if spec.shares_keys else is_real) & column.eq(0))
+                stores.append(self.outs[1][head.valid(is_real)].store(lse))
         return stores
+
+    def _sees(self, piece: _Piece, position: UOp) -> UOp:
+        """Whether a row attends to anything in the piece: what it has of other keys is nothing, but not zero."""
+        sees = position >= piece.low
+        if self.spec.window is not None:
+            sees = sees & (self.spec.first_key(position) < piece.high)
+        return sees if self.sinks is None else sees | piece.split.eq(0)
 
     def _release(self, barrier: UOp, *after: UOp) -> UOp:
         """Tell the fetching warp that its buffer has been read."""

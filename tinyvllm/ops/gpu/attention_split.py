@@ -37,6 +37,7 @@ class SplitHeads:
     has_own_token: bool = False  # the row's own token is among those that are split
     shortest_span: int = SHORTEST_SPAN
     unit: int = TILE_TOKENS  # a split's first token is a multiple
+    is_sparse: bool = False  # all splits are read; where a sum is NOTHING, there may be no value
 
     @property
     def num_cols(self) -> int:
@@ -91,6 +92,8 @@ class SplitOperands:
             best = old[0].maximum(here)
             before, now = (old[0] - best).exp2(), (here - best).exp2()
             new = load_floats(self.values, place * split.num_cols + col, width)
+            if split.is_sparse:
+                new = [(here > NOTHING / 10).where(value, 0.0) for value in new]
             return [
                 best,
                 old[1] * before + now,
@@ -98,7 +101,8 @@ class SplitOperands:
             ]
 
         init = [UOp.const(NOTHING, F32), *zeros(width + 1)]
-        _, total, *acc = carry(body, init, split.used(split.past(self.inputs, self.row)), outer, step)
+        used = split.num_splits if split.is_sparse else split.used(split.past(self.inputs, self.row))
+        _, total, *acc = carry(body, init, used, outer, step)
         inverse = total.reciprocal()
         return [value * inverse for value in acc]
 

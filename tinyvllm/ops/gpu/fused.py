@@ -307,7 +307,12 @@ class FusedGpuBackend(GpuBackend):
         pool = step.pool.tensors_of(layer.pool_layer)
         if by_rows and self.has_wgmma:
             stream = StreamedAttentionSpec.of(
-                layer, step.layout, step.pool.num_blocks[layer.pool_layer], has_wgmma=True, **own
+                layer,
+                step.layout,
+                step.pool.num_blocks[layer.pool_layer],
+                has_wgmma=True,
+                shares_keys=step.verifies,
+                **own,
             )
             if stream.is_worthwhile and not stream.uncovered_shape():
                 rows = self._empty(step.num_tokens * spec.num_heads * spec.head_dim)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tinyvllm.device import helper_programs, replay
+from tinyvllm.device import cpu_replay, helper_programs
 from tinyvllm.device.handle import open_device
 
 from tinygrad.codegen import do_to_program  # isort: skip  (tinyvllm makes its settings first)
@@ -26,8 +26,8 @@ def test_a_helper_program_is_made_once(tmp_path: Path, monkeypatch: pytest.Monke
     try:
         for expected in (1, 1 if has_folder else 2):
             monkeypatch.setattr(helper_programs, "_made", {})
-            replay._run_table.cache_clear()
-            replay._run_table()
+            cpu_replay._run_table.cache_clear()
+            cpu_replay._run_table()
             assert len(made) == expected
     finally:
         helper_programs.keep(None)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.house import PACKAGE, drawn_frames, read_package
 from tinyvllm.config import EngineConfig, ModelFiles, SamplingParams
-from tinyvllm.device import replay
+from tinyvllm.device import cpu_replay
 from tinyvllm.engine.async_engine import AsyncEngine
 
 
@@ -22,13 +22,13 @@ def test_the_frames_on_the_page_exist_and_are_few() -> None:
 async def test_a_real_request_goes_through_the_frames_on_the_page(
     tiny_gguf_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, stacks = replay._Queue.submit, []
+    original, stacks = cpu_replay._Queue.submit, []
 
-    def submit(queue: replay._Queue) -> None:
+    def submit(queue: cpu_replay._Queue) -> None:
         stacks.append(traceback.extract_stack()[:-1])  # without this function, which stands in for the last frame
         original(queue)
 
-    monkeypatch.setattr(replay._Queue, "submit", submit)
+    monkeypatch.setattr(cpu_replay._Queue, "submit", submit)
     config = EngineConfig(
         str(tiny_gguf_files.path),
         max_model_len=64,
@@ -46,4 +46,4 @@ async def test_a_real_request_goes_through_the_frames_on_the_page(
         if (path := frame.filename.removeprefix(f"{PACKAGE}/")) != frame.filename
     ]
     drawn = [frame.partition(":")[0] + ":" + frame.rpartition(":")[2].rpartition(".")[2] for frame in drawn_frames()]
-    assert [*names, "device/replay.py:submit"] == drawn[5:]
+    assert [*names, "device/cpu_replay.py:submit"] == drawn[5:]

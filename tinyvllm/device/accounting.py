@@ -93,7 +93,12 @@ class DeviceAccount:
 
     def __enter__(self) -> DeviceAccount:
         hook = self._hook
-        for kind in (replay.CpuReplay, replay.GraphReplay, JitReplay):
+        kinds: list[type[Any]] = [replay.GraphReplay, JitReplay]
+        if self.device.is_cpu:
+            from tinyvllm.device.cpu_replay import CpuReplay  # takes 0.3 s to import
+
+            kinds.append(CpuReplay)
+        for kind in kinds:
             hook(kind, "__init__", self._on_make_replay)
             hook(kind, "__call__", self._on_replay)
         hook(realize, "track_stats", self._on_executed)

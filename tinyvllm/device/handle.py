@@ -16,7 +16,6 @@ import numpy as np
 from tinygrad import Device, Tensor, UOp, dtypes
 from tinygrad.device import Buffer, BufferSpec
 from tinygrad.dtype import DType, _from_np_dtype
-from tinygrad.runtime import ops_cpu
 from tinygrad.uop.ops import buffers
 
 from tinyvllm.device import helper_programs
@@ -187,6 +186,8 @@ def open_device(num_cores: int = 1, programs: Path | None = None) -> DeviceHandl
     helper_programs.keep(programs)
     try:
         if Device.DEFAULT.split(":")[0] == "CPU":
+            from tinygrad.runtime import ops_cpu  # takes 0.3 s to import
+
             ops_cpu.do_to_program = helper_programs.helper_program
         device = Device[Device.DEFAULT]
         kind_of(device.device).opened(device.device)

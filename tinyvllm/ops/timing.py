@@ -18,7 +18,7 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import Call, RecordedStep, record
-from tinyvllm.device.replay import CpuReplay, GraphReplay
+from tinyvllm.device.replay import GraphReplay
 from tinyvllm.errors import InvariantError
 from tinyvllm.ops.kernel.body import F32, Body, cached_kernel, empty, finish, run_kernel
 
@@ -42,6 +42,8 @@ def make_timer(device: DeviceHandle, step: RecordedStep) -> Timer:
 
 
 def _stamped(device: DeviceHandle, step: RecordedStep) -> Timer:
+    from tinyvllm.device.cpu_replay import CpuReplay  # takes 0.3 s to import
+
     stamps = np.zeros((len(step.calls), 2, 2), np.uint64)
     replay = CpuReplay(device.cores, step, stamps)
 

@@ -15,9 +15,10 @@ from tests.ops.attention import Case, make_history, make_layer
 from tests.ops.builders import Piece, make_pool, make_step, make_step_of, normal
 from tests.ops.kernel.examples import add_one_kernel
 from tinyvllm.config import EngineConfig, SamplingParams
+from tinyvllm.device.cpu_replay import _waits
 from tinyvllm.device.handle import open_device, upload
 from tinyvllm.device.recording import Call, RecordedStep, record
-from tinyvllm.device.replay import _waits, make_replay
+from tinyvllm.device.replay import make_replay
 from tinyvllm.device.scratch import Scratch
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.ops.cpu.backend import CpuBackend

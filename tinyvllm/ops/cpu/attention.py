@@ -99,7 +99,7 @@ class _Pair:
     is_rotated: bool
 
 
-class _Row:
+class Row:
     """One token row inside a kernel: its inputs, and its q, k, v before they are normed and rotated."""
 
     def __init__(
@@ -277,7 +277,7 @@ def write_kv_kernel(spec: CpuAttentionSpec) -> KernelFn:
         body, rest = Body(), list(operands)
         planes, inputs = spec.take_planes(rest), rest.pop(0)
         row = body.loop(spec.layout.num_tokens)
-        stores = _Row(spec, row, inputs, rest, spec.kv_parts, with_sinks=False).write(body, planes).end(row)
+        stores = Row(spec, row, inputs, rest, spec.kv_parts, with_sinks=False).write(body, planes).end(row)
         tokens, width = spec.layout.num_tokens, spec.num_kv_heads * spec.head_dim
         nbytes = tokens * (8 * width + spec.kv.num_bytes(width))
         return finish(stores, f"write_kv_{tokens}x{width}", ops=6 * tokens * width, nbytes=nbytes)
@@ -288,7 +288,7 @@ def write_kv_kernel(spec: CpuAttentionSpec) -> KernelFn:
 @cached_kernel
 def attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
     """fn(out (T, H * D), *planes of the pool, inputs, *tables, *qkv[read_parts]): causal attention of each row over its
-    own blocks.
+    own blocks, for steps of rows that share none (else attention_tiles.py).
 
     Online softmax by block (Milakov & Gimelshein 2018). A row's cost depends on its own context, or on its window. With
     `fused_write`, keys and values are written too (they are outputs of the kernel then).
@@ -300,7 +300,7 @@ def attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
         # the rows are the only GLOBAL axis (each is one command of a worker): codegen cannot put a loop whose length is
         # data into a LOOP axis that the length depends on
         axis = body.grid(tokens) if tokens > 1 else body.loop(1)
-        row = _Row(spec, axis, inputs, rest, spec.read_parts, with_sinks=True)
+        row = Row(spec, axis, inputs, rest, spec.read_parts, with_sinks=True)
         if spec.fused_write:
             planes = planes.after(row.write(body, planes))
         head = body.loop(spec.num_kv_heads)
@@ -324,7 +324,7 @@ class _Block:
     base: UOp  # where the KV head's keys (or values) of the block begin in the pool, if they are not quantized
 
 
-def _attend(body: Body, row: _Row, head: UOp, out: UOp, planes: PoolPlanes) -> UOp:
+def _attend(body: Body, row: Row, head: UOp, out: UOp, planes: PoolPlanes) -> UOp:
     """Stores of the G query heads that share KV head `head`."""
     spec, axis = row.spec, row.row
     dim, group = spec.head_dim, spec.group
@@ -352,7 +352,7 @@ def _attend(body: Body, row: _Row, head: UOp, out: UOp, planes: PoolPlanes) -> U
     return out[index].store(result if spec.value_unit == 1.0 else result * spec.value_unit).end(d, g)
 
 
-def _start(body: Body, row: _Row, head: UOp) -> tuple[UOp, UOp]:
+def _start(body: Body, row: Row, head: UOp) -> tuple[UOp, UOp]:
     """The maxima and sums of weights [G] before the first block: nothing, or the heads' sinks."""
     spec, group = row.spec, row.spec.group
     best = body.registers(group)
@@ -365,7 +365,7 @@ def _start(body: Body, row: _Row, head: UOp) -> tuple[UOp, UOp]:
     return best, fill(body, body.registers(group), 1.0, row.row, head)
 
 
-def _next_block(body: Body, row: _Row, head: UOp) -> _Block:
+def _next_block(body: Body, row: Row, head: UOp) -> _Block:
     """A loop over the blocks that the row attends to."""
     spec, size = row.spec, row.spec.layout.block_size
     last, first = row.position // size, spec.first_key(row.position)
@@ -379,8 +379,8 @@ def _next_block(body: Body, row: _Row, head: UOp) -> _Block:
     return _Block(loop, number, block * spec.num_kv_heads + head, base)
 
 
-def _load_queries(body: Body, row: _Row, head: UOp, keys: UOp) -> UOp:
-    """G rotated queries in registers, times `_Row.query_scale`."""
+def _load_queries(body: Body, row: Row, head: UOp, keys: UOp) -> UOp:
+    """G rotated queries in registers, times `Row.query_scale`."""
     spec = row.spec
     dim, scale = spec.head_dim, row.query_scale()
     scale = scale if spec.key_unit == 1.0 else scale * spec.key_unit
@@ -396,7 +396,7 @@ def _load_queries(body: Body, row: _Row, head: UOp, keys: UOp) -> UOp:
     return query.after(_end_pairs(groups, g))
 
 
-def _weigh(body: Body, row: _Row, scores: UOp, block: _Block, best: UOp, total: UOp) -> tuple[UOp, UOp, UOp]:
+def _weigh(body: Body, row: Row, scores: UOp, block: _Block, best: UOp, total: UOp) -> tuple[UOp, UOp, UOp]:
     """One block's step of the online softmax: (weights [G][block_size], factors [G] by which earlier sums decay, the
     stores that updated `best` and `total`)."""
     spec = row.spec
@@ -421,7 +421,7 @@ def _weigh(body: Body, row: _Row, scores: UOp, block: _Block, best: UOp, total: 
     return weights, decay, UOp.group(*stores)
 
 
-def _multiply_keys(body: Body, row: _Row, query: UOp, keys: UOp, block: _Block, sums: UOp) -> UOp:
+def _multiply_keys(body: Body, row: Row, query: UOp, keys: UOp, block: _Block, sums: UOp) -> UOp:
     """`sums` [G][block_size] plus the products of the queries with a block's keys."""
     spec = row.spec
     size, group = spec.layout.block_size, spec.group
@@ -434,7 +434,7 @@ def _multiply_keys(body: Body, row: _Row, query: UOp, keys: UOp, block: _Block, 
     return sums.after(UOp.group(*stores).end(x, d))
 
 
-def _scores(body: Body, row: _Row, query: UOp, planes: PoolPlanes, block: _Block, ready: list[UOp]) -> UOp:
+def _scores(body: Body, row: Row, query: UOp, planes: PoolPlanes, block: _Block, ready: list[UOp]) -> UOp:
     """[G][block_size] scores of one block, LOWEST where the row does not attend. A key is loaded once for all G."""
     spec = row.spec
     size, group, form = spec.layout.block_size, spec.group, spec.kv.keys
@@ -450,7 +450,7 @@ def _scores(body: Body, row: _Row, query: UOp, planes: PoolPlanes, block: _Block
     return sums.after(sums[at].store(is_seen.where(spec.score(sums[at].load(), exp2), LOWEST)).end(x, g))
 
 
-def _add_quantized(body: Body, row: _Row, block: _Block, acc: UOp, weights: UOp, planes: PoolPlanes, done: UOp) -> UOp:
+def _add_quantized(body: Body, row: Row, block: _Block, acc: UOp, weights: UOp, planes: PoolPlanes, done: UOp) -> UOp:
     """The stores that add a block's quantized values to the sums, after `done`."""
     spec, size = row.spec, row.spec.layout.block_size
     own = QuantizedBlock(spec.kv.values, planes.values, planes.value_scales, block.place, spec.head_dim, size)
@@ -468,7 +468,7 @@ class _WeightedValues:
     weights: UOp
     values: UOp
 
-    def add(self, body: Body, row: _Row, block: _Block, place: tuple[int, int], done: UOp) -> UOp:
+    def add(self, body: Body, row: Row, block: _Block, place: tuple[int, int], done: UOp) -> UOp:
         """acc[g, start : start + VALUE_CHUNK] += sum over the block's tokens of weight * value, after `done`. `place`:
         (g, start)."""
         size, dim, (g, start) = row.spec.layout.block_size, row.spec.head_dim, place

@@ -15,7 +15,7 @@ from math import gcd
 from tinygrad import UOp, dtypes
 
 from tinyvllm.config import KVFormat
-from tinyvllm.ops.kernel.body import F32, Body, fill
+from tinyvllm.ops.kernel.body import F32, I32, Body, fill
 from tinyvllm.ops.kernel.kv_format import (
     E4M3_UNIT,
     Q4_ZERO,
@@ -105,6 +105,11 @@ class QuantizedBlock:
             return None
         return self.scales[(self.base * self.form.num_scales(self.dim) + group) * self.size + token].load().cast(F32)
 
+    def elements(self, code: UOp, group: UOp, token: UOp) -> list[UOp]:
+        """Those of a byte of a token's group, scaled."""
+        scale, values = self.scale(group, token), decode(self.form, code)
+        return values if scale is None else [value * scale for value in values]
+
 
 def multiply_keys(body: Body, block: QuantizedBlock, query: UOp, sums: UOp, num_queries: int) -> UOp:
     """`sums` [G][block_size] plus the products of queries [G][D] with a block's keys, without the factor `unit_of`."""
@@ -137,6 +142,36 @@ def multiply_keys(body: Body, block: QuantizedBlock, query: UOp, sums: UOp, num_
         for g in range(num_queries)
     ]
     return sums.after(UOp.group(*stores).end(x, group))
+
+
+def stage_keys(body: Body, block: QuantizedBlock, staged: UOp, start: UOp) -> UOp:
+    """The stores of a block's keys as float32 [D][block_size] from `start`, without the factor `unit_of`."""
+    form, dim, size = block.form, block.dim, block.size
+    unit = group_size(form, dim)
+    row_bytes = form.code_bytes(unit)
+    group, i, x = body.loop(dim // unit), body.loop(row_bytes), body.loop(size)
+    code = block.codes[block.codes_start + (group * row_bytes + i) * size + x].load()
+    first = start + (group * unit + i) * size + x
+    stores = [
+        staged[first + half * (row_bytes * size)].store(value)
+        for half, value in enumerate(block.elements(code, group, x))
+    ]
+    return UOp.group(*stores).end(x, i, group)
+
+
+def stage_values(body: Body, block: QuantizedBlock, staged: UOp, start: UOp, last: UOp) -> UOp:
+    """The stores of a block's values as float32 [block_size][D] from `start`, without the factor `unit_of`. Tokens
+    after `last` take its value."""
+    form, dim, size = block.form, block.dim, block.size
+    token, unit = body.loop(size), group_size(form, dim)
+    own, row_bytes = token.cast(I32).minimum(last), form.code_bytes(unit)
+    group, i = body.loop(dim // unit), body.loop(row_bytes)
+    code = block.codes[block.codes_start + own * form.code_bytes(dim) + group * row_bytes + i].load()
+    first = start + token * dim + group * unit + i
+    stores = [
+        staged[first + half * row_bytes].store(value) for half, value in enumerate(block.elements(code, group, own))
+    ]
+    return UOp.group(*stores).end(i, group, token)
 
 
 def scale_weights(body: Body, block: QuantizedBlock, weights: UOp, last: UOp, num_queries: int, loop: UOp) -> UOp:

@@ -37,6 +37,7 @@ from tinyvllm.ops.backend import (
 from tinyvllm.ops.coverage import Coverage
 from tinyvllm.ops.cpu.adapter_layers import SiteOnCores
 from tinyvllm.ops.cpu.attention import CpuAttentionSpec, attention_kernel, write_kv_kernel
+from tinyvllm.ops.cpu.attention_tiles import tile_attention_kernel, tile_rows
 from tinyvllm.ops.cpu.columns import GateSpec, GroupNormSpec, gate_columns_kernel, norm_groups_kernel
 from tinyvllm.ops.cpu.cores import Team, count_cores, share
 from tinyvllm.ops.cpu.dots import DOT_ROWS, FEW_DOT_ROWS
@@ -604,7 +605,8 @@ class CpuBackend(DeviceSampling):
         outs = []
         for (first, end), core in share(spec.num_heads, cores) if len(cores) > 1 else [((0, spec.num_heads), cores[0])]:
             own = spec if len(cores) == 1 else spec.with_queries(first, end)
-            (out,) = run_kernel(attention_kernel(own), [output(own, core)], [*pool, *read, *qkv[own.query_parts]])
+            kernel = attention_kernel if step.is_decode or tile_rows(own) == 1 else tile_attention_kernel
+            (out,) = run_kernel(kernel(own), [output(own, core)], [*pool, *read, *qkv[own.query_parts]])
             outs.append((out, own.num_heads))
         return outs
 

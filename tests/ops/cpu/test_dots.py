@@ -131,7 +131,7 @@ def test_every_processors_statements_give_the_same_sums(tmp_path: Path, bits: in
     planes = [pack_dots(codes, low_bits(fmt))]
     planes += [pack_dots(codes >> low_bits(fmt), high_bits(fmt))] if high_bits(fmt) else []
     planes = [np.ascontiguousarray(plane.T) for plane in planes]  # (runs, 32)
-    dot = _statement(fmt, 3, prefetches=True).format(*["a", "b", "c", "d", "e", "f"][: 4 + len(planes)])
+    dot = _statement(fmt, 3).format(*["a", "b", "c", "d", "e", "f"][: 4 + len(planes)])
     unpack = unpack_statement(fmt, 64).format(*["a", "b", "f"][: 1 + len(planes)])
     add = add_statement(fmt, 3, 1, has_addend=True).format("g", "a", "h", "h", "c", "d", "e", "i", "i", "i")
     source = tmp_path / "statement.c"

@@ -70,6 +70,13 @@ MULTIPLY = """
             sums[r][v] += ((ints)code[v] << 16 >> 16) * (both << 16 >> 16) + ((ints)code[v] >> 16) * (both >> 16);
 #endif"""
 
+# A core that reads codes once is limited by memory. Processors fetch ahead within a page only: with these requests Q4_1
+# at one row came at 15 GB/s instead of 10, which is what one core read without any arithmetic.
+AHEAD = 6144  # bytes
+PREFETCH = f"""
+      __builtin_prefetch((const char*){{1}} + run * 128 + {AHEAD});
+      __builtin_prefetch((const char*){{1}} + run * 128 + {AHEAD + 64});"""
+
 # {0}: the sums, int32 [rows][32]; {1}: the codes of the panel's group; then each row's integers of the group, and the
 # codes' high bits
 STATEMENT = f"""{{{{{NAMES}
@@ -77,7 +84,7 @@ STATEMENT = f"""{{{{{NAMES}
   for (int first = 0; first < VECTORS; first += AT_ONCE) {{{{
     ints sums[%(rows)d][AT_ONCE] = {{{{}}}};
     for (int run = 0; run < %(runs)d; run++) {{{{
-      codes low[AT_ONCE]%(high)s;%(prefetch)s
+      codes low[AT_ONCE]%(high)s;{PREFETCH}
       UNROLL for (int v = 0; v < AT_ONCE; v++) {{{{
         low[v] = *((const codes_at*){{1}} + run * VECTORS + first + v);%(load_high)s
       }}}}
@@ -95,14 +102,6 @@ STATEMENT = f"""{{{{{NAMES}
       UNROLL for (int v = 0; v < AT_ONCE; v++) *((ints_at*){{0}} + r * VECTORS + first + v) = sums[r][v];
   }}}}
 }}}}"""
-
-
-# A core that reads codes once is limited by memory. Processors fetch ahead within a page only: with these requests Q4_1
-# at one row came at 15 GB/s instead of 10, which is what one core read without any arithmetic.
-AHEAD = 6144  # bytes
-PREFETCH = f"""
-    __builtin_prefetch((const char*){{1}} + run * 128 + {AHEAD});
-    __builtin_prefetch((const char*){{1}} + run * 128 + {AHEAD + 64});"""
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def fix_rows_kernel(spec: NormSpec, group: int, normed: bool) -> KernelFn:
 
 @dataclass(frozen=True)
 class DotProduct:
-    """Some rows of x times a panel in the `dot` layout: 32 sums for each row."""
+    """All rows of x, which are few, times a panel in the `dot` layout: 32 sums for each row."""
 
     body: Body
     format: Format
@@ -186,7 +185,6 @@ class DotProduct:
     planes: Planes
     panel: UOp
     rows: Sequence[UOp]  # of x
-    reads_once: bool = False  # no other rows follow that multiply the panel
 
     def add(self, acc: UOp, x: FixedRows) -> UOp:
         """The registers `acc` [rows][32], after the product was added to them."""
@@ -206,7 +204,7 @@ class DotProduct:
         pointers += [x.integers[row * cols + group * x.group] for row in self.rows]
         if planes.high is not None:
             pointers.append(run(planes.high, high_bits(fmt)))
-        return UOp(Ops.CUSTOM, dtypes.void, src=tuple(pointers), arg=_statement(fmt, len(self.rows), self.reads_once))
+        return UOp(Ops.CUSTOM, dtypes.void, src=tuple(pointers), arg=_statement(fmt, len(self.rows)))
 
     def _add_scaled(self, acc: UOp, sums: UOp, statement: UOp, x: FixedRows, group: UOp) -> UOp:
         """acc += scale * (unit * sum - offset * total) + minimum * total; ends the loop `group`."""
@@ -246,13 +244,12 @@ def code_words(fmt: Format, high_plane: int) -> dict[str, str]:
     return {"code": code, "high": ", high[AT_ONCE]" if high else "", "load_high": load_high}
 
 
-def _statement(fmt: Format, num_rows: int, prefetches: bool) -> str:
+def _statement(fmt: Format, num_rows: int) -> str:
     """STATEMENT for a format and a number of rows."""
     return STATEMENT % {
         "rows": num_rows,
         "x": ", ".join(f"(const pair*){{{2 + r}}}" for r in range(num_rows)),
         "runs": fmt.group // dot_cols(low_bits(fmt)),
         "pairs": HALF_WORD // low_bits(fmt),
-        "prefetch": PREFETCH if prefetches else "",
         **code_words(fmt, 2 + num_rows),
     }

@@ -170,7 +170,7 @@ def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[Shard]
     acc = fill(body, body.registers(rows * PANEL), 0.0, panel, *read, *loops)
     of_rows = (body, spec.format, spec.num_cols, planes, panel, [first + r for r in range(rows)])
     if isinstance(x, FixedRows):
-        return _Tile(first, rows, DotProduct(*of_rows, reads_once=tile_row is None).add(acc, x), loops)
+        return _Tile(first, rows, DotProduct(*of_rows).add(acc, x), loops)
     return _Tile(first, rows, Product(*of_rows).add_shards(acc, x), loops)
 
 

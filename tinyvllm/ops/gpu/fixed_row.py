@@ -63,7 +63,7 @@ def stage_fixed_row(
 ) -> FixedRow:
     """Wait for the previous kernels, and bring x into threadgroup memory, as `stage_row`; begin the walk meanwhile."""
     source = RowSource(spec, operands, place, [walk.begun])
-    loaded, stores, squares = source.read_before(place.body, place.axes, walk.begin_rest), [], None
+    loaded, stores, squares = source.read_before(walk.begin_rest), [], None
     if x_out is not None:
         loaded = finish_sum(spec, place, source, loaded)
         stores = store_sum(spec, place, source, loaded, x_out)

@@ -154,6 +154,7 @@ class StreamedVectorSpec(QuantizedVectorSpec):
             and not any(scales.has_multiplier for scales in self.format.scales)
             and self.early <= self.stages
             and self.experts is None
+            and self.split is None
             and self.ring.is_possible
             and self.shared_bytes <= STATIC_BYTES
             and self.shared_bytes + self.dynamic_bytes <= HOPPER_SHARED_BYTES

@@ -436,11 +436,10 @@ class RowSource:
             value if ok is None else ok.where(value, 0.0) for value, ok in zip(squares, self.inside, strict=True)
         )
 
-    def read_before(self, body: Body, axes: tuple[UOp, ...], follow: Callable[[Sequence[UOp]], UOp]) -> list[list[UOp]]:
-        """`read`, and `follow` is given the loads: the statement that it returns is executed after them, and before
-        their values are used."""
-        if self._split is not None or self._spec.lanes.kind != "CUDA":
-            return self.read(body, axes)
+    def read_before(self, follow: Callable[[Sequence[UOp]], UOp]) -> list[list[UOp]]:
+        """`read` on CUDA, where attention combines its splits itself. `follow` is given the loads: the statement that
+        it returns is executed after them, and before their values are used."""
+        assert self._split is None and self._spec.lanes.kind == "CUDA"
         x = self.operands.x
         loads = [load_cuda_vectors(x, piece * PIECE, PIECE) for piece in self.pieces]
         done = follow([load for vectors in loads for load in vectors])

@@ -80,6 +80,30 @@ def test_products_equal_the_reference(fmt: str, tokens: int, operation: str) -> 
     assert difference < TOLERANCE[DTYPE_OF.get(fmt, "float16")]
 
 
+@pytest.mark.parametrize("tokens", [5, 16])
+def test_rows_are_put_in_order_and_back(tokens: int) -> None:
+    """By the norm that writes them, and by kernels of their own: for products on other GPUs, which share both."""
+    from tests.ops.builders import normal
+    from tinyvllm.ops.backend import Norm
+    from tinyvllm.ops.gpu.fused import FusedGpuBackend
+    from tinyvllm.ops.gpu.token_order import order_rows_kernel, token_cols, token_place
+    from tinyvllm.ops.kernel.body import run_kernel
+
+    backend, cols = backends("float16")[0], 384
+    assert isinstance(backend, FusedGpuBackend)
+    x = activations(backend, normal(tokens, cols, seed=1))
+    norm = Norm(backend.device.upload(normal(cols, seed=2)), 1e-5)
+    plain = backend._normed_rows(x, norm, tokens)
+    by_norm = backend._normed_rows(x, norm, tokens, orders=True)
+    out = backend._empty(token_cols(tokens) * cols)
+    (by_kernel,) = run_kernel(order_rows_kernel(backend.lanes, tokens, cols, False), [out], [plain])
+    values = plain.numpy().reshape(tokens, cols)
+    places = np.array([[token_place(t, col, token_cols(tokens)) for col in range(cols)] for t in range(tokens)])
+    for ordered in (by_norm.ordered, by_kernel):
+        assert (ordered.numpy()[places] == values).all()
+    assert (backend.whole(by_norm).numpy().reshape(tokens, cols) == values).all()
+
+
 def test_recurrent_layers_equal_the_reference() -> None:
     """Prompts by chunks, among which others decode; then decoding."""
     from tests.ops.recurrent import States, Turn, check_steps, make_kind

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-from tinygrad import UOp
+from tinygrad import UOp, dtypes
+from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
-from tinyvllm.ops.formats.matrix import PANEL, Planes, code_lanes
+from tinyvllm.ops.formats.matrix import PANEL, Planes, ScalePlanes, code_lanes
 from tinyvllm.ops.formats.runs import (
     E2M1_PLACE,
     E4M3_PLACE,
@@ -37,12 +38,13 @@ from tinyvllm.ops.formats.runs import (
     require_covered,
     small_float_unit,
 )
-from tinyvllm.ops.kernel.body import F16, U32
+from tinyvllm.ops.kernel.body import F16, I32, U32
 from tinyvllm.ops.kernel.lanes import HALF_PAIR, Mma
 
 IN_HALF = 1024  # a code in a float16's mantissa makes it 1024 + code
 PLACED_PAIR = 0x54005400  # two float16 of 64, whose mantissa's bit 4 is worth 1
 BOTH = 0x00010001  # the lowest bit of both halves of a word
+TWICE = "__byte_perm({0}, 0x64646464, 0x4040)"  # the lowest byte in the mantissa of 1024, in both halves
 MAX_FOLDED = 256.0  # units that a scale is multiplied by: with larger ones it might exceed float16
 FLOAT_PLACES = {8: E4M3_PLACE, 4: E2M1_PLACE}  # by a small float's bits
 
@@ -195,6 +197,50 @@ def read_halves(planes: Planes, row: UOp, run: UOp, num_cols: int, mma: Mma) -> 
             code = mma.fuse(code, mma.both(form.unit), mma.both(-form.excess) if form.excess else None)
         weights += mma.fuse(code, factor, addend)
     return weights
+
+
+def _placed_pairs(planes: Planes, run: UOp, mma: Mma) -> list[UOp]:
+    """The words of `read_pairs`, with codes of 4 bits where they lie: they stand for `pair_forms`."""
+    words = code_words(planes, run)
+    return [_in_place(mma, words[i // 2], i % 2, odd) for i in range(PANEL // 4) for odd in range(2)]
+
+
+def read_placed(planes: Planes, run: UOp, scale_run: UOp, mma: Mma) -> list[UOp]:
+    """A run's weights, rounded to float16, in the order of `read_pairs`. `scale_run`: its number in the planes of
+    scales, which begin at another column than those of codes."""
+    require_covered(planes.fmt)
+    fmt, nil, forms = planes.fmt, UOp.const(0, I32), pair_forms(planes.fmt, mma)
+    words = _placed_pairs(planes, run, mma) if _stays_in_place(fmt) else read_pairs(planes, nil, run, 0, mma)
+    is_folded = all(form.excess == 0.0 and form.unit == forms[0].unit <= MAX_FOLDED for form in forms)
+    factors = []
+    for i in range(groups_in_run(fmt)):
+        group = group_of(fmt, scale_run, i)
+        factor = _group_pair(planes.scale, group, fmt, mma, forms[0].unit if is_folded else 1.0)
+        factors.append((factor, None if planes.minimum is None else _group_pair(planes.minimum, group, fmt, mma, 1.0)))
+    weights: list[UOp] = []
+    for i, word in enumerate(words):
+        form, (factor, addend) = forms[i // 2 % 2], factors[i // 2 % 2 * len(factors) // 2]
+        code = mma.pair_of(word)
+        if not is_folded:
+            code = mma.fuse(code, mma.both(form.unit), mma.both(-form.excess) if form.excess else None)
+        weights += mma.fuse(code, factor, addend)
+    return weights
+
+
+def _group_pair(scales: ScalePlanes | None, group: UOp, fmt: Format, mma: Mma, unit: float) -> UOp:
+    """The scale (or minimum) of a group, rounded to float16, as both halves of a word."""
+    assert scales is not None
+    if scales.steps is None or scales.format.dtype != "float16" or scales.multiplier is not None or unit != 1.0:
+        value = group_scale(scales, UOp.const(0, I32), group, fmt, 0)
+        return mma.both((value if unit == 1.0 else value * unit).cast(F16))
+    # the steps, integers of a byte, become float16 as codes do
+    base = scales.base[group // (scales.format.span // fmt.group)].load()
+    step = scales.steps[group].load()
+    offset = float(SIGNED if step.dtype == dtypes.char else 0)
+    byte = (step.cast(dtypes.uchar).cast(U32) ^ int(offset)) if offset else step.cast(U32)
+    word = UOp(Ops.CUSTOM, U32, src=(byte,), arg=TWICE)
+    (number,) = mma.fuse((word,), mma.both(1.0), mma.both(-IN_HALF - offset))
+    return mma.fuse((number,), mma.both(base * scales.format.unit if scales.format.unit != 1.0 else base), None)[0]
 
 
 # -- words of two codes ------------------------------------------------------------------------------------------------

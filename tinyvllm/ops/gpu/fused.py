@@ -42,6 +42,7 @@ from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, streamed_vecto
 from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS as STREAMED_TOKENS
 from tinyvllm.ops.gpu.quantized_stream_rows import StreamedMatrixSpec, streamed_matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector, quantized_vector_kernel
+from tinyvllm.ops.gpu.quantized_wgmma import QuantizedWgmmaSpec, quantized_wgmma_kernel, reads_runs
 from tinyvllm.ops.gpu.recurrent import recur_by_rows
 from tinyvllm.ops.gpu.recurrent_chunks import MIN_ROWS, recur_by_chunks
 from tinyvllm.ops.gpu.recurrent_decode import DecodeStateSpec, recur_rows
@@ -50,6 +51,7 @@ from tinyvllm.ops.gpu.recurrent_solve import ChunkSpec
 from tinyvllm.ops.gpu.row_sum import RUN_COLS, EmbedSpec, SumSpec, sum_kernel
 from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, NUM_MAPS, StreamSpec, stream_kernel
 from tinyvllm.ops.gpu.stream_hopper_codes import CodeStreamSpec, code_stream_kernel, reads_codes
+from tinyvllm.ops.gpu.token_order import CHUNK_COLS, order_rows_kernel, token_cols
 from tinyvllm.ops.gpu.vector import NormedSum, VectorSpec, vector_kernel
 from tinyvllm.ops.kernel.body import F32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import allows_wgmma
@@ -147,6 +149,13 @@ class Split(Pending):
     split: SplitHeads
 
 
+class Ordered(Pending):
+    """Lazy rows (T, K), which are in `ordered` in another order (token_order.py), in which products read them."""
+
+    ordered: Tensor
+    num_tokens: int  # T
+
+
 def _uncovered_pool(pool: KVPool) -> str:
     """Why the fused kernels of attention do not read this pool, in words; "" if they do."""
     covers_all = all(form.is_quantized or form.name == "float16" for form in (pool.formats.keys, pool.formats.values))
@@ -186,7 +195,9 @@ class FusedGpuBackend(GpuBackend):
 
     def matrix(self, host: HostMatrix) -> Matrix:
         matrix = super().matrix(host)
-        self.has_quantized |= matrix.format.is_quantized and not (self.has_wgmma and reads_codes(matrix.format))
+        takes_runs = self.mma is not None and self.mma.dtype == dtypes.half and reads_runs(matrix.format)
+        is_streamed = self.has_wgmma and (takes_runs or reads_codes(matrix.format))
+        self.has_quantized |= matrix.format.is_quantized and not is_streamed
         return matrix
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
@@ -228,8 +239,8 @@ class FusedGpuBackend(GpuBackend):
         if norm is not None and self._takes_words(matrices, num_tokens):
             x = self._normed_rows(x, norm, num_tokens, dtypes.half, rounds_to_bfloat=True)
         elif norm is not None:
-            x = self._normed_rows(x, norm, num_tokens)
-        return [self._many_rows(name, self.whole(x), matrix, num_tokens, epilogue) for matrix in matrices]
+            x = self._normed_rows(x, norm, num_tokens, orders=self._takes_order(name, matrices, num_tokens, epilogue))
+        return [self._many_rows(name, x, matrix, num_tokens, epilogue) for matrix in matrices]
 
     def route(self, x: Tensor, layer: ExpertLayer, num_tokens: int, norm: Norm | None = None) -> Routing:
         if reason := uncovered_kind(layer.kind):
@@ -450,6 +461,10 @@ class FusedGpuBackend(GpuBackend):
         elif isinstance(x, Summed):
             added = x.spec(self._lanes_between(x.num_tokens), x.numel() // x.num_tokens, None)
             out = run_kernel(sum_kernel(added), out, x.operands)
+        elif isinstance(x, Ordered):
+            cols = int(x.numel()) // x.num_tokens
+            fn = order_rows_kernel(self._lanes_between(x.num_tokens), x.num_tokens, cols, True)
+            out = run_kernel(fn, out, [x.ordered])
         elif isinstance(x, Split):
             out = run_kernel(combine_kernel(x.split), out, [x.values, x.sums, x.inputs])
         return self._written(x, out[0])
@@ -596,6 +611,9 @@ class FusedGpuBackend(GpuBackend):
         mma = mma or self.mma
         assert mma is not None
         spec = self._matrix_spec(name, mma, matrix, num_tokens, epilogue.activation, x.dtype)
+        if isinstance(spec, QuantizedWgmmaSpec):
+            return self._ordered_product(spec, x, matrix, epilogue)
+        x = self.whole(x)
         if isinstance(spec, StreamSpec) and x.dtype != dtypes.half:
             x = round_rows(x, num_tokens, matrix.num_cols)
         elif isinstance(spec, MatrixSpec) and mma == self.mma and self._takes_words([matrix], num_tokens):
@@ -613,6 +631,39 @@ class FusedGpuBackend(GpuBackend):
         if spec.splits == 1 and epilogue.is_plain:
             return partials
         return self._pending_sum(partials, spec.splits, num_tokens, epilogue)
+
+    def _ordered_product(self, spec: QuantizedWgmmaSpec, x: Tensor, matrix: Matrix, epilogue: Epilogue) -> Tensor:
+        """As `_many_rows`, of rows in the order of token_order.py. Hidden values stay in it."""
+        tokens, rows = spec.num_tokens, spec.token_cols
+        if isinstance(x, Ordered) and not x.is_written:
+            ordered = x.ordered
+        else:
+            order = order_rows_kernel(spec.lanes, tokens, spec.num_cols, False)
+            out = empty(rows * spec.num_cols, dtypes.half, self.device.name)
+            (ordered,) = run_kernel(order, [out], [self.whole(x)])
+        spec = replace(spec, orders_result=spec.is_gated and spec.out_rows % CHUNK_COLS == 0)
+        fn, read = quantized_wgmma_kernel(spec), [*matrix.planes, ordered]
+        if spec.orders_result:
+            out = empty(rows * spec.out_rows, dtypes.half, self.device.name)
+            return self._in_order(run_kernel(fn, [out], read)[0], tokens, spec.out_rows)
+        if spec.is_gated:
+            return run_kernel(fn, [self._empty(tokens * spec.out_rows)], read)[0]
+        (partials,) = run_kernel(fn, [self._floats(spec.splits * tokens * spec.num_rows)], read)
+        if spec.splits == 1 and epilogue.is_plain:
+            return partials
+        return self._pending_sum(partials, spec.splits, tokens, epilogue)
+
+    def _in_order(self, ordered: Tensor, num_tokens: int, num_cols: int) -> Ordered:
+        result = Ordered(self._empty(num_tokens * num_cols).uop)
+        result.ordered, result.num_tokens = ordered, num_tokens
+        return result
+
+    def _takes_order(self, name: str, matrices: Sequence[Matrix], num_tokens: int, epilogue: Epilogue) -> bool:
+        """Whether the products of several rows all take x in the order of token_order.py."""
+        assert self.mma is not None
+        own = (num_tokens, epilogue.activation, self.float)
+        specs = [self._matrix_spec(name, self.mma, matrix, *own) for matrix in matrices]
+        return all(isinstance(spec, QuantizedWgmmaSpec) for spec in specs)
 
     def _multiply(
         self, spec: ProductSpec, out: Tensor, matrix: Matrix, x: Tensor, residual: Tensor | None = None
@@ -658,11 +709,13 @@ class FusedGpuBackend(GpuBackend):
 
     def _matrix_spec(
         self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, activation: str | None, x_dtype: DType
-    ) -> ProductSpec:
+    ) -> ProductSpec | QuantizedWgmmaSpec:
         """`x_dtype`: of the rows, which in a bfloat16 model are rounded first if there are many."""
         size = (num_tokens, matrix.num_rows, matrix.num_cols)
         if stream := self._stream_spec(name, mma, matrix, num_tokens, activation, x_dtype):
             return stream
+        if unpacked := self._unpacked_spec(name, mma, matrix, num_tokens, activation, x_dtype):
+            return unpacked
         if num_tokens >= MIN_TOKENS:
             shape = (num_tokens, matrix.num_rows, matrix.num_cols, activation, self.has_wgmma)
             return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
@@ -681,6 +734,25 @@ class FusedGpuBackend(GpuBackend):
             if streamed.is_possible():
                 return choose(streamed)
         return choose(MatrixSpec(name, self._lanes(num_tokens), mma, matrix.format, *size, activation))
+
+    def _unpacked_spec(
+        self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, activation: str | None, x_dtype: DType
+    ) -> QuantizedWgmmaSpec | None:
+        """The spec of the kernel that unpacks codes into the matrix unit's registers (Hopper), if it is one for it."""
+        if not self.has_wgmma or x_dtype != dtypes.half or not reads_runs(matrix.format):
+            return None
+        spec = QuantizedWgmmaSpec(
+            name=name,
+            lanes=self._lanes(num_tokens, MAX_CHAINED_STREAMS),
+            mma=mma,
+            format=matrix.format,
+            num_tokens=num_tokens,
+            num_rows=matrix.num_rows,
+            num_cols=matrix.num_cols,
+            activation=activation,
+            planes=plane_sizes(matrix),
+        )
+        return choose(spec) if spec.is_wanted and spec.is_possible() else None
 
     def _stream_spec(
         self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, activation: str | None, x_dtype: DType
@@ -731,22 +803,26 @@ class FusedGpuBackend(GpuBackend):
         dtype: DType | None = None,
         *,
         rounds_to_bfloat: bool = False,
+        orders: bool = False,
     ) -> Tensor:
-        """RMSNorm of rows, in the activations' dtype unless another one is given, or as bfloat16 in a float16 buffer.
-        If x is a lazy sum or lazy rows of a table, the same kernel computes and writes it."""
+        """RMSNorm of rows, in the activations' dtype unless another one is given, or as bfloat16 in a float16 buffer;
+        or in the order of token_order.py. If x is a lazy sum or lazy rows of a table, the same kernel computes and
+        writes it."""
         cols, weight = norm.weight.shape[0], norm.weight
-        normed = empty(num_tokens * cols, dtype or self.float, self.device.name)
+        rows = token_cols(num_tokens) if orders else num_tokens
+        normed = empty(rows * cols, dtype or self.float, self.device.name)
         lanes, outs = self._lanes_between(num_tokens), [self._empty(num_tokens * cols), normed]
         given = SumSpec(
             lanes=lanes, num_tokens=num_tokens, num_cols=cols, num_partials=0, has_residual=False, norm_eps=norm.eps
         )
-        given = replace(given, rounds_norm=rounds_to_bfloat)
+        given = replace(given, rounds_norm=rounds_to_bfloat, orders_norm=orders)
         if isinstance(x, Embedded) and not x.is_written:
             value, normed = run_kernel(sum_kernel(replace(given, embed=x.spec)), outs, [*x.sources, weight])
         elif isinstance(x, Summed) and not x.is_written:
-            spec = replace(x.spec(lanes, cols, norm.eps), rounds_norm=rounds_to_bfloat)
+            spec = replace(x.spec(lanes, cols, norm.eps), rounds_norm=rounds_to_bfloat, orders_norm=orders)
             value, normed = run_kernel(sum_kernel(spec), outs, [*x.operands, weight])
         else:
-            return run_kernel(sum_kernel(given), [normed], [x, weight])[0]
+            (normed,) = run_kernel(sum_kernel(given), [normed], [x, weight])
+            return self._in_order(normed, num_tokens, cols) if orders else normed
         self._written(x, value)
-        return normed
+        return self._in_order(normed, num_tokens, cols) if orders else normed

@@ -13,6 +13,7 @@ from tinygrad import UOp, dtypes
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import tanh
 from tinyvllm.ops.formats.matrix import Planes
+from tinyvllm.ops.gpu.token_order import token_places
 from tinyvllm.ops.kernel.body import F32, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, await_previous, axes_of, dot, load_floats, warps
 from tinyvllm.ops.sampling.token_ids import token_id
@@ -51,6 +52,7 @@ class SumSpec:
     is_weighted: bool = False  # the partial products are (T, S, K), of S experts of each token, and have weights (T, S)
     has_bfloat_bits: bool = False  # the partial products are bfloat16, in a float16 buffer
     rounds_norm: bool = False  # so is h
+    orders_norm: bool = False  # h is in the order of token_order.py
 
     @property
     def run_cols(self) -> int:
@@ -85,7 +87,7 @@ def sum_kernel(spec: SumSpec) -> KernelFn:
             normed = row.normed(values, norm_weight, spec.norm_eps)
             if spec.rounds_norm:
                 normed = [[value.cast(dtypes.bfloat16).bitcast(dtypes.half) for value in new] for new in normed]
-            stores += row.stores(h_out, normed)
+            stores += row.stores(h_out, normed, is_ordered=spec.orders_norm)
         kind = f"sum{spec.num_partials}{'_norm' if h_out is not None else ''}"
         if spec.embed is not None:
             kind = f"embed_{spec.embed.format.name}"
@@ -194,11 +196,13 @@ class _SumRow:
         weights = [self._floats(weight, start) for start in self.starts]
         return [[v * scale * w for v, w in zip(new, ws, strict=True)] for new, ws in zip(values, weights, strict=True)]
 
-    def stores(self, target: UOp, values: list[list[UOp]]) -> list[UOp]:
-        stores = []
+    def stores(self, target: UOp, values: list[list[UOp]], *, is_ordered: bool = False) -> list[UOp]:
+        stores, cols = [], self.spec.num_cols
         for new, start, ok in zip(values, self.starts, self.inside, strict=True):
-            for i, value in enumerate(new):
-                at = self.row * self.spec.num_cols + start + i
+            places = [self.row * cols + start + i for i in range(len(new))]
+            if is_ordered:
+                places = token_places(self.row, start, len(new), self.spec.num_tokens)
+            for at, value in zip(places, new, strict=True):
                 stores.append(target[at if ok is None else at.valid(ok)].store(value.cast(target.dtype)))
         return stores
 

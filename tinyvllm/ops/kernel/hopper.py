@@ -399,9 +399,11 @@ def start_weighing(type_name: str, words: Sequence[UOp], right: UOp, sums: UOp, 
     return statement("\n".join(lines), *[sums[i] for i in range(count)], *words, right, *after)
 
 
-def start_rows(type_name: str, words: Sequence[UOp], right: UOp, sums: UOp, adds: bool, *after: UOp) -> UOp:
+def start_rows(
+    type_name: str, words: Sequence[UOp], right: UOp, sums: UOp, adds: bool, *after: UOp, stride: int = 0
+) -> UOp:
     """Start to compute left @ right.T into the registers `sums`, or to add it, and do not wait for it. left: four words
-    a lane for each 16 of its columns; right: a tile of 64 columns."""
+    a lane for each 16 of its columns; right: tiles of 64 columns, `stride` bytes apart."""
     count = sums.max_numel()
     first = count + len(words)
     lines = [FENCE, f"{{{{ unsigned long long b = {DESCRIPTOR % first};"]
@@ -409,9 +411,16 @@ def start_rows(type_name: str, words: Sequence[UOp], right: UOp, sums: UOp, adds
         four = ", ".join(f"%{count + i}" for i in range(4))
         inputs = ", ".join(f'"r"({{{count + 4 * k + i}}})' for i in range(4))
         operands = f"{{{{{four}}}}}, %{count + 4}, {int(adds or k > 0)}, 1, 1, 0"
-        lines.append(_product(type_name, count, operands, f'{inputs}, "l"(b + {2 * k})'))
+        tile, inner = k * 16 // WGMMA_COLS, k * 16 % WGMMA_COLS
+        at = (tile * stride + inner * 2) // 16
+        lines.append(_product(type_name, count, operands, f'{inputs}, "l"(b + {at})'))
     lines += ["}}", COMMIT]
     return statement("\n".join(lines), *[sums[i] for i in range(count)], *words, right, *after)
+
+
+def await_earlier(pending: int, *after: UOp) -> UOp:
+    """Wait for all but the `pending` latest products, which still use their registers."""
+    return statement(_wait_for(pending, 0), *after)
 
 
 def await_products(pending: int, sums: UOp, *after: UOp) -> UOp:

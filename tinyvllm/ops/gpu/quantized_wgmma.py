@@ -1,0 +1,627 @@
+"""Products of several token rows with quantized weights on Hopper: wgmma takes the weights from registers.
+
+The weights are the instruction's left operand, 64 rows for four warps, so codes are unpacked where they are multiplied:
+no float16 weights pass through threadgroup memory. The tokens are its right operand, 8 to 128 of them.
+
+A lane reads whole runs of 32 codes, one of four neighboring runs in each of its two rows. So a group's scale is
+computed by the lane that needs it, and by no other. The columns are therefore multiplied in the order of
+token_order.py, in which the tokens are written before. Warps of their own copy codes and scales into a ring of stages,
+from before the previous kernel ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+
+from tinygrad import UOp
+from tinygrad.dtype import DType
+from tinygrad.uop.ops import Ops
+
+from tinyvllm.arrays import Format
+from tinyvllm.ops.activation import gated
+from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
+from tinyvllm.ops.formats.pairs import read_placed
+from tinyvllm.ops.gpu.gemm_hopper import HOPPER_ARITHMETIC
+from tinyvllm.ops.gpu.plane_ring import SharedPlane
+from tinyvllm.ops.gpu.token_order import CHUNK_COLS, token_cols, token_place
+from tinyvllm.ops.kernel.body import F16, F32, I32, Body, KernelFn, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel.hopper import (
+    HOPPER_SHARED_BYTES,
+    WGMMA_COLS,
+    WGMMA_TOKENS,
+    arrive,
+    await_earlier,
+    declare,
+    finish_wgmma,
+    make_barriers,
+    read_sums,
+    start_rows,
+    statement,
+    uniform,
+    wait,
+)
+from tinyvllm.ops.kernel.lanes import CHAIN, LANES, Lanes, Mma, axes_of
+from tinyvllm.ops.kernel.tiles import PTX_NAMES, together
+from tinyvllm.ops.kernel.tuning import Tunable
+
+MULTIPROCESSORS = 132
+GROUP_WARPS, GROUP_ROWS = 4, WGMMA_TOKENS  # of one instruction
+MIN_TOKENS, MAX_TOKENS = 9, 64
+# codes of the smallest matrices that are worth it, and those of a step of few rows
+MIN_CODES, MIN_CODES_OF_FEW, FEW_TOKENS = 2 << 20, 24 << 20, 16
+SPAN_COLS = 1024  # columns whose scales are copied at once, so that copies are sectors of memory or more
+MAX_STAGES = 12
+PIECE = 16  # bytes of a copy
+ROW_TILES, SPLITS = (64, 128, 256), (1, 2, 4, 8)
+BARRIER_BYTES = 256
+# what a product costs, in ns and in bytes per ns (measured on an H200)
+MEMORY_RATE = 4400.0  # from memory to all multiprocessors
+CACHE_RATE = 5200.0  # from the L2 cache
+BLOCK_TIME, TOKEN_TIME = 160.0, 1.0  # of 64 rows and a chunk of columns, and in addition of each token
+GROUP_TIMES = {64: 1.6, 128: 1.0, 256: 1.12}  # one group has no other one's products beside its unpacking
+FIRST_TIME, TURN_TIME = 3000.0, 700.0  # of the first tile and of each other one
+
+
+def reads_runs(fmt: Format) -> bool:
+    """Whether lanes can read a format's runs from threadgroup memory: codes and scales that lie by columns. An e4m3
+    code's instruction takes neighbors, which is another order of columns than token_order.py's."""
+    return (
+        fmt.is_quantized
+        and fmt.grid is None
+        and not fmt.is_float8
+        and not any(scale.has_multiplier for scale in fmt.scales)
+    )
+
+
+@dataclass(frozen=True)
+class _PlaneCopy:
+    """How a plane's part of a stage, or of a span of stages, is copied: `size` bytes of each row, from `row_bytes` a
+    row in memory to `pitch` a row in threadgroup memory, in pieces of `piece` bytes."""
+
+    dtype: DType
+    row_bytes: int
+    size: int
+    pitch: int
+    piece: int
+
+    @property
+    def pieces(self) -> int:
+        """Of a row."""
+        return self.size // self.piece if self.piece else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWgmmaSpec(Tunable):
+    """partials (S, T, N) = x (T, K) @ w.T over S splits of K, or out (T, N / 2) = activation(gate) * up. x is as
+    `order_rows_kernel` writes it."""
+
+    name: str
+    lanes: Lanes
+    mma: Mma
+    format: Format
+    num_tokens: int  # T
+    num_rows: int  # N
+    num_cols: int  # K
+    activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
+    planes: tuple[tuple[DType, float], ...]  # the dtype of each, and its bytes for each value of the matrix
+    orders_result: bool = False  # out is in the order of x
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation is not None
+
+    @property
+    def out_rows(self) -> int:
+        return self.num_rows // 2 if self.is_gated else self.num_rows
+
+    @property
+    def token_cols(self) -> int:
+        return token_cols(self.num_tokens)
+
+    @property
+    def row_tile(self) -> int:
+        """Rows of the matrix in a tile; of gate and up, half each."""
+        return self.knob("row_tile", self._cut[0])
+
+    @property
+    def splits(self) -> int:
+        """S."""
+        return self.knob("splits", self._cut[1])
+
+    @cached_property
+    def _cut(self) -> tuple[int, int]:
+        """(rows of the matrix in a tile, splits of K) by the rule."""
+        chosen = dict(self.chosen)
+        if "row_tile" in chosen and "splits" in chosen:  # as below
+            return chosen["row_tile"], chosen["splits"]
+        specs = [
+            replace(self, chosen=(*self.chosen, ("row_tile", rows), ("splits", splits)))
+            for rows in ROW_TILES
+            for splits in ((1,) if self.is_gated else SPLITS)
+        ]
+        best = min(specs, key=lambda spec: (not spec.is_possible(), spec.nanoseconds))
+        return best.row_tile, best.splits
+
+    @property
+    def out_tile(self) -> int:
+        return self.row_tile // 2 if self.is_gated else self.row_tile
+
+    @property
+    def groups(self) -> int:
+        """Groups of four warps that multiply."""
+        return min(2, self.row_tile // GROUP_ROWS)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 64 rows of each group."""
+        return self.row_tile // GROUP_ROWS // self.groups
+
+    @property
+    def multipliers(self) -> int:
+        """Warps that multiply."""
+        return self.groups * GROUP_WARPS
+
+    @property
+    def copiers(self) -> int:
+        """Warps that copy."""
+        return self.knob("copiers", 4)
+
+    @property
+    def row_groups(self) -> int:
+        return -(-self.out_rows // self.out_tile)
+
+    @property
+    def num_tiles(self) -> int:
+        return self.splits * self.row_groups
+
+    @property
+    def units(self) -> int:
+        """Threadgroups. Each walks along a list of tiles."""
+        return min(self.num_tiles, MULTIPROCESSORS)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of 128 columns of a stage. The registers of one product's weights are filled while the product before
+        is computed: so a stage has two products for each group, be it of two blocks or of two chunks."""
+        return 2 if self.blocks == 1 and self.num_cols // CHUNK_COLS // self.splits % 2 == 0 else 1
+
+    @property
+    def stage_cols(self) -> int:
+        return self.chunks * CHUNK_COLS
+
+    @property
+    def steps(self) -> int:
+        """Stages of a tile."""
+        return self.num_cols // self.stage_cols // self.splits
+
+    @property
+    def span_steps(self) -> int:
+        """Stages whose scales are copied at once."""
+        return min(self.steps, SPAN_COLS // self.stage_cols)
+
+    @property
+    def spans(self) -> int:
+        """Spans of a tile."""
+        return -(-self.steps // self.span_steps)
+
+    @cached_property
+    def codes(self) -> tuple[_PlaneCopy, ...]:
+        """The copies of each stage."""
+        count = 1 + (high_bits(self.format) > 0)
+        return tuple(self._copy(dtype, size, CHUNK_COLS, PIECE) for dtype, size in self.planes[:count])
+
+    @cached_property
+    def scales(self) -> tuple[_PlaneCopy, ...]:
+        """The copies of each span."""
+        cols, count = self.span_steps * self.stage_cols, len(self.codes)
+        return tuple(self._copy(dtype, size, cols, 4) for dtype, size in self.planes[count:])
+
+    def _copy(self, dtype: DType, size: float, cols: int, least: int) -> _PlaneCopy:
+        row, part = int(size * self.num_cols), int(size * cols)
+        share = int(size * self.num_cols / self.splits)
+        piece = next((p for p in (16, 8, 4) if p >= least and not (row % p or part % p or share % p)), 0)
+        pitch = -(-part // PIECE) * PIECE
+        # eight rows' pieces lie in different banks; a lane's run of codes of 4 bits is a piece, of 8 bits two
+        is_code_run = cols == CHUNK_COLS and part == CHUNK_COLS // PANEL * PIECE
+        return _PlaneCopy(dtype, row, part, pitch if is_code_run or pitch // PIECE % 2 else pitch + PIECE, piece)
+
+    def _fits(self, copy: _PlaneCopy) -> bool:
+        """Whether the copying lanes have whole rows, each the same ones of gate and up."""
+        lanes, pieces = self.copiers * LANES, self.pieces_of(copy)
+        rows = self.rows_at_once(copy)
+        return lanes % pieces == 0 and (self.out_tile % rows == 0 or rows % self.row_tile == 0)
+
+    def rows_at_once(self, copy: _PlaneCopy) -> int:
+        """Rows that the lanes copy at once."""
+        return self.copiers * LANES // self.pieces_of(copy)
+
+    def pieces_of(self, copy: _PlaneCopy) -> int:
+        """Pieces of a row that are copied at once."""
+        return copy.pieces * (self.chunks if copy in self.codes else 1)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a stage's tokens."""
+        return self.token_cols * self.stage_cols * 2
+
+    @cached_property
+    def stage_bytes(self) -> int:
+        codes = self.chunks * self.row_tile * sum(copy.pitch for copy in self.codes)
+        return -(-(self.token_bytes + codes) // 1024) * 1024
+
+    @cached_property
+    def span_bytes(self) -> int:
+        return self.row_tile * sum(copy.pitch for copy in self.scales)
+
+    @cached_property
+    def stages(self) -> int:
+        most = min(MAX_STAGES, HOPPER_SHARED_BYTES // self.stage_bytes)
+        return next((s for s in range(most, 2, -1) if self._bytes(s) <= HOPPER_SHARED_BYTES), 2)
+
+    @cached_property
+    def slots(self) -> int:
+        return self._slots(self.stages)
+
+    def _slots(self, stages: int) -> int:
+        """Spans in threadgroup memory: as many as so many neighboring stages belong to."""
+
+        def span(number: int) -> int:
+            return number // self.steps * self.spans + number % self.steps // self.span_steps
+
+        most = max(span(first + stages - 1) - span(first) for first in range(self.steps)) + 1
+        return min(most, self.spans * -(-self.num_tiles // self.units))
+
+    def _bytes(self, stages: int) -> int:
+        return stages * self.stage_bytes + self._slots(stages) * self.span_bytes + BARRIER_BYTES
+
+    @property
+    def spans_at(self) -> int:
+        """Where the scales begin in threadgroup memory."""
+        return self.stages * self.stage_bytes
+
+    @property
+    def barriers_at(self) -> int:
+        return self.spans_at + self.slots * self.span_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        return self._bytes(self.stages)
+
+    @property
+    def predicted_s(self) -> float:
+        return self.nanoseconds / 1e9
+
+    @property
+    def nanoseconds(self) -> float:
+        """A rough cost, to choose between tiles. A turn of tiles takes as long as the slowest of: codes from memory,
+        codes and tokens from the L2 cache, and unpacking and multiplying them. In addition, partial sums are written
+        and read."""
+        codes, tokens = self.row_tile * CHUNK_COLS * self.format.code_bits / 8, self.token_cols * CHUNK_COLS * 2
+        own = self.row_tile // GROUP_ROWS * (BLOCK_TIME + self.token_cols * TOKEN_TIME) * GROUP_TIMES[self.row_tile]
+        turns = [min(self.num_tiles - first, self.units) for first in range(0, self.num_tiles, self.units)]
+        chunks = sum(max(active * codes / MEMORY_RATE, active * (codes + tokens) / CACHE_RATE, own) for active in turns)
+        added = 0.0 if self.is_gated else 12 * self.splits * self.num_tokens * self.num_rows / MEMORY_RATE
+        return self.steps * self.chunks * chunks + FIRST_TIME + (len(turns) - 1) * TURN_TIME + added
+
+    def knobs(self) -> Mapping[str, tuple[int, ...]]:
+        return {
+            "row_tile": ROW_TILES,
+            "splits": () if self.is_gated else SPLITS,
+            "copiers": (1, 4),
+        }
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether this kernel is faster than `matrix_kernel`: with few rows, that one begins sooner."""
+        least = MIN_CODES if self.num_tokens > FEW_TOKENS else MIN_CODES_OF_FEW
+        return self.num_tokens >= MIN_TOKENS and self.num_rows * self.num_cols >= least
+
+    def is_possible(self) -> bool:
+        return (
+            self.mma.dtype == F16
+            and reads_runs(self.format)
+            and 1 < self.num_tokens <= MAX_TOKENS
+            and self.num_cols % (CHUNK_COLS * self.splits) == 0
+            and self.steps >= 2
+            and all(copy.piece and copy.size for copy in (*self.codes, *self.scales))
+            and all(self._fits(copy) for copy in (*self.codes, *self.scales))
+            and self.out_rows >= self.out_tile
+            and self.row_tile in ROW_TILES
+            and self.out_rows % (8 * GROUP_WARPS) == 0
+            and self.units >= 2
+            and self.blocks * self.token_cols <= 128
+            and self.shared_bytes <= HOPPER_SHARED_BYTES
+        )
+
+
+@cached_kernel
+def quantized_wgmma_kernel(spec: QuantizedWgmmaSpec) -> KernelFn:
+    """fn(out, *planes, x): see QuantizedWgmmaSpec."""
+
+    def kernel(out: UOp, *operands: UOp) -> UOp:
+        assert spec.is_possible(), f"{spec} {spec.chosen} is not possible"
+        work = _QuantizedWork(spec, out, operands)
+        ready = work.prepare()
+        done = UOp(Ops.BARRIER, src=(work.copy(ready), work.multiply(ready)))
+        size = spec.num_rows * spec.num_cols
+        return finish(
+            done.end(*reversed(work.axes)),
+            f"{spec.name}_{spec.format.name}_{spec.num_tokens}x{spec.num_rows}x{spec.num_cols}",
+            ops=2 * spec.num_tokens * size,
+            nbytes=int(size * spec.format.code_bits / 8),
+        )
+
+    return kernel
+
+
+# The warps that copy. $0: the threadgroup's number; $1: x; $2 and so on: the planes
+COPY = """if (threadIdx.y >= %(multipliers)d) {
+  int lane = (threadIdx.y - %(multipliers)d) * 32 + threadIdx.x, number = 0, spans = 0;
+  bool has_waited = false;
+  auto fetch_tokens = [&](int stage, int number) {
+    unsigned slot = number %% %(stages)d;
+    unsigned full = shared + %(full_at)d + slot * 8, to = shared + slot * %(stage_bytes)d;
+    const char* from = (const char*)($1) + (long long)stage * %(token_bytes)d;
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%%0], %(token_bytes)d;" :: "r"(full) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%%0], [%%1], %(token_bytes)d, [%%2];" :: "r"(to), "l"(from), "r"(full) : "memory");
+  };
+  for (int tile = $0; tile < %(tiles)d; tile += %(units)d) {
+    int split = tile / %(row_groups)d;
+    long long first = min(tile %% %(row_groups)d * %(out_tile)d, %(last_first)d);
+%(sources)s
+    for (int step = 0; step < %(steps)d; step++, number++) {
+      unsigned slot = number %% %(stages)d;
+      unsigned full = shared + %(full_at)d + slot * 8, to = shared + slot * %(stage_bytes)d;
+      if (number >= %(stages)d) {
+        unsigned empty = full + %(stages)d * 8, parity = (number / %(stages)d - 1) & 1;
+        %(wait)s
+      }
+      if (step %% %(span_steps)d == 0) {
+        unsigned span = shared + %(spans_at)d + spans++ %% %(slots)d * %(span_bytes)d;
+        int cols = min(%(span_steps)d, %(steps)d - step) * %(stage_cols)d;
+%(scale_copies)s
+      }
+%(code_copies)s
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%%0];" :: "r"(full) : "memory");
+      if (has_waited && lane == 0) fetch_tokens(split * %(steps)d + step, number);
+      if (!has_waited && (number == %(early)d || tile + %(units)d >= %(tiles)d && step == %(last_step)d)) {
+        has_waited = true;
+        %(chain)s
+        if (lane == 0) for (int i = 0; i <= number; i++)
+          fetch_tokens(($0 + i / %(steps)d * %(units)d) / %(row_groups)d * %(steps)d + i %% %(steps)d, i);
+      }
+    }
+  }
+}"""
+SOURCE = (
+    "    const char* from_%(index)d = (const char*)(%(plane)s) + (first + %(row)s) * %(row_bytes)d"
+    " + split * %(split_bytes)d + lane %% %(pieces)d * %(piece)d;"
+)
+COPY_PIECE = (
+    '%(condition)sasm volatile("cp.async.%(cache)s.shared.global [%%0], [%%1], %(piece)d;" :: "r"(%(to)s),'
+    ' "l"(%(source)s) : "memory");'
+)
+WAIT_TEXT = (
+    'asm volatile("{ .reg .pred done;\\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n'
+    '@done bra over;\\nbra again;\\nover: }" :: "r"(empty), "r"(parity) : "memory");'
+)
+
+
+class _QuantizedWork:
+    """One threadgroup's work: its tiles of the list, one after another."""
+
+    def __init__(self, spec: QuantizedWgmmaSpec, out: UOp, operands: Sequence[UOp]) -> None:
+        self.spec, self.out = spec, out
+        *self.planes, self.x = operands
+        body = self.body = Body()
+        self.unit = body.grid(spec.units)
+        self.lane, self.warp = body.threads(LANES), body.threads(spec.multipliers + spec.copiers)
+        self.role = uniform(self.warp)  # the warp's number, without limits that tinygrad knows
+        self.axes = axes_of(self.unit, self.lane, self.warp)
+        # for the conditions of stores: if they told tinygrad the warp, it would simplify the loops around the stores by
+        # it, and so make second loops
+        self.multiplier = clamp(self.role, 0, spec.multipliers - 1)
+        self.turns = (spec.num_tiles - 1 - self.unit) // spec.units + 1
+
+    def prepare(self) -> UOp:
+        """The UOp after which memory and barriers are ready."""
+        spec = self.spec
+        barriers = make_barriers(
+            spec.barriers_at, spec.stages, spec.copiers * LANES + 1, spec.multipliers, declare(spec.shared_bytes)
+        )
+        return UOp(Ops.BARRIER, src=(barriers,))
+
+    # -- the warps that copy -------------------------------------------------------------------------------------------
+
+    def copy(self, ready: UOp) -> UOp:
+        """Copy all stages of all tiles in order, each as soon as it is empty; the tokens, once the previous kernel has
+        ended."""
+        spec = self.spec
+        text = COPY % dict(
+            multipliers=spec.multipliers,
+            full_at=spec.barriers_at,
+            stages=spec.stages,
+            stage_bytes=spec.stage_bytes,
+            token_bytes=spec.token_bytes,
+            tiles=spec.num_tiles,
+            units=spec.units,
+            row_groups=spec.row_groups,
+            out_tile=spec.out_tile,
+            last_first=spec.out_rows - spec.out_tile,
+            sources="\n".join(self._source(i, copy) for i, copy in enumerate((*spec.codes, *spec.scales))),
+            steps=spec.steps,
+            wait=WAIT_TEXT,
+            span_steps=spec.span_steps,
+            spans_at=spec.spans_at,
+            slots=spec.slots,
+            span_bytes=spec.span_bytes,
+            stage_cols=spec.stage_cols,
+            scale_copies="\n".join(self._copies(spec.scales, len(spec.codes), "span", 0)),
+            code_copies="\n".join(self._copies(spec.codes, 0, "to", spec.token_bytes)),
+            early=spec.stages - 1,
+            last_step=spec.steps - 1,
+            chain=CHAIN if spec.lanes.is_chained else "",
+        )
+        operands = [self.unit.cast(I32), self.x[0], *[plane[0] for plane in self.planes]]
+        text = text.replace("{", "{{").replace("}", "}}")
+        for i in reversed(range(len(operands))):
+            text = text.replace(f"${i}", f"{{{i}}}")
+        return statement(text, *operands, ready)
+
+    def _source(self, index: int, copy: _PlaneCopy) -> str:
+        """The text of where a lane's pieces of a plane's rows begin in memory, in a tile."""
+        spec, pieces = self.spec, self.spec.pieces_of(copy)
+        row = f"lane / {pieces}"
+        if spec.is_gated and spec.rows_at_once(copy) > spec.out_tile:
+            row += f" + (lane / {pieces} >= {spec.out_tile} ? {spec.out_rows - spec.out_tile} : 0)"
+        return SOURCE % dict(
+            index=index,
+            row=row,
+            plane=f"${index + 2}",
+            pieces=pieces,
+            row_bytes=copy.row_bytes,
+            split_bytes=copy.row_bytes // spec.splits,
+            piece=copy.piece,
+        )
+
+    def _copies(self, copies: Sequence[_PlaneCopy], first: int, to: str, place: int) -> list[str]:
+        """The text of the copies of a stage's codes, or of a span's scales: each lane copies the same piece of every
+        so many rows, so that addresses are constants."""
+        spec, lines = self.spec, []
+        for index, copy in enumerate(copies, first):
+            size, conditions, pieces = Fraction(copy.row_bytes, spec.num_cols), [], spec.pieces_of(copy)
+            at_once = spec.rows_at_once(copy)
+            if first and spec.steps % spec.span_steps:
+                conditions.append(f"lane % {pieces} * {copy.piece} < cols * {size.numerator} / {size.denominator}")
+            if at_once > spec.row_tile:
+                conditions.append(f"lane / {pieces} < {spec.row_tile}")
+            condition = f"if ({' && '.join(conditions)}) " if conditions else ""
+            own = f"lane / {pieces} * {copy.pitch} + lane % {copy.pieces} * {copy.piece}"
+            if pieces > copy.pieces:  # a chunk's rows follow those of the chunk before
+                own += f" + lane % {pieces} / {copy.pieces} * {spec.row_tile * copy.pitch}"
+            done = f"step * {spec.stage_cols} * {size.numerator} / {size.denominator}"
+            for row in range(0, spec.row_tile, at_once):
+                # of gate and up, the rows of up are elsewhere
+                source = row + (spec.out_rows - spec.out_tile if spec.is_gated and row >= spec.out_tile else 0)
+                values = dict(condition=condition, cache="cg" if copy.piece == PIECE else "ca", piece=copy.piece)
+                values |= dict(to=f"{to} + {place + row * copy.pitch} + {own}")
+                values |= dict(source=f"from_{index} + {done} + {source * copy.row_bytes}ll")
+                lines.append(COPY_PIECE % values)
+            place += spec.row_tile * copy.pitch * (pieces // copy.pieces)
+        return [" " * (8 if first else 6) + line for line in lines]
+
+    # -- the warps that multiply ---------------------------------------------------------------------------------------
+
+    def multiply(self, ready: UOp) -> UOp:
+        """Multiply all stages in order, each as soon as it is full, and store the results of each tile."""
+        spec = self.spec
+        count = spec.token_cols // 2
+        chain = f"if (threadIdx.y < {spec.multipliers}) {{{{ {CHAIN} }}}}" if spec.lanes.is_chained else ""
+        begun = statement(chain, ready)
+        loop = self.body.fold_while(uniform((self.role < spec.multipliers).where(self.turns, 0)))
+        turn = clamp(loop, 0, max(2, -(-spec.num_tiles // spec.units)) - 1)  # never a single one, as in stream_hopper
+        sums = [self.body.registers(count) for _ in range(spec.blocks)]
+        zero = UOp.const(0.0, F32)
+        cleared = [array.after(loop, begun)[i].store(zero) for array in sums for i in range(count)]
+        sums = [array.after(UOp.group(*cleared)) for array in sums]
+        step = self.body.fold(spec.steps)
+        added = self._add_stage(turn, step, [array.after(step) for array in sums], begun)
+        sums = [array.after(added.end(step)) for array in sums]
+        last = finish_wgmma(sums[0])
+        for array in sums[1:]:
+            last = finish_wgmma(array, last)
+        released = self._release(turn * spec.steps + (spec.steps - 1), None, last)
+        results = [read_sums(array, released) for array in sums]
+        stores = [store for i, values in enumerate(results) for store in self._stores(turn, i, values)]
+        return UOp.group(*stores).end(loop)
+
+    def _stage(self, number: UOp) -> tuple[UOp, UOp, UOp, UOp]:
+        """(stage, full barrier, empty barrier, parity of the phase) of the stage of that number since the beginning.
+        The first three are bytes of threadgroup memory."""
+        spec = self.spec
+        slot, turn = number % spec.stages, number // spec.stages
+        full = slot * 8 + spec.barriers_at
+        return slot * spec.stage_bytes, full, full + spec.stages * 8, turn % 2
+
+    def _add_stage(self, turn: UOp, step: UOp, sums: Sequence[UOp], begun: UOp) -> UOp:
+        """Start to add the products of a stage, and release the previous one."""
+        spec, number = self.spec, turn * self.spec.steps + step
+        place, full, _, parity = self._stage(number)
+        last, statements = wait(full, parity, begun), []
+        stride = spec.token_cols * WGMMA_COLS * 2
+        for chunk in range(spec.chunks):
+            for block, array in enumerate(sums):
+                # read after the product before has started: then its predecessor, which may have used the same
+                # registers, is done
+                rows = [self._weights(turn, step, chunk, place, row, last) for row in self._rows(block)]
+                words = [rows[i % 2][s * 2 + i // 2] for s in range(CHUNK_COLS // 16) for i in range(4)]
+                right = place + chunk * (spec.token_cols * CHUNK_COLS * 2)
+                started = start_rows(PTX_NAMES[spec.mma.dtype], words, right, array, True, last, stride=stride)
+                last = finish_wgmma(array, started) if spec.chunks * spec.blocks == 1 else await_earlier(1, started)
+                statements.append(last)
+                if len(statements) == 1:
+                    last = self._release((number - 1).maximum(0), step > 0, last)
+                    statements.append(last)
+        return together(*statements)
+
+    def _release(self, number: UOp, condition: UOp | None, *after: UOp) -> UOp:
+        """Tell the copying warps that this warp has read a stage. The warps of a group do not wait for each other."""
+        is_one = self.lane.eq(0)
+        return arrive(self._stage(number)[2], is_one if condition is None else is_one & condition, *after)
+
+    def _rows(self, block: int) -> list[UOp]:
+        """A lane's two rows of the tile in one of its group's blocks; of gate and up, the same row of both."""
+        spec = self.spec
+        group, warp = self.multiplier // GROUP_WARPS, self.multiplier % GROUP_WARPS
+        first = (group * spec.blocks + block) * GROUP_WARPS + warp
+        if spec.is_gated:
+            row = first * 8 + self.lane // 4
+            return [row, row + spec.out_tile]
+        row = first * 16 + self.lane // 4
+        return [row, row + 8]
+
+    def _weights(self, turn: UOp, step: UOp, chunk: int, place: UOp, row: UOp, after: UOp) -> list[UOp]:
+        """A lane's weights in one of its rows: of a run of a chunk of the stage."""
+        spec, planes = self.spec, []
+        at = place + spec.token_bytes
+        for copy in spec.codes:
+            size = spec.row_tile * copy.pitch
+            planes.append(SharedPlane(copy.dtype, at + chunk * size + row * copy.pitch, after))
+            at = at + spec.chunks * size
+        span = turn * spec.spans + step // spec.span_steps
+        at = span % spec.slots * spec.span_bytes + spec.spans_at
+        for copy in spec.scales:
+            planes.append(SharedPlane(copy.dtype, at + row * copy.pitch, after))
+            at = at + spec.row_tile * copy.pitch
+        run = (step % spec.span_steps * spec.chunks + chunk) * (CHUNK_COLS // PANEL) + self.lane % 4
+        return read_placed(Planes(spec.format, planes), self.lane % 4, run, spec.mma)
+
+    def _stores(self, turn: UOp, block: int, values: list[UOp]) -> list[UOp]:
+        """Store a block's results: each lane has two neighboring tokens of every eight, in two rows."""
+        spec = self.spec
+        number = (turn * spec.units + self.unit).minimum(spec.num_tiles - 1)
+        split = number // spec.row_groups
+        # the last tile ends with the last row
+        first = (number % spec.row_groups * spec.out_tile).minimum(spec.out_rows - spec.out_tile)
+        lower, upper = (
+            [values[i + j] for i in range(0, len(values), 4) for j in range(2)] for values in (values, values[2:])
+        )
+        rows = self._rows(block)
+        results = [(rows[0], lower), (rows[1], upper)]
+        if spec.activation is not None:
+            results = [(rows[0], gated(spec.activation, lower, upper, HOPPER_ARITHMETIC))]
+        stores = []
+        for row, found in results:
+            for i, value in enumerate(found):
+                token = i // 2 * 8 + self.lane % 4 * 2 + i % 2
+                at = (split * spec.num_tokens + token) * spec.out_rows + first + row
+                if spec.orders_result:
+                    at = token_place(token, first + row, spec.token_cols)
+                if i // 2 * 8 + 8 > spec.num_tokens:
+                    at = at.valid(token < spec.num_tokens)
+                stores.append(self.out[at].store(value.cast(self.out.dtype)))
+        return stores

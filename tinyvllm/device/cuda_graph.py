@@ -3,8 +3,8 @@
 What a kernel does before its wait (`recording.AWAIT_PREVIOUS`), above all reading weights, overlaps the end of the
 previous kernel, and of those before it: each kernel lets the next one start at once. The wait returns once the previous
 kernel has ended, which itself has waited for those before it. So a step's kernels form one chain, whatever they read
-and write. (CUDA C++ Programming Guide, "Programmatic Dependent Launch
-and Synchronization".) tinygrad's graph has no such edges, so this one is built by stream capture.
+and write. (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".) tinygrad's graph has no
+such edges, so this one is built by stream capture.
 """
 
 from __future__ import annotations

@@ -133,6 +133,8 @@ def test_rows_are_put_in_order_by_what_writes_them(monkeypatch: pytest.MonkeyPat
     assert names(backend, "Q4_K", 64) == ["sum0_norm", "gate_up_Q4_K", "down_Q4_K", "sum2"]  # too small
     monkeypatch.setattr(quantized_wgmma, "MIN_CODES", 0)
     assert names(backend, "Q4_K", 64) == ["sum0_norm", "gate_up_Q4_K", "down_Q4_K", "sum1"]
+    monkeypatch.setattr(quantized_wgmma, "MIN_CODES_OF_FEW", 1 << 20)  # gate and up are large enough, but not down
+    assert names(backend, "Q4_K", 16) == ["sum0_norm", "gate_up_Q4_K", "down_Q4_K", "sum2"]
 
 
 def test_rows_in_another_order_are_put_back_for_what_else_reads_them() -> None:

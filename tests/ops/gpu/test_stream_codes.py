@@ -108,7 +108,7 @@ def test_which_products_are_streams_of_codes() -> None:
     assert kind("FP8-float32", MIN_TOKENS - 1) == "MatrixSpec"
     assert kind("FP8-float32", MAX_TOKENS) == "CodeStreamSpec"
     assert kind("FP8-float32", MAX_TOKENS + 1) == "GemmSpec"
-    assert kind("Q8_0", 64) == "MatrixSpec"
+    assert kind("Q8_0", 64) == "QuantizedWgmmaSpec"
     assert not reads_codes(BY_NAME["NVFP4-e4m3"])
     backend.has_wgmma = False
     assert kind("FP8-float32", 64) == "MatrixSpec"

@@ -51,7 +51,7 @@ from tinyvllm.ops.gpu.recurrent_solve import ChunkSpec
 from tinyvllm.ops.gpu.row_sum import RUN_COLS, EmbedSpec, SumSpec, sum_kernel
 from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, NUM_MAPS, StreamSpec, stream_kernel
 from tinyvllm.ops.gpu.stream_hopper_codes import CodeStreamSpec, code_stream_kernel, reads_codes
-from tinyvllm.ops.gpu.token_order import CHUNK_COLS, order_rows_kernel, token_cols
+from tinyvllm.ops.gpu.token_order import order_rows_kernel, token_cols
 from tinyvllm.ops.gpu.vector import NormedSum, VectorSpec, vector_kernel
 from tinyvllm.ops.kernel.body import F32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import allows_wgmma
@@ -633,7 +633,7 @@ class FusedGpuBackend(GpuBackend):
         return self._pending_sum(partials, spec.splits, num_tokens, epilogue)
 
     def _ordered_product(self, spec: QuantizedWgmmaSpec, x: Tensor, matrix: Matrix, epilogue: Epilogue) -> Tensor:
-        """As `_many_rows`, of rows in the order of token_order.py. Hidden values stay in it."""
+        """As `_many_rows`, of rows in the order of token_order.py. Hidden values stay in it if `down` takes them so."""
         tokens, rows = spec.num_tokens, spec.token_cols
         if isinstance(x, Ordered) and not x.is_written:
             ordered = x.ordered
@@ -641,7 +641,7 @@ class FusedGpuBackend(GpuBackend):
             order = order_rows_kernel(spec.lanes, tokens, spec.num_cols, False)
             out = empty(rows * spec.num_cols, dtypes.half, self.device.name)
             (ordered,) = run_kernel(order, [out], [self.whole(x)])
-        spec = replace(spec, orders_result=spec.is_gated and spec.out_rows % CHUNK_COLS == 0)
+        spec = replace(spec, orders_result=spec.is_gated and spec.next_takes_order)
         fn, read = quantized_wgmma_kernel(spec), [*matrix.planes, ordered]
         if spec.orders_result:
             out = empty(rows * spec.out_rows, dtypes.half, self.device.name)

@@ -319,6 +319,13 @@ class QuantizedWgmmaSpec(Tunable):
         least = MIN_CODES if self.num_tokens > FEW_TOKENS else MIN_CODES_OF_FEW
         return self.num_tokens >= MIN_TOKENS and self.num_rows * self.num_cols >= least
 
+    @property
+    def next_takes_order(self) -> bool:
+        """Whether the product that follows a gated one, from its hidden values back to as many columns as x has, reads
+        them in this order if it has the same format."""
+        after = replace(self, num_rows=self.num_cols, num_cols=self.out_rows, activation=None, chosen=())
+        return after.is_wanted and after.is_possible()
+
     def is_possible(self) -> bool:
         return (
             self.mma.dtype == F16

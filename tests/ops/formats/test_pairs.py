@@ -56,7 +56,7 @@ def quarters_kernel(fmt: Format, mma: Mma, name: str) -> KernelFn:
     def kernel(out: UOp, *planes: UOp) -> UOp:
         body = Body()
         quarter = body.loop(RUNS * 4)
-        words = read_quarter(Planes(fmt, planes), quarter // 4, quarter % 4, mma, in_place=True)
+        words = read_quarter(Planes(fmt, planes), quarter // 4, quarter % 4, mma)
         stores = [out[quarter * 4 + i].store(word) for i, word in enumerate(words)]
         return finish(UOp.group(*stores).end(quarter), name)
 

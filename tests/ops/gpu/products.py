@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 
 from tests.ops.builders import make_epilogue, make_host, normal, run_product
 from tests.ops.formats.drawn import BY_NAME
+from tinyvllm.device.cuda_graph import ChainReplay
+from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.recording import record
 from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
+from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, NUM_MAPS, StreamSpec
+from tinyvllm.ops.kernel.body import F16, F32, KernelFn, empty, run_kernel
 
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of the largest value
 
@@ -52,6 +59,35 @@ def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int,
     norm = Norm(backend.device.upload(normal(rows, seed=8)), 1e-5)
     out = run_product(backend, added, second, tokens, norm if has_norm else None)
     return np.concatenate([read(backend, tensor, tokens) for tensor in (out, added)], axis=1)
+
+
+def chained_products(
+    device: DeviceHandle,
+    kernel: Callable[[Any], KernelFn],
+    specs: Sequence[StreamSpec],
+    planes: Sequence[Tensor],
+    x: np.ndarray,
+) -> np.ndarray:
+    """The results (T, N) of products of a matrix, given by its planes, and x (T, K), one after another in a chain. Each
+    must equal the first one."""
+    rows, size = device.upload(x.reshape(-1)), x.shape[0] * specs[0].out_rows
+    maps = [device.zeros(MAP_SIZE, dtypes.uint) for _ in range(NUM_MAPS)]
+    outs = [empty(spec.splits * size, F16 if spec.is_gated else F32, device.name).realize() for spec in specs]
+
+    def trace() -> Any:
+        for i, spec in enumerate(specs):
+            result = run_kernel(kernel(spec), [outs[i], maps[i % NUM_MAPS]], [*planes, rows])[0]
+        return result.realize()
+
+    replay = ChainReplay(device.name, record(trace))
+    for _ in range(3):
+        replay()
+    device.wait()
+    pairs = zip(outs, specs, strict=True)
+    sums = [out.numpy().astype(np.float64).reshape(spec.splits, size).sum(0) for out, spec in pairs]
+    for other in sums[1:]:
+        np.testing.assert_allclose(other, sums[0], rtol=2e-3, atol=2e-3 * np.abs(sums[0]).max())
+    return sums[0].reshape(x.shape[0], -1)
 
 
 SHAPES = {"norm_linear": (96, 256), "norm_gated": (64, 512), "linear_add": (64, 1280), "chain": (256, 768)}

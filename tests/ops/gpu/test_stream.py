@@ -15,15 +15,14 @@ from tinygrad import UOp, dtypes
 from tinygrad.codegen import to_program
 
 from tests.ops.builders import largest_difference, normal
-from tests.ops.gpu.products import TOLERANCE, multiply
+from tests.ops.gpu.products import TOLERANCE, chained_products, multiply
 from tests.ops.rendering import make_renderer
-from tinyvllm.device.cuda_graph import ChainReplay
 from tinyvllm.device.handle import DeviceHandle
-from tinyvllm.device.recording import AWAIT_PREVIOUS, record
+from tinyvllm.device.recording import AWAIT_PREVIOUS
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, MULTIPROCESSORS, NUM_MAPS, StreamSpec, row_of, stream_kernel
-from tinyvllm.ops.kernel.body import F16, F32, empty, run_kernel
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WGMMA_COLS, Box, allows_wgmma, declared_bytes
+from tinyvllm.ops.kernel.body import F16, F32
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WGMMA_COLS, Box, declared_bytes
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend
@@ -129,30 +128,6 @@ def test_a_streams_results_are_stored_as_the_rows_that_were_fetched(is_gated: bo
             assert row_of(spec, block, element, lane) == fetched[block * 8 + lane % 4 * 2 + element % 2]
 
 
-def chained_products(device: DeviceHandle, specs: list[StreamSpec], w: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The results (T, N) of products one after another in a chain, of which each must equal the first one."""
-    assert allows_wgmma(device.name)
-    matrix, rows = device.upload(w.reshape(-1)), device.upload(x.reshape(-1))
-    maps = [device.zeros(MAP_SIZE, dtypes.uint) for _ in range(NUM_MAPS)]
-    size = x.shape[0] * specs[0].out_rows
-    outs = [empty(spec.splits * size, F16 if spec.is_gated else F32, device.name).realize() for spec in specs]
-
-    def trace() -> Any:
-        for i, spec in enumerate(specs):
-            result = run_kernel(stream_kernel(spec), [outs[i], maps[i % NUM_MAPS]], [matrix, rows])[0]
-        return result.realize()
-
-    replay = ChainReplay(device.name, record(trace))
-    for _ in range(3):
-        replay()
-    device.wait()
-    pairs = zip(outs, specs, strict=True)
-    sums = [out.numpy().astype(np.float64).reshape(spec.splits, size).sum(0) for out, spec in pairs]
-    for other in sums[1:]:
-        np.testing.assert_allclose(other, sums[0], rtol=2e-3, atol=2e-3 * np.abs(sums[0]).max())
-    return sums[0].reshape(x.shape[0], -1)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("tokens", [2, 8, 33, 64, 100])
@@ -162,7 +137,8 @@ def test_chained_streams_equal_the_reference(device: DeviceHandle, tokens: int, 
     if is_gated:
         gate, up = product[:, :512], product[:, 512:]
         product = gate / (1 + np.exp(-gate)) * up
-    found = chained_products(device, list(candidates(stream(tokens, 1024, 2048, is_gated))), w, x)
+    specs = list(candidates(stream(tokens, 1024, 2048, is_gated)))
+    found = chained_products(device, stream_kernel, specs, [device.upload(w.reshape(-1))], x)
     assert np.abs(found - product).max() < 4e-3 * np.abs(product).max()
 
 

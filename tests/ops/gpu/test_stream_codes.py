@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +14,13 @@ from tinygrad.codegen import to_program
 
 from tests.ops.builders import make_host, normal
 from tests.ops.formats.drawn import BY_NAME
+from tests.ops.gpu.products import chained_products
 from tests.ops.gpu.test_stream import MATRICES
 from tests.ops.rendering import make_renderer, rendered
 from tinyvllm.arrays import to_float32
-from tinyvllm.device.cuda_graph import ChainReplay
 from tinyvllm.device.handle import DeviceHandle
-from tinyvllm.device.recording import AWAIT_PREVIOUS, record
-from tinyvllm.ops.formats.matrix import Matrix, pack
+from tinyvllm.device.recording import AWAIT_PREVIOUS
+from tinyvllm.ops.formats.matrix import pack
 from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, MULTIPROCESSORS
 from tinyvllm.ops.gpu.stream_hopper_codes import (
     CODE_COLS,
@@ -35,7 +34,7 @@ from tinyvllm.ops.gpu.stream_hopper_codes import (
     reads_codes,
     row_of,
 )
-from tinyvllm.ops.kernel.body import F16, F32, empty, run_kernel
+from tinyvllm.ops.kernel.body import F16, F32
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, allows_wgmma, declared_bytes
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
@@ -114,28 +113,6 @@ def test_which_products_are_streams_of_codes() -> None:
     assert kind("FP8-float32", 64) == "MatrixSpec"
 
 
-def chained(device: DeviceHandle, specs: list[CodeStreamSpec], matrix: Matrix, x: np.ndarray) -> np.ndarray:
-    """The results (T, N) of products one after another in a chain, of which each must equal the first one."""
-    rows, size = device.upload(x.reshape(-1)), x.shape[0] * specs[0].out_rows
-    maps = [device.zeros(MAP_SIZE, dtypes.uint) for _ in range(2)]
-    outs = [empty(spec.splits * size, F16 if spec.is_gated else F32, device.name).realize() for spec in specs]
-
-    def trace() -> Any:
-        for i, spec in enumerate(specs):
-            result = run_kernel(code_stream_kernel(spec), [outs[i], maps[i % 2]], [*matrix.planes, rows])[0]
-        return result.realize()
-
-    replay = ChainReplay(device.name, record(trace))
-    for _ in range(3):
-        replay()
-    device.wait()
-    pairs = zip(outs, specs, strict=True)
-    sums = [out.numpy().astype(np.float64).reshape(spec.splits, size).sum(0) for out, spec in pairs]
-    for other in sums[1:]:
-        np.testing.assert_allclose(other, sums[0], rtol=1e-3, atol=1e-3 * np.abs(sums[0]).max())
-    return sums[0].reshape(x.shape[0], -1)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("tokens", [2, 8, 33, 64, 100, 200])
@@ -150,6 +127,7 @@ def test_chained_streams_of_codes_equal_the_values(device: DeviceHandle, tokens:
         gate, up = expected[:, :544], expected[:, 544:]
         expected = gate / (1 + np.exp(-gate)) * up
     matrix = pack(host, "row", None, device.name)
-    found = chained(device, list(candidates(stream(tokens, 1088, 2048, is_gated))), matrix, x)
+    specs = list(candidates(stream(tokens, 1088, 2048, is_gated)))
+    found = chained_products(device, code_stream_kernel, specs, matrix.planes, x)
     error = 1e-5 if tokens <= SCALED_TOKENS and not is_gated else 2e-3
     assert np.abs(found - expected).max() < error * np.abs(expected).max()

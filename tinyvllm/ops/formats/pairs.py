@@ -119,9 +119,9 @@ def _in_place(mma: Mma, word: UOp, half: int, odd: int) -> UOp:
     return mma.to_halves(word, 0xF0 * BOTH, PLACED_PAIR) if half else mma.to_halves(word, 0xF * BOTH)
 
 
-def read_quarter(planes: Planes, run: UOp, quarter: UOp, mma: Mma, *, in_place: bool = False) -> list[UOp]:
+def read_quarter(planes: Planes, run: UOp, quarter: UOp, mma: Mma) -> list[UOp]:
     """The four words of `read_pairs` from number 4 * `quarter` on: four neighboring columns of the first half of a run,
-    and four of the second. `in_place`: they stand for `pair_forms`."""
+    and four of the second. They stand for `pair_forms`."""
     fmt, (width, high_width) = planes.fmt, packed_bits(planes.fmt)
     count = code_lanes(fmt) // 4
     if count == 8:
@@ -144,7 +144,7 @@ def read_quarter(planes: Planes, run: UOp, quarter: UOp, mma: Mma, *, in_place: 
         pairs = [_small_floats(word, shift + odd * 8, width) for word, shift in parts for odd in range(2)]
         return pairs if mma.takes_subnormals else [mma.scaled(pair, unit) for pair in pairs]
     mask = ((1 << width) - 1) * BOTH
-    if in_place and _stays_in_place(fmt):
+    if _stays_in_place(fmt):
         return [_in_place(mma, parts[0][0], half, odd) for half in range(2) for odd in range(2)]
     if not high_width or planes.high is None:
         return [mma.to_halves(_down(word, shift + odd * 8), mask) for word, shift in parts for odd in range(2)]

@@ -337,7 +337,7 @@ class _StreamedRows:
         scaled = [Scaled(scales[i // 2 % 2]) for i in range(len(old))]
         shifted = [Scaled(minima[i // 2 % 2] or scales[i // 2 % 2]) for i in range(len(old))]
         for run in range(SLOTS):
-            codes = [read_quarter(planes, local * SLOTS + run, lane % 4, spec.mma, in_place=True) for planes in rows]
+            codes = [read_quarter(planes, local * SLOTS + run, lane % 4, spec.mma) for planes in rows]
             for tile in range(spec.token_tiles):
                 x = _TileOfX(spec, stage, staged, lane, tile, chunk * SLOTS + run)
                 for g in range(spec.groups):

@@ -72,11 +72,6 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
         return groups_in_run(self.format)
 
     @property
-    def sums_of_run(self) -> int:
-        """How many sums of x over parts of a run are staged."""
-        return self.groups
-
-    @property
     def form(self) -> CodeForm:
         """What the matrix unit is given for a code."""
         return pair_form(self.format, self.mma)
@@ -511,7 +506,7 @@ def _stage(spec: QuantizedVectorSpec, place: RowPlace, source: RowSource, loaded
     body, thread = place.body, place.thread
     staged_run = spec.staged_run
     staged = body.shared((spec.num_runs + 1) * staged_run, U32)
-    sums = body.shared(spec.num_runs * spec.sums_of_run)
+    sums = body.shared(spec.num_runs * spec.groups)
     at, inside, order = source.pieces, source.inside, code_order(spec.format, spec.mma)
     if spec.norm_eps is not None:
         scale = _rms_factor(spec, place, source, loaded, spec.norm_eps)
@@ -530,8 +525,8 @@ def _stage(spec: QuantizedVectorSpec, place: RowPlace, source: RowSource, loaded
                 word = _word(*[halves[i + order[2 * j + side]] for side in range(2)])
                 target = start + i + j
                 stores.append(staged[target if ok is None else target.valid(ok)].store(word))
-        total = spec.lanes.sum(balanced(half.cast(F32) for half in halves), (1, 2) if spec.sums_of_run == 1 else (1,))
-        per_sum = PANEL // spec.sums_of_run // PIECE
+        total = spec.lanes.sum(balanced(half.cast(F32) for half in halves), (1, 2) if spec.groups == 1 else (1,))
+        per_sum = PANEL // spec.groups // PIECE
         is_first = (piece % per_sum).eq(0) if ok is None else (piece % per_sum).eq(0) & ok
         stores.append(sums[(piece // per_sum).valid(is_first)].store(total))
     done = UOp.group(*stores)

@@ -168,9 +168,8 @@ async def test_warm_up_when_idle_waits_until_no_request_runs(monkeypatch: pytest
     await engine.shutdown()
 
 
-@pytest.mark.parametrize(
-    "warm_up", [pytest.param("background", marks=pytest.mark.usefixtures("compiling_processes")), "full"]
-)
+@pytest.mark.usefixtures("compiling_processes")
+@pytest.mark.parametrize("warm_up", ["background", "full"])
 async def test_answers_are_the_same_while_graphs_come(tiny_gguf_files: ModelFiles, warm_up: str) -> None:
     """On the real runner, two steps in flight."""
     config = EngineConfig(

@@ -59,7 +59,6 @@ from tinyvllm.ops.gpu.gemm import DENSE, MIN_TOKENS, GemmSpec, multiply_rows
 from tinyvllm.ops.gpu.gemm_hopper import (
     FETCHER,
     MIN_STEPS,
-    MULTIPROCESSORS,
     TOKEN_TILE,
     UNPACKERS,
     WgmmaSpec,
@@ -71,7 +70,14 @@ from tinyvllm.ops.gpu.gemm_hopper import (
 from tinyvllm.ops.gpu.gemm_hopper_unpack import unpacking_wgmma_kernel
 from tinyvllm.ops.gpu.tile_map import tile_map_kernel, tile_order_kernel
 from tinyvllm.ops.kernel.body import empty, run_kernel
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WGMMA_COLS, WGMMA_TOKENS, Box, declared_bytes
+from tinyvllm.ops.kernel.hopper import (
+    HOPPER_SHARED_BYTES,
+    MULTIPROCESSORS,
+    WGMMA_COLS,
+    WGMMA_TOKENS,
+    Box,
+    declared_bytes,
+)
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend

@@ -21,7 +21,7 @@ from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import AWAIT_PREVIOUS
 from tinyvllm.ops.formats.matrix import pack
-from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, MULTIPROCESSORS
+from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE
 from tinyvllm.ops.gpu.stream_hopper_codes import (
     CODE_COLS,
     MAX_TOKENS,
@@ -35,7 +35,7 @@ from tinyvllm.ops.gpu.stream_hopper_codes import (
     row_of,
 )
 from tinyvllm.ops.kernel.body import F16, F32
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, allows_wgmma, declared_bytes
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, allows_wgmma, declared_bytes
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 

@@ -31,9 +31,8 @@ from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.backend import Step, pool_groups
 from tinyvllm.ops.gpu.attention_decode_hopper import MAX_SPLITS, StreamedAttentionSpec, piece_of
-from tinyvllm.ops.gpu.attention_prefill_inputs import MULTIPROCESSORS
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, declared_bytes
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, declared_bytes
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend

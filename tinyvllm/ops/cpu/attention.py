@@ -305,13 +305,18 @@ def attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
             planes = planes.after(row.write(body, planes))
         head = body.loop(spec.num_kv_heads)
         stores = _attend(body, row, head, out, planes)
-        width = spec.num_kv_heads * spec.head_dim
-        context = spec.layout.max_blocks * spec.layout.block_size  # the longest; the true one is data
-        name = f"attention_{tokens}x{spec.num_heads}x{spec.head_dim}"
-        ops = 4 * tokens * spec.num_heads * spec.head_dim * context
-        return finish(stores.end(head, axis), name, ops=ops, nbytes=tokens * spec.kv.num_bytes(width) * context)
+        return finish_attention(spec, stores.end(head, axis))
 
     return kernel
+
+
+def finish_attention(spec: CpuAttentionSpec, stores: UOp) -> UOp:
+    """The kernel of attention that ends with these stores."""
+    tokens, width = spec.layout.num_tokens, spec.num_kv_heads * spec.head_dim
+    context = spec.layout.max_blocks * spec.layout.block_size  # the longest; the true one is data
+    name = f"attention_{tokens}x{spec.num_heads}x{spec.head_dim}"
+    ops = 4 * tokens * spec.num_heads * spec.head_dim * context
+    return finish(stores, name, ops=ops, nbytes=tokens * spec.kv.num_bytes(width) * context)
 
 
 @dataclass(frozen=True)

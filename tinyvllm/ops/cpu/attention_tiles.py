@@ -15,7 +15,7 @@ from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.attention_spec import QUERIES, PoolPlanes
-from tinyvllm.ops.cpu.attention import CpuAttentionSpec, Row
+from tinyvllm.ops.cpu.attention import CpuAttentionSpec, Row, finish_attention
 from tinyvllm.ops.cpu.attention_quantized import QuantizedBlock, stage_keys, stage_values
 from tinyvllm.ops.kernel.body import (
     F32,
@@ -27,7 +27,6 @@ from tinyvllm.ops.kernel.body import (
     balanced,
     cached_kernel,
     exp2,
-    finish,
 )
 
 MOST_ROWS, MOST_QUERIES = 16, 48  # of a tile, which stays in the first-level cache with its blocks
@@ -57,11 +56,11 @@ def tile_attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
     its window."""
 
     def kernel(out: UOp, *operands: UOp) -> UOp:
-        body, tokens, rest = Body(), spec.layout.num_tokens, list(operands)
+        body, rest = Body(), list(operands)
         planes, inputs = spec.take_planes(rest), rest.pop(0)
         # the rows are the only GLOBAL axis (each is one command of a worker): codegen cannot put a loop whose length is
         # data into a LOOP axis that the length depends on
-        axis = body.grid(tokens)
+        axis = body.grid(spec.layout.num_tokens)
 
         def row(index: UOp) -> Row:
             return Row(spec, index, inputs, rest, spec.read_parts, with_sinks=True)
@@ -69,11 +68,7 @@ def tile_attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
         head = body.loop(spec.num_kv_heads)
         tile = _Tile.starting_at(spec, axis, inputs)
         stores = _Attention(body, tile, row, head, planes).store(out)
-        width = spec.num_kv_heads * spec.head_dim
-        context = spec.layout.max_blocks * spec.layout.block_size  # the longest; the true one is data
-        name = f"attention_{tokens}x{spec.num_heads}x{spec.head_dim}"
-        ops = 4 * tokens * spec.num_heads * spec.head_dim * context
-        return finish(stores.end(head, axis), name, ops=ops, nbytes=tokens * spec.kv.num_bytes(width) * context)
+        return finish_attention(spec, stores.end(head, axis))
 
     return kernel
 

@@ -22,6 +22,7 @@ from tinyvllm.ops.formats.runs import (
     line,
     packed_bits,
     require_covered,
+    shifted_down,
 )
 from tinyvllm.ops.kernel.lanes import Mma
 
@@ -62,8 +63,8 @@ def read_bytes(planes: Planes, run: UOp, mma: Mma) -> list[UOp]:
     mask, count = ((1 << width) - 1) * EVERY, len(words)
     if _stays(fmt):
         moves = [(i // count * width % IN_PLACE, i // count * width // IN_PLACE * IN_PLACE) for i in range(PANEL // 4)]
-        return [_down(words[i % count], down) & mask << place for i, (down, place) in enumerate(moves)]
-    low = [_down(words[i % count], i // count * width) & mask for i in range(PANEL // 4)]
+        return [shifted_down(words[i % count], down) & mask << place for i, (down, place) in enumerate(moves)]
+    low = [shifted_down(words[i % count], i // count * width) & mask for i in range(PANEL // 4)]
     high = high_words(planes, run)
     return [word | _high_bytes(high, i, width, high_width) for i, word in enumerate(low)]
 
@@ -82,12 +83,8 @@ def _high_bytes(high: list[UOp], four: int, target: int, width: int) -> UOp:
     """The bits of four neighboring codes in the high plane, each at bit `target` of its byte. A multiplication moves
     them; copies do not overlap."""
     bit = four * 4 * width
-    bits = _down(high[bit // 32], bit % 32) & (1 << 4 * width) - 1
+    bits = shifted_down(high[bit // 32], bit % 32) & (1 << 4 * width) - 1
     if width == 2:
         bits = bits * (1 | 1 << 12) & 0x000F000F
         return bits * ((1 | 1 << 6) << target) & EVERY * 3 << target
     return bits * (SPREAD << target) & EVERY << target
-
-
-def _down(word: UOp, count: int) -> UOp:
-    return word >> count if count else word

@@ -36,6 +36,7 @@ from tinyvllm.ops.formats.runs import (
     moved,
     packed_bits,
     require_covered,
+    shifted_down,
     small_float_unit,
 )
 from tinyvllm.ops.kernel.body import F16, I32, U32
@@ -105,7 +106,7 @@ def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, mma: Mma) -> l
     looked_up = [_look_up(planes, index, table, mma) for table in tables]
     if len(tables) == 1:
         (words,) = looked_up
-        return [mma.to_halves(_down(words[four], 8 * odd), 0xFF * BOTH) for four in fours for odd in range(2)]
+        return [mma.to_halves(shifted_down(words[four], 8 * odd), 0xFF * BOTH) for four in fours for odd in range(2)]
     low, high = looked_up
     pairs = []
     for four in fours:
@@ -115,7 +116,7 @@ def read_pairs(planes: Planes, row: UOp, run: UOp, num_runs: int, mma: Mma) -> l
 
 def _in_place(mma: Mma, word: UOp, half: int, odd: int) -> UOp:
     """Two codes of 4 bits, of the first or the second half of a run, where they lie in a word."""
-    word = _down(word, 8 * odd)
+    word = shifted_down(word, 8 * odd)
     return mma.to_halves(word, 0xF0 * BOTH, PLACED_PAIR) if half else mma.to_halves(word, 0xF * BOTH)
 
 
@@ -136,7 +137,7 @@ def read_quarter(planes: Planes, run: UOp, quarter: UOp, mma: Mma) -> list[UOp]:
     if tables := _byte_tables(fmt):
         found = [mma.look_up(parts[0][0], table) for table in tables]
         if len(tables) == 1:
-            return [mma.to_halves(_down(four, 8 * odd), 0xFF * BOTH) for four in found[0] for odd in range(2)]
+            return [mma.to_halves(shifted_down(four, 8 * odd), 0xFF * BOTH) for four in found[0] for odd in range(2)]
         return [pair for low, high in zip(*found, strict=True) for pair in _joined(low, high)]
     if _is_converted(fmt, mma):
         return [mma.float8_pair(word, odd) for word, _ in parts for odd in range(2)]
@@ -147,7 +148,7 @@ def read_quarter(planes: Planes, run: UOp, quarter: UOp, mma: Mma) -> list[UOp]:
     if _stays_in_place(fmt):
         return [_in_place(mma, parts[0][0], half, odd) for half in range(2) for odd in range(2)]
     if not high_width or planes.high is None:
-        return [mma.to_halves(_down(word, shift + odd * 8), mask) for word, shift in parts for odd in range(2)]
+        return [mma.to_halves(shifted_down(word, shift + odd * 8), mask) for word, shift in parts for odd in range(2)]
     pairs = []
     for half, (word, shift) in enumerate(parts):
         # the bits of the half's 16 codes lie in a word of their own, or in half of one
@@ -159,7 +160,7 @@ def read_quarter(planes: Planes, run: UOp, quarter: UOp, mma: Mma) -> list[UOp]:
         for odd in range(2):
             bits = [(odd + side) * high_width for side in (0, 2)]
             pairs.append(
-                mma.to_halves(*_with_high(_down(word, shift + odd * 8), mask, [high], bits, width, high_width))
+                mma.to_halves(*_with_high(shifted_down(word, shift + odd * 8), mask, [high], bits, width, high_width))
             )
     return pairs
 
@@ -259,9 +260,9 @@ def _spread_pair(planes: Planes, mma: Mma, run: UOp, four: int, odd: int) -> UOp
         return pair if mma.takes_subnormals else mma.scaled(pair, unit)
     mask = ((1 << width) - 1) * BOTH
     if not high:
-        return mma.to_halves(_down(word, shift), mask)
+        return mma.to_halves(shifted_down(word, shift), mask)
     bits = [(four * 4 + odd + side) * high_width for side in (0, 2)]
-    return mma.to_halves(*_with_high(_down(word, shift), mask, high, bits, width, high_width))
+    return mma.to_halves(*_with_high(shifted_down(word, shift), mask, high, bits, width, high_width))
 
 
 def _neighbors(planes: Planes, run: UOp, mma: Mma) -> list[tuple[UOp, CodeForm]]:
@@ -297,7 +298,7 @@ def _packed_neighbors(
     for i, (pair, shift) in enumerate(parts):
         if high:
             bits = [(2 * i + side) * high_width for side in range(2)]
-            word = mma.to_halves(*_with_high(_down(pair, shift), mask, high, bits, width, high_width))
+            word = mma.to_halves(*_with_high(shifted_down(pair, shift), mask, high, bits, width, high_width))
             shift = 0
         else:  # left where they are, codes are larger by a power of two
             up = 0 if _is_half(_integer_form(*known, shift).excess) else 1
@@ -339,10 +340,6 @@ def _small_floats(word: UOp, start: int, bits: int) -> UOp:
 def _byte_pairs(words: Sequence[UOp], mma: Mma, above: int) -> list[UOp]:
     """Words of two neighboring bytes, each extended by `above`."""
     return [mma.byte_pair(word, which, above) for word in words for which in range(2)]
-
-
-def _down(word: UOp, count: int) -> UOp:
-    return word >> count if count else word
 
 
 # -- codebooks ---------------------------------------------------------------------------------------------------------

@@ -348,3 +348,8 @@ def _small_float(code: UOp, bits: int, target: int) -> UOp:
     rest = bits - 1
     half = moved(code, rest, 1, 15) | moved(code, 0, (1 << rest) - 1, target)
     return half.cast(U16).bitcast(F16).cast(F32)
+
+
+def shifted_down(word: UOp, count: int) -> UOp:
+    """A word shifted right by so many bits."""
+    return word >> count if count else word

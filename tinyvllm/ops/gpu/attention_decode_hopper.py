@@ -24,14 +24,7 @@ from tinyvllm.ops.gpu.attention_prefill_hopper import (
     weigh_rows,
     word_stores,
 )
-from tinyvllm.ops.gpu.attention_prefill_inputs import (
-    BARRIER_BYTES,
-    GROUP_WARPS,
-    MULTIPROCESSORS,
-    ROW_BYTES,
-    Inputs,
-    PrefillSpec,
-)
+from tinyvllm.ops.gpu.attention_prefill_inputs import BARRIER_BYTES, ROW_BYTES, Inputs, PrefillSpec
 from tinyvllm.ops.gpu.attention_rotate import KEY_MAP, QUERY_MAP, VALUE_MAP, rotate
 from tinyvllm.ops.gpu.attention_split import NOTHING, SplitHeads, combine_kernel
 from tinyvllm.ops.gpu.tile_map import tile_map
@@ -50,8 +43,10 @@ from tinyvllm.ops.kernel.body import (
     run_kernel,
 )
 from tinyvllm.ops.kernel.hopper import (
+    GROUP_WARPS,
     HOPPER_SHARED_BYTES,
     MAP_WORDS,
+    MULTIPROCESSORS,
     WGMMA_COLS,
     WGMMA_TOKENS,
     acquire_map,

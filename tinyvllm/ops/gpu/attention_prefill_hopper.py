@@ -20,17 +20,12 @@ from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.attention_spec import Tables
-from tinyvllm.ops.gpu.attention_prefill_inputs import (
-    GROUP_WARPS,
-    ROW_BYTES,
-    STAGES,
-    Inputs,
-    PrefillSpec,
-)
+from tinyvllm.ops.gpu.attention_prefill_inputs import ROW_BYTES, STAGES, Inputs, PrefillSpec
 from tinyvllm.ops.gpu.attention_prefill_tile import AttentionTile
 from tinyvllm.ops.gpu.attention_rotate import KEY_MAP, QUERY_MAP, VALUE_MAP
 from tinyvllm.ops.kernel.body import F32, I32, U32, balanced, clamp
 from tinyvllm.ops.kernel.hopper import (
+    GROUP_WARPS,
     MAP_WORDS,
     WGMMA_COLS,
     WGMMA_TOKENS,

@@ -16,10 +16,11 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.gpu.attention_prefill_codes import UNIT_WORDS, Unit, unit_dims, unit_pieces
 from tinyvllm.ops.gpu.attention_prefill_hopper import HopperTile, swizzled_place
-from tinyvllm.ops.gpu.attention_prefill_inputs import GROUP_WARPS, ROW_BYTES, PrefillSpec
+from tinyvllm.ops.gpu.attention_prefill_inputs import ROW_BYTES, PrefillSpec
 from tinyvllm.ops.gpu.kv_codes import StoredHeads
 from tinyvllm.ops.kernel.body import F16, I32, U32
 from tinyvllm.ops.kernel.hopper import (
+    GROUP_WARPS,
     WGMMA_COLS,
     arrive,
     publish_stores,

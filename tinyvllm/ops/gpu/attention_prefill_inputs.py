@@ -10,13 +10,12 @@ from tinygrad import UOp
 from tinyvllm.ops.attention_spec import VALUES
 from tinyvllm.ops.gpu.attention_fused import FusedAttentionSpec
 from tinyvllm.ops.kernel.body import F16, balanced, clamp
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MAP_WORDS, WGMMA_COLS, Box
+from tinyvllm.ops.kernel.hopper import GROUP_WARPS, HOPPER_SHARED_BYTES, MAP_WORDS, MULTIPROCESSORS, WGMMA_COLS, Box
 from tinyvllm.ops.kernel.lanes import LANES, dot, load_floats
 from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma
 from tinyvllm.ops.kernel.tuning import Tunable
 
 ROW_BYTES = WGMMA_COLS * 2  # of a row of Hopper's tiles
-GROUP_WARPS = 4  # warps that issue one wgmma together
 HOPPER_KEYS = {64: 96, 128: 128, 256: 64}  # of a tile, by dimensions of a head: what registers hold beside the sums
 STAGES = 2  # tiles of keys, and of values, in Hopper's threadgroup memory
 BARRIER_BYTES = 1024
@@ -25,7 +24,6 @@ FETCHER_REGISTERS = 24  # that a thread of the fetching warp's group keeps
 UNPACKER_REGISTERS = {64: 80, 128: 104, 256: 72}  # if it unpacks codes, by dimensions of a head
 SPARE_REGISTERS = 40  # of a thread, besides scores, weights and sums
 MAP_THREADS = 256
-MULTIPROCESSORS = 132  # of an H100 or H200; with fewer, threadgroups take turns
 MIN_LOOP = 2  # iterations that a loop must be able to run: Body.fold_while
 
 Halves = tuple[list[UOp], list[UOp]]  # eight dimensions of a head, and those half a head further

@@ -24,8 +24,10 @@ from tinyvllm.ops.gpu.token_tiles import TILE_WORDS, ExpertTile, ExpertTiles, To
 from tinyvllm.ops.kernel.body import F16, F32, I32, LOG2E, U32, Body, KernelFn, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import (
     CLUSTER,
+    GROUP_WARPS,
     HOPPER_SHARED_BYTES,
     MAP_WORDS,
+    MULTIPROCESSORS,
     WGMMA_COLS,
     WGMMA_TOKENS,
     Box,
@@ -46,9 +48,7 @@ from tinyvllm.ops.kernel.hopper import (
 from tinyvllm.ops.kernel.lanes import LANES, Mma, axes_of
 from tinyvllm.ops.kernel.tiles import PTX_NAMES, TileMma, together
 
-MULTIPROCESSORS = 132  # of an H100 or H200; with fewer, threadgroups take turns
 TOKEN_TILE = 128
-GROUP_WARPS = 4  # warps that issue one wgmma together
 NUM_GROUPS = TOKEN_TILE // WGMMA_TOKENS
 FETCHER = NUM_GROUPS * GROUP_WARPS  # the warp that fetches
 UNPACKERS = 4  # warps that unpack quantized weights

@@ -27,7 +27,6 @@ from tinyvllm.ops.kernel.body import F32, I32, U32, Body
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, declare, make_barriers, statement, wait
 from tinyvllm.ops.kernel.lanes import VectorType
 
-MULTIPROCESSORS = 132
 TILE_ROWS = 16
 SLOTS = 8  # runs of a chunk: one for each token of the matrix unit's tile
 CHUNK_COLS = SLOTS * PANEL

@@ -28,7 +28,6 @@ from tinyvllm.ops.gpu.plane_ring import (
     LEAST_BYTES,
     MAX_WARPS,
     MIN_WARPS,
-    MULTIPROCESSORS,
     RING_BYTES,
     SLOTS,
     TILE_ROWS,
@@ -45,7 +44,7 @@ from tinyvllm.ops.gpu.plane_ring import (
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, RowPlace
 from tinyvllm.ops.gpu.vector import RowOperands
 from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, balanced, cached_kernel
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, statement
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, statement
 from tinyvllm.ops.kernel.lanes import LANES, carry, load_cuda_words, multiply_bytes, warps, zeros
 from tinyvllm.ops.kernel.tiles import together
 

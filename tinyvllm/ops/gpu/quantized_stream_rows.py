@@ -25,7 +25,6 @@ from tinyvllm.ops.gpu.plane_ring import (
     CHUNK_COLS,
     LEAST_BYTES,
     MAX_WARPS,
-    MULTIPROCESSORS,
     RING_BYTES,
     SLOTS,
     TILE_ROWS,
@@ -41,7 +40,7 @@ from tinyvllm.ops.gpu.plane_ring import (
 )
 from tinyvllm.ops.gpu.quantized_vector import RowPlace
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, balanced, cached_kernel, finish
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, statement, wait
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, statement, wait
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma, await_previous, axes_of, carry, grid, warps, zeros
 from tinyvllm.ops.kernel.tuning import Tunable
 

@@ -26,10 +26,14 @@ from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
 from tinyvllm.ops.formats.pairs import read_placed
 from tinyvllm.ops.gpu.gemm_hopper import HOPPER_ARITHMETIC
 from tinyvllm.ops.gpu.plane_ring import SharedPlane
+from tinyvllm.ops.gpu.stream_hopper import MEMORY_RATE
 from tinyvllm.ops.gpu.token_order import CHUNK_COLS, token_cols, token_place
 from tinyvllm.ops.kernel.body import F16, F32, I32, Body, KernelFn, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import (
+    GROUP_WARPS,
     HOPPER_SHARED_BYTES,
+    MULTIPROCESSORS,
+    WAIT_AT,
     WGMMA_COLS,
     WGMMA_TOKENS,
     arrive,
@@ -47,8 +51,7 @@ from tinyvllm.ops.kernel.lanes import CHAIN, LANES, Lanes, Mma, axes_of
 from tinyvllm.ops.kernel.tiles import PTX_NAMES, together
 from tinyvllm.ops.kernel.tuning import Tunable
 
-MULTIPROCESSORS = 132
-GROUP_WARPS, GROUP_ROWS = 4, WGMMA_TOKENS  # of one instruction
+GROUP_ROWS = WGMMA_TOKENS  # of one instruction
 MIN_TOKENS, MAX_TOKENS = 9, 64
 # codes of the smallest matrices that are worth it, and those of a step of few rows
 MIN_CODES, MIN_CODES_OF_FEW, FEW_TOKENS = 2 << 20, 24 << 20, 16
@@ -58,8 +61,7 @@ PIECE = 16  # bytes of a copy
 ROW_TILES, SPLITS = (64, 128, 256), (1, 2, 4, 8)
 BARRIER_BYTES = 256
 # what a product costs, in ns and in bytes per ns (measured on an H200)
-MEMORY_RATE = 4400.0  # from memory to all multiprocessors
-CACHE_RATE = 5200.0  # from the L2 cache
+CACHE_RATE = 5200.0  # from the L2 cache to all multiprocessors
 BLOCK_TIME, TOKEN_TIME = 160.0, 1.0  # of 64 rows and a chunk of columns, and in addition of each token
 GROUP_TIMES = {64: 1.6, 128: 1.0, 256: 1.12}  # one group has no other one's products beside its unpacking
 FIRST_TIME, TURN_TIME = 3000.0, 700.0  # of the first tile and of each other one
@@ -412,10 +414,6 @@ COPY_PIECE = (
     '%(condition)sasm volatile("cp.async.%(cache)s.shared.global [%%0], [%%1], %(piece)d;" :: "r"(%(to)s),'
     ' "l"(%(source)s) : "memory");'
 )
-WAIT_TEXT = (
-    'asm volatile("{ .reg .pred done;\\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n'
-    '@done bra over;\\nbra again;\\nover: }" :: "r"(empty), "r"(parity) : "memory");'
-)
 
 
 class _QuantizedWork:
@@ -461,7 +459,7 @@ class _QuantizedWork:
             last_first=spec.out_rows - spec.out_tile,
             sources="\n".join(self._source(i, copy) for i, copy in enumerate((*spec.codes, *spec.scales))),
             steps=spec.steps,
-            wait=WAIT_TEXT,
+            wait=WAIT_AT.format("empty", "parity"),
             span_steps=spec.span_steps,
             spans_at=spec.spans_at,
             slots=spec.slots,

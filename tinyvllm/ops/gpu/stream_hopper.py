@@ -22,8 +22,10 @@ from tinyvllm.ops.gpu.plane_ring import LEAST_BYTES
 from tinyvllm.ops.gpu.token_tiles import TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import (
+    GROUP_WARPS,
     HOPPER_SHARED_BYTES,
     MAP_WORDS,
+    MULTIPROCESSORS,
     WGMMA_COLS,
     WGMMA_TOKENS,
     Box,
@@ -45,12 +47,10 @@ from tinyvllm.ops.kernel.lanes import CHAIN, LANES, Lanes, Mma, axes_of
 from tinyvllm.ops.kernel.tiles import PTX_NAMES, TileMma, together
 from tinyvllm.ops.kernel.tuning import Tunable
 
-MULTIPROCESSORS = 132  # of an H100 or H200; with fewer, threadgroups take turns
 MAX_STREAMED = 128  # token rows of a product, at most
 # bytes of the smallest matrices that are worth it, and those of a step of few rows
 MIN_BYTES, MIN_BYTES_OF_FEW, FEW_TOKENS = 4 << 20, 24 << 20, 16
 MANY_TOKENS, MIN_COLS_OF_MANY = 64, 4096
-GROUP_WARPS = 4  # warps that issue one wgmma together
 PANEL_ROW_BYTES = WGMMA_COLS * 2
 EXTRA_BYTES = 1024  # after the stages: two tensor maps, and the barriers
 BARRIERS_AT = 512

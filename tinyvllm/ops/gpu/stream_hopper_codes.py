@@ -22,7 +22,6 @@ from tinyvllm.ops.gpu.gemm_hopper import HOPPER_ARITHMETIC
 from tinyvllm.ops.gpu.plane_ring import SharedPlane
 from tinyvllm.ops.gpu.stream_hopper import (
     CACHE_RATE,
-    GROUP_WARPS,
     LEAST_UNITS,
     MEMORY_RATE,
     MIN_SPLIT_COLS,
@@ -35,6 +34,7 @@ from tinyvllm.ops.gpu.stream_hopper import (
 )
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, KernelFn, cached_kernel, clamp
 from tinyvllm.ops.kernel.hopper import (
+    GROUP_WARPS,
     WGMMA_COLS,
     WGMMA_TOKENS,
     Box,

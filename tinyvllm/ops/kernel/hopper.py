@@ -33,6 +33,8 @@ CLUSTER = 2  # threadgroups of a cluster, on two neighboring multiprocessors
 CLUSTERED = "barrier.cluster"  # occurs in the source of kernels whose threadgroups form clusters
 
 WGMMA_TOKENS = 64  # left rows of one instruction
+MULTIPROCESSORS = 132  # of an H100 or H200; with fewer, threadgroups take turns
+GROUP_WARPS = 4  # warps that issue one wgmma together
 WGMMA_COLS = 64  # columns of a tile: 128 bytes, the span that the copy engine swizzles
 MAP_WORDS = 32  # words of a tensor map
 HOPPER_SHARED_BYTES = 227 << 10  # threadgroup memory that a kernel may use
@@ -78,10 +80,11 @@ BARRIERS = """if (threadIdx.x == 0 && threadIdx.y == 0) {{{{
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }}}}"""
 MEET = 'asm volatile("barrier.cluster.arrive.release;\\nbarrier.cluster.wait.acquire;" ::: "memory");'
-WAIT = (
+WAIT_AT = (
     'asm volatile("{{ .reg .pred done;\\nagain: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\\n'
-    '@done bra over;\\nbra again;\\nover: }}" :: "r"(shared + {0}), "r"({1}) : "memory");'
+    '@done bra over;\\nbra again;\\nover: }}" :: "r"({0}), "r"({1}) : "memory");'
 )
+WAIT = WAIT_AT.replace("{0}", "shared + {0}")
 EXPECT = 'asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%%0], %d;" :: "r"(shared + {0}) : "memory");'
 FETCH = (
     'asm volatile("cp.async.bulk.tensor.%dd.shared::cluster.global.mbarrier::complete_tx::bytes%s [%%0], '

@@ -431,7 +431,7 @@ def load_cuda_vectors(buffer: UOp, at: UOp, count: int) -> list[UOp]:
 
 def floats_of_vectors(loads: Sequence[UOp], dtype: DType) -> list[UOp]:
     """The values in vectors of four words."""
-    words = [UOp(Ops.CUSTOMI, dtypes.uint, src=(load,), arg=f"{{0}}.{name}") for load in loads for name in "xyzw"]
+    words = _words_of(loads, 4)
     if dtype == F32:
         return [word.bitcast(F32) for word in words]
     if dtype == dtypes.bfloat16:
@@ -446,6 +446,11 @@ def load_cuda_words(buffer: UOp, at: UOp, count: int) -> list[UOp]:
         return [buffer[at].load()]
     size, kind, text = (4, WORDS, LOAD_WORDS) if count % 4 == 0 else (2, TWO_WORDS, LOAD_TWO)
     loads = [UOp(Ops.CUSTOM, kind, src=(buffer[at + i],), arg=text) for i in range(0, count, size)]
+    return _words_of(loads, size)
+
+
+def _words_of(loads: Sequence[UOp], size: int) -> list[UOp]:
+    """The words of vectors of so many."""
     return [UOp(Ops.CUSTOMI, dtypes.uint, src=(load,), arg=f"{{0}}.{name}") for load in loads for name in "xyzw"[:size]]
 
 

@@ -19,6 +19,7 @@ from types import TracebackType
 PATIENCE_S = 30
 # what rich, readline and a tty's echo write: text, CR, LF, BS, and CSI sequences
 PIECE = re.compile(rb"\x1b\[([0-9;?]*)([A-Za-z])|\x1b[=>]|\r|\n|\x08|\x07|[^\x1b\r\n\x08\x07]+")
+UNFINISHED = re.compile(rb"\x1b(\[[0-9;?]*)?\Z")  # a sequence whose rest is in the next read
 
 
 class Screen:
@@ -29,9 +30,13 @@ class Screen:
         self.lines: list[list[str]] = [[]]
         self.row = self.column = 0
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode  # reads may divide a letter
+        self._held = b""
 
     def feed(self, data: bytes) -> None:
-        for match in PIECE.finditer(data):
+        data = self._held + data
+        unfinished = UNFINISHED.search(data)
+        self._held = b"" if unfinished is None else unfinished.group()
+        for match in PIECE.finditer(data, 0, len(data) - len(self._held)):
             piece = match.group()
             if match.group(2):
                 self._control(match.group(1).decode(), match.group(2).decode())
@@ -82,6 +87,9 @@ class Tty:
         self.screen = Screen()
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
+            # as a shell on a terminal begins a program: one that runs the tests in the background has these ignored
+            for number in (signal.SIGINT, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
             inherited = {
                 name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")
             }

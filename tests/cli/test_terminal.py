@@ -107,6 +107,16 @@ def test_an_answer_cannot_control_the_terminal() -> None:
     assert "\x07" not in written and "\x9b" not in written and "\x1b[31m" not in written
 
 
+def test_the_screen_is_the_same_however_it_is_read() -> None:
+    """A read may end in the middle of a letter or of a sequence that erases a line."""
+    data = "━━━\x1b[1A\r\x1b[2Kthe end\x1b[?25h\r\n".encode()
+    whole, pieces = Screen(), Screen()
+    whole.feed(data)
+    for byte in data:
+        pieces.feed(bytes([byte]))
+    assert pieces.text() == whole.text() == "the end\n"
+
+
 def test_blocks_are_those_of_the_source() -> None:
     blocks = split_blocks(ANSWER)
     assert "".join(blocks) == ANSWER and len(blocks) == 5

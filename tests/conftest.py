@@ -25,10 +25,12 @@ import pytest
 
 from tinyvllm.config import CACHE_DIR_VARIABLE, CORES_VARIABLE, ModelFiles
 
-# Where there is a worker for each core, an engine on all cores would mostly wait for those that others hold.
-HAS_OTHER_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1
-if HAS_OTHER_WORKERS:
+# Where there is a worker for each core, an engine on all cores would mostly wait for those that others hold. Kernels
+# are compiled where they are needed, since compiling processes would import tinygrad and build its rewriting rules for
+# every engine anew, which takes over two seconds: tests of compiling processes take the fixture of this name.
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
     os.environ.setdefault(CORES_VARIABLE, "1")
+    os.environ.setdefault("PARALLEL", "0")  # tinygrad's
 
 # Tests speak to this machine alone, and a proxy would answer for it.
 for name in ("http_proxy", "https_proxy", "all_proxy"):
@@ -57,7 +59,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    from tests.cpu_seconds import CpuSeconds
+
     config.stash[STDERR] = os.dup(2)  # where capturing does not reach
+    config.pluginmanager.register(CpuSeconds())
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -74,13 +79,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    """Where there is a worker for each core, each compiles its kernels itself: an engine's compiling processes would
-    import tinygrad and build its rewriting rules anew for every engine, which takes over two seconds. Processes that
-    tests start compile as they always do, and tests of compiling processes take the fixture of this name."""
-    if HAS_OTHER_WORKERS and "tinygrad" in sys.modules:
-        from tinygrad.helpers import PARALLEL
+    """Compile as compiling processes do, which ask less of tinygrad: a tenth of the time of a large kernel."""
+    if "tinygrad" in sys.modules:
+        from tinygrad.uop.ops import UOp
 
-        PARALLEL.value = 0
+        from tinyvllm.device.compiling import depends_on_any
+
+        UOp.op_in_backward_slice_with_self = depends_on_any
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

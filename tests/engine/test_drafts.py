@@ -145,8 +145,8 @@ def note_calls(runner: Any, calls: list[str]) -> None:
 FAMILIES = (
     "qwen3_5",
     "gpt_oss",
-    pytest.param("lfm2", marks=pytest.mark.slow),
-    pytest.param("glm4_moe_lite", marks=pytest.mark.slow),
+    pytest.param("lfm2", marks=pytest.mark.sweep),
+    pytest.param("glm4_moe_lite", marks=pytest.mark.sweep),
 )
 
 

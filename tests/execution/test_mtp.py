@@ -110,7 +110,7 @@ def test_drafts_are_those_of_transformers_layer(
     check_drafts(write_hf_with_mtp(tmp_path / "tiny", RECIPE), cases, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_gguf_files_have_the_same_layer(
     tmp_path: Path, cases: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

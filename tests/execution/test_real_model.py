@@ -93,7 +93,7 @@ def test_in_float32_logprobs_equal_to_a_thousandth(smollm2_files: ModelFiles, ca
     runner.close()
 
 
-@pytest.mark.slow  # tests/test_end_to_end.py does the like with fewer tokens
+@pytest.mark.sweep  # tests/test_end_to_end.py does the like with fewer tokens
 def test_prompts_in_pieces_of_16_tokens_give_the_same_tokens(runner: ModelRunner, cases: list[dict[str, Any]]) -> None:
     requests = make_requests(cases)
     for request in requests:
@@ -101,7 +101,7 @@ def test_prompts_in_pieces_of_16_tokens_give_the_same_tokens(runner: ModelRunner
     check_tokens(requests, cases)
 
 
-@pytest.mark.slow  # tests/test_end_to_end.py does the like with fewer tokens
+@pytest.mark.sweep  # tests/test_end_to_end.py does the like with fewer tokens
 def test_one_of_16_in_a_batch_gives_the_same_tokens(runner: ModelRunner, cases: list[dict[str, Any]]) -> None:
     """Prompts in pieces mixed with decodes, then sixteen decodes per step."""
     batch = [*cases, cases[0]][:16]

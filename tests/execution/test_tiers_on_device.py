@@ -33,7 +33,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     ("recipe", "settings", "num_kinds"),
     [
         ("llama", {"kv_cache_dtype_k": "q8_0", "kv_cache_dtype_v": "q4_0"}, 1),
-        pytest.param("gemma3", {"kv_cache_dtype": "float32"}, 2, marks=pytest.mark.slow),
+        pytest.param("gemma3", {"kv_cache_dtype": "float32"}, 2, marks=pytest.mark.sweep),
         ("qwen3_5", {"kv_cache_dtype": "float32", "async_scheduling": True}, 2),
     ],
 )

@@ -14,7 +14,6 @@ import pytest
 from tests.builders import write_tiny_gguf
 from tests.execution.driver import generate, make_request
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
-from tinyvllm.device import compiling
 from tinyvllm.device.compiling import Pending, _end_pool, key_of
 from tinyvllm.device.recording import SavedStep
 from tinyvllm.execution import pending_steps, tracing
@@ -33,10 +32,7 @@ CONFIG = EngineConfig(
 )
 PROMPTS = [list(b"to be"), list(b"or not to be, that is the question:")]
 
-pytestmark = [
-    pytest.mark.skipif(compiling.num_workers() == 0, reason="PARALLEL=0: no other processes"),
-    pytest.mark.usefixtures("compiling_processes"),
-]
+pytestmark = pytest.mark.usefixtures("compiling_processes")
 
 
 @pytest.fixture(scope="module")

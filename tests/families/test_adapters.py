@@ -1,7 +1,7 @@
 """Adapters of families whose layers differ: fused modules, norms after products, gates, scales, two ropes. With an
 adapter, the engine's tokens and logprobs are those of the same model with the adapter merged into its weights.
 
-python -m pytest -m slow tests/families/test_adapters.py
+python -m pytest -m sweep tests/families/test_adapters.py
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.families.recipe import make_weights, write_hf
 from tests.families.recipes import RECIPES
 from tinyvllm import LLM, LoRARequest, SamplingParams
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.sweep, pytest.mark.timeout(600)]
 
 RANK, ALPHA = 8, 4
 ADAPTED = re.compile(r".*\.(?:q|k|v|o|qkv|gate|up|gate_up|down)_proj\.weight")

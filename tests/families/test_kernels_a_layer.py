@@ -63,9 +63,9 @@ def kernels_a_layer(
     return names[starts[-2] : starts[-1]], backend.coverage.lines()
 
 
-ALWAYS = ("llama", "qwen2", "gemma3")  # the others are traced for CUDA only by default; METAL's with -m slow
+ALWAYS = ("llama", "qwen2", "gemma3")  # the others are traced for CUDA only by default; METAL's with -m sweep
 CASES = [
-    pytest.param(kind, family, marks=[] if kind == "CUDA" or family in ALWAYS else [pytest.mark.slow])
+    pytest.param(kind, family, marks=[] if kind == "CUDA" or family in ALWAYS else [pytest.mark.sweep])
     for kind in KINDS
     for family in FAMILIES
 ]
@@ -90,7 +90,7 @@ RECURRENT, GATED = {1: 5, 8: 7, 100: 9}, {1: 7, 8: 9, 100: 10}
 
 
 @pytest.mark.parametrize(
-    "tokens", [1, pytest.param(8, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+    "tokens", [1, pytest.param(8, marks=pytest.mark.sweep), pytest.param(100, marks=pytest.mark.sweep)]
 )
 @pytest.mark.parametrize(("recurrent", "counts"), [((True, True, True), RECURRENT), ((True, False, False), GATED)])
 def test_kernels_of_recurrent_layers_and_of_gated_attention(
@@ -103,7 +103,7 @@ def test_kernels_of_recurrent_layers_and_of_gated_attention(
 
 
 @pytest.mark.parametrize(
-    "tokens", [1, pytest.param(8, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
+    "tokens", [1, pytest.param(8, marks=pytest.mark.sweep), pytest.param(100, marks=pytest.mark.sweep)]
 )
 def test_a_sparse_layer_takes_as_many_kernels_more_as_predictions_say(tokens: int) -> None:
     """A router, the choice, and for several rows their order."""

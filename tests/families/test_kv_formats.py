@@ -1,6 +1,6 @@
 """Tiny models of each family with a quantized KV cache: windows, sinks, shared layers, odd heads. All of them:
 
-pytest -m slow tests/families/test_kv_formats.py
+pytest -m sweep tests/families/test_kv_formats.py
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def scores(path: str, prompts: list[str], kv: str) -> np.ndarray:
     return np.array(found)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_family_runs_with_8_bits_or_says_why_not(tmp_path: Path, name: str) -> None:

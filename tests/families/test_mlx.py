@@ -9,19 +9,17 @@ from typing import Any
 import pytest
 
 from tests.families.mlx import MODELS, write_mlx
-from tests.families.test_tiny import ENGINE, marked
+from tests.families.test_tiny import ENGINE
 from tests.families.write_mlx_references import DATA, NUM_STEPS, PROMPT
+from tests.sweeps import swept
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.model.weights.safetensors import read_safetensors
 
 WRITTEN: dict[str, Any] = json.loads(DATA.read_text(encoding="utf-8"))
 
 
-# gpt-oss's layers run by default from Hugging Face's files, and its stacks are read in tests/model/weights
-SLOW = ("gpt_oss",)
-
-
-@pytest.mark.parametrize("name", [marked(name, is_slow=name in SLOW) for name in MODELS])
+# the others' layers run by default from Hugging Face's files, and gpt-oss's stacks are read in tests/model/weights
+@pytest.mark.parametrize("name", swept(MODELS, ["llama", "phi3", "qwen3_5", "glm4_moe_lite"]))
 def test_greedy_tokens_are_mlx_lm_s(tmp_path: Path, name: str) -> None:
     files = write_mlx(tmp_path / "tiny", MODELS[name])
     stored = read_safetensors(files.path)

@@ -27,11 +27,11 @@ from tinyvllm.storage.model_config import read_model_config
         ("mistral", False),
         ("qwen2", True),
         ("gpt_oss", True),
-        pytest.param("gpt_oss", False, marks=pytest.mark.slow),
-        pytest.param("gemma4_26b", True, marks=pytest.mark.slow),
-        pytest.param("gemma4_26b", False, marks=pytest.mark.slow),
-        pytest.param("gemma4_e2b", True, marks=pytest.mark.slow),
-        pytest.param("gemma4_e2b", False, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", False, marks=pytest.mark.sweep),
+        pytest.param("gemma4_26b", True, marks=pytest.mark.sweep),
+        pytest.param("gemma4_26b", False, marks=pytest.mark.sweep),
+        pytest.param("gemma4_e2b", True, marks=pytest.mark.sweep),
+        pytest.param("gemma4_e2b", False, marks=pytest.mark.sweep),
     ],
 )
 def test_a_step_renders_within_the_limits(tmp_path: Path, name: str, is_decode: bool) -> None:
@@ -45,8 +45,8 @@ def test_a_step_renders_within_the_limits(tmp_path: Path, name: str, is_decode: 
     check_step(config, is_decode=is_decode)
 
 
-@pytest.mark.parametrize("is_decode", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [pytest.param("qwen3_5", marks=pytest.mark.slow), "lfm2"])
+@pytest.mark.parametrize("is_decode", [True, pytest.param(False, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("name", [pytest.param("qwen3_5", marks=pytest.mark.sweep), "lfm2"])
 def test_recurrent_layers_and_gated_attention_render(tmp_path: Path, name: str, is_decode: bool) -> None:
     config = read_model_config(write_hf(tmp_path, RECIPES[name]))
     check_step(replace(config, num_layers=2, recurrent=(True, False)), is_decode=is_decode)

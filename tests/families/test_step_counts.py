@@ -9,7 +9,7 @@ import pytest
 from tests.families.step_counts import BUCKETS, CASES, CHIP_OF, Counts, count_steps, differences, read
 
 COMMAND = "python -m tests.families.step_counts"
-# by case: the steps that are counted by default; all others with -m slow
+# by case: the steps that are counted by default; all others with -m sweep
 DEFAULT = {
     ("CUDA sm_90", "llama-3.1-8b", "float16"): ("decode 1", "decode 8", "decode 64", "prefill 1024"),
     ("CUDA sm_90", "llama-3.1-8b", "Q4_K"): ("decode 1", "decode 64"),
@@ -30,7 +30,7 @@ def test_a_step_launches_and_moves_what_it_did(case: tuple[str, str, str]) -> No
     check(case, DEFAULT[case])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_all_steps_launch_and_move_what_they_did(case: tuple[str, str, str]) -> None:
     check(case, [bucket for bucket in BUCKETS if bucket not in DEFAULT.get(case, ())])

@@ -1,5 +1,9 @@
 """Tiny seeded models of transformers' classes through the whole engine: its greedy tokens and logprobs, however the
-work is cut and from either format. Expected: data/*.json, which write_references.py makes."""
+work is cut and from either format. Expected: data/*.json, which write_references.py makes.
+
+By default every family runs once: here, in GGUF, or as one of MLX's (test_mlx.py). Most have a single graph, since each
+kernel takes half a second to compile. All recipes, with graphs for decoding too: python -m pytest -m sweep
+tests/families"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from tests.families.recipe import write_gguf, write_hf
 from tests.families.recipes import RECIPES
 from tests.families.recipes.gemma3 import write_multimodal_hf
 from tests.families.write_references import DATA, NUM_STEPS, NUM_TOP, weights_sum
+from tests.sweeps import swept
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.config import ModelFiles
 
@@ -47,9 +52,9 @@ def check(output: Any, case: dict[str, Any]) -> None:
         assert {token: entry.logprob for token, entry in found.items()} == pytest.approx(dict(expected), abs=ATOL)
 
 
-def check_engine(files: ModelFiles, cases: list[dict[str, Any]]) -> None:
+def check_engine(files: ModelFiles, cases: list[dict[str, Any]], **settings: Any) -> None:
     """Alone; in a batch that the pool is too small for; again, where the prompts are found in the cache."""
-    llm = LLM(str(files.path), **ENGINE)
+    llm = LLM(str(files.path), **ENGINE | settings)
     longest = cases[-1]  # in chunks, and several windows long
     check(llm.generate(longest["prompt"], GREEDY)[0], longest)
     outputs = llm.generate([case["prompt"] for case in cases], GREEDY)
@@ -64,30 +69,38 @@ def check_engine(files: ModelFiles, cases: list[dict[str, Any]]) -> None:
     llm.close()
 
 
-def marked(name: str, *, is_slow: bool) -> Any:
-    return pytest.param(name, marks=[pytest.mark.slow] if is_slow else [])
+# each other recipe has a like among these, or runs by default in GGUF
+DEFAULT = [name for name, recipe in RECIPES.items() if not recipe.is_swept]
+DECODING = ("gemma3", "gpt_oss", "qwen3_5_moe")  # windows, sinks and experts, states
+FIRST_GRAPH = {"warm_up": "idle"}  # which serves every step, and no other is made while requests run
 
 
-@pytest.mark.parametrize("name", [marked(name, is_slow=recipe.is_slow) for name, recipe in RECIPES.items()])
+@pytest.mark.parametrize("name", DEFAULT)
 def test_tokens_and_logprobs_are_transformers(tmp_path: Path, name: str) -> None:
+    graphs = {"decode_buckets": (4,)} if name in DECODING else FIRST_GRAPH
+    check_engine(write_hf(tmp_path / "tiny", RECIPES[name]), read_cases(name), **graphs)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", RECIPES)
+def test_tokens_and_logprobs_are_transformers_in_every_graph(tmp_path: Path, name: str) -> None:
     check_engine(write_hf(tmp_path / "tiny", RECIPES[name]), read_cases(name))
 
 
-def check_alone(files: ModelFiles, case: dict[str, Any]) -> None:
-    llm = LLM(str(files.path), **ENGINE | {"max_num_seqs": 1, "decode_buckets": (1,)})
+def check_alone(files: ModelFiles, case: dict[str, Any], **settings: Any) -> None:
+    llm = LLM(str(files.path), **ENGINE | {"max_num_seqs": 1, "decode_buckets": (1,)} | settings)
     check(llm.generate(case["prompt"], GREEDY)[0], case)
     llm.close()
 
 
 # test_gguf.py says of all of them that GGUF holds the same model
 GGUF_NAMES = [name for name, recipe in RECIPES.items() if recipe.gguf_arch]
-GGUF_BY_DEFAULT = ("qwen2", "gemma2", "gemma3", "gemma4_26b", "mistral", "qwen3_5")
 
 
-@pytest.mark.parametrize("name", [marked(name, is_slow=name not in GGUF_BY_DEFAULT) for name in GGUF_NAMES])
+@pytest.mark.parametrize("name", swept(GGUF_NAMES, ["qwen2", "gemma2", "gemma4_26b", "mistral"]))
 def test_gguf_gives_the_same(tmp_path: Path, name: str) -> None:
     check_alone(write_gguf(tmp_path / "tiny.gguf", RECIPES[name]), read_cases(name)[-1])
 
 
 def test_the_text_part_of_a_multimodal_gemma3_gives_the_same(tmp_path: Path) -> None:
-    check_alone(write_multimodal_hf(tmp_path / "tiny", RECIPES["gemma3"]), read_cases("gemma3")[-1])
+    check_alone(write_multimodal_hf(tmp_path / "tiny", RECIPES["gemma3"]), read_cases("gemma3")[-1], **FIRST_GRAPH)

@@ -53,7 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(write_tiny_hf_llama(tmp_path_factory.mktemp("faults") / "tiny", **TINY).path)
 
 
-@pytest.mark.parametrize("overlaps", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("overlaps", [pytest.param(False, marks=pytest.mark.sweep), True])
 async def test_each_point_of_a_device_that_serves_fails_once(model: Path, overlaps: bool) -> None:
     async with running(make_config(model, async_scheduling=overlaps)) as engine:
         rounds = Rounds(engine)

@@ -14,6 +14,7 @@ import pytest
 
 from tests.metal.scenarios import QUANTIZED, SCENARIOS, Answer, answer
 from tests.metal.simulator import Settings, without_checks
+from tests.sweeps import swept
 from tinyvllm.config import ModelFiles
 
 pytestmark = pytest.mark.timeout(600)  # an engine compiles for 10 s on an idle core, and there may be no idle one
@@ -71,12 +72,7 @@ def assert_same_tokens(found: Answer, expected: Answer, tie: float) -> None:
     assert compared >= 0.8 * total, f"only {compared} of {total} tokens could be compared"
 
 
-def slow(*names: str) -> list[Any]:
-    """Names whose runs take a minute each and have a like in the default run."""
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", ["float16", *slow("float32", "bfloat16")])
+@pytest.mark.parametrize("name", swept(("float16", "float32", "bfloat16"), ["float16"]))
 def test_chunks_batches_preemption_and_prefix_hits_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)
     found = answer(name, cpu.folder / name)
@@ -85,19 +81,19 @@ def test_chunks_batches_preemption_and_prefix_hits_give_the_cpus_tokens(name: st
     assert_same_tokens(found, expected, SCENARIOS[name].tie)
 
 
-@pytest.mark.parametrize("name", ["mixed", *slow(*QUANTIZED)])
+@pytest.mark.parametrize("name", swept(("mixed", *QUANTIZED), ["mixed"]))
 def test_quantized_weights_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)
     assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
 
 
-@pytest.mark.parametrize("name", ["gemma3", *slow("qwen3", "qwen2", "mistral", "qwen3_5", "mtp")])
+@pytest.mark.parametrize("name", swept(("gemma3", "qwen3", "qwen2", "mistral", "qwen3_5", "mtp"), []))
 def test_every_family_gives_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)
     assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
 
 
-@pytest.mark.parametrize("name", slow("drafts"))
+@pytest.mark.parametrize("name", swept(["drafts"], []))
 def test_steps_with_drafts_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)
     found = answer(name, cpu.folder / name)

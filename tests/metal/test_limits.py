@@ -1,6 +1,6 @@
 """No program of any graph breaks one of Metal's limits, for the shapes of real models, on every family of GPUs.
 The whole sweep, in a quarter of an hour, with a line for each case (docs/METAL.md has them as a table):
-python -m pytest -m slow -rP tests/metal/test_limits.py"""
+python -m pytest -m sweep -rP tests/metal/test_limits.py"""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_the_renderer_asks_a_family_for_its_simdgroup_matrices_alone() -> None:
     assert "simdgroup_multiply_accumulate" not in "".join(sources("Mac2"))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", SWEEP, ids=str)
 def test_no_program_of_the_sweep_is_over_a_limit(simulator: Settings, case: Case) -> None:
     graphs = graphs_of(simulator, case)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -53,13 +53,6 @@ def make_renderer(name: str) -> Renderer:
     Renderer.__init__(renderer, target)
     renderer.tensor_cores, renderer.compiler = tensor_cores, Compiler()
     return renderer
-
-
-def swept(cases: Iterable[tuple[Any, ...]], default: Collection[tuple[Any, ...]]) -> list[Any]:
-    """All of the cases. Those that are not in `default` have a like there, and run with `-m "slow and not gpu"`."""
-    every = [*cases]
-    assert set(default) <= set(every), "the default has a case that does not exist"
-    return [pytest.param(*case, marks=() if case in default else pytest.mark.slow) for case in every]
 
 
 def unwritten(backend: Backend, size: int, dtype: DType = dtypes.float) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.ops.builders import largest_difference, make_host, make_step, make_step_of, normal
+from tests.sweeps import swept
 from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import open_device
 from tinyvllm.ops.adapter_spec import AdapterSite, Block, SiteShape, SiteValues, SiteWriter
@@ -94,8 +96,10 @@ def run_gated(ops: Backend, tokens: int) -> np.ndarray:
     return read(ops, ops.adapt_gated(x, product, site, step_of(ops, tokens), norm, "silu", bias), tokens)
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
-@pytest.mark.parametrize("run", [run_qkv, run_residual, run_gated])
+@pytest.mark.parametrize(
+    ("run", "tokens"),
+    swept(product((run_qkv, run_residual, run_gated), (1, 9)), [(run_qkv, 9), (run_residual, 1), (run_gated, 9)]),
+)
 def test_what_adapters_add_equals_the_reference(
     backend: Backend, reference: ReferenceBackend, run: Run, tokens: int
 ) -> None:

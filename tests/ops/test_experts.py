@@ -1,6 +1,6 @@
 """Routing and the experts' products against NumPy. On a GPU: DEV=CL python -m pytest -m gpu tests/ops
 
-All formats by several numbers of rows: python -m pytest -m "slow and not gpu" tests/ops/test_experts.py
+All formats by several numbers of rows: python -m pytest -m "sweep and not gpu" tests/ops/test_experts.py
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 
 from tests.ops.builders import FORMATS, largest_difference
 from tests.ops.experts import Case, Result, expected_layer, expected_routing, make_kind, run_layer, run_routing
+from tests.sweeps import swept
 from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import DeviceHandle, open_device, upload
 from tinyvllm.ops.backend import Backend
@@ -62,18 +63,21 @@ def check(backend: Backend, case: Case) -> None:
     assert largest_difference(found.out, expected.out) < 2e-5
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", swept(ROUTERS, ("olmoe", "gpt-oss", "deepseek-v3", "gemma4", "qwen3.5, stacked")))
 def test_routers_choose_what_numpy_chooses(backend: Backend, name: str) -> None:
     """Two experts always have the same score: the first is chosen first."""
     check_routing(run_routing(backend, ROUTERS[name]), expected_routing(ROUTERS[name]))
 
 
-@pytest.mark.parametrize("name", LAYERS)
+LIKES = ("one row", "more experts than pairs", "one row with a shared expert")  # of what other layers have, too
+
+
+@pytest.mark.parametrize("name", swept(LAYERS, [name for name in LAYERS if name not in LIKES]))
 def test_a_layer_equals_numpy(backend: Backend, name: str) -> None:
     check(backend, LAYERS[name])
 
 
-@pytest.mark.parametrize("name", ["deepseek-v3", "qwen3.5", "qwen3.5, stacked"])
+@pytest.mark.parametrize("name", swept(("deepseek-v3", "qwen3.5", "qwen3.5, stacked"), ["deepseek-v3"]))
 def test_the_reference_and_the_general_form_choose_what_numpy_chooses(device: DeviceHandle, name: str) -> None:
     expected = expected_routing(ROUTERS[name])
     for backend in (ReferenceBackend(device), GpuBackend(device, "float32")):
@@ -84,7 +88,9 @@ def test_the_reference_equals_numpy(reference: ReferenceBackend) -> None:
     check(reference, replace(LAYERS["biases"], fmt="float32", num_tokens=3))
 
 
-@pytest.mark.parametrize("name", ["tiles", "one row with a norm after it", "a shared expert"])
+@pytest.mark.parametrize(
+    "name", swept(("tiles", "one row with a norm after it", "a shared expert"), ["a shared expert"])
+)
 def test_several_cores_give_what_one_gives(device: DeviceHandle, name: str) -> None:
     """Shards are uneven: 3 panels of hidden columns among 2 cores."""
     if not device.is_cpu:
@@ -97,7 +103,7 @@ def test_several_cores_give_what_one_gives(device: DeviceHandle, name: str) -> N
     assert largest_difference(found, expected) < 2e-5
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+@pytest.mark.parametrize("num_tokens", swept((1, 2, 7), (1, 7)))
 def test_experts_that_nobody_chose_are_not_read(backend: Backend, num_tokens: int) -> None:
     """Their weights are NaN."""
     case = Case(make_kind(32, 2), "float16", num_tokens)
@@ -109,7 +115,7 @@ def test_experts_that_nobody_chose_are_not_read(backend: Backend, num_tokens: in
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "deepseek-v3", "qwen3.5, stacked"])
+@pytest.mark.parametrize("name", swept(("qwen3", "deepseek-v3", "qwen3.5, stacked"), ["deepseek-v3"]))
 def test_ids_are_those_of_experts_whatever_the_rows_hold(backend: Backend, name: str) -> None:
     """As rows that pad a step may hold anything."""
     case = ROUTERS[name]
@@ -133,7 +139,7 @@ def test_a_row_depends_on_no_other_row(backend: Backend) -> None:
 SWEEP = [*product((*FORMATS, "MXFP4-e8m0", "affine4_g64-float16", "IQ2_S-float16"), (1, 7, 40))]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(("fmt", "num_tokens"), SWEEP)
 def test_any_format_equals_numpy(backend: Backend, fmt: str, num_tokens: int) -> None:
     check(backend, Case(make_kind(6, 2, 256), fmt, num_tokens, epilogue="r"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 
 from tests.ops.attention import FEATURES, Case, attend, decode_pieces, make_history, make_layer, mixed_pieces
 from tests.ops.builders import Piece, make_pool, make_step, make_step_of, normal
+from tests.sweeps import swept
 from tinyvllm.config import KVFormats, LatentKind, LayerKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import DeviceError, UnsupportedModelError
@@ -32,7 +34,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", swept(CASES, [CASES[3], *CASES[5:7], *CASES[8:10]]), ids=lambda case: case.name)
 def test_attention_over_quantized_keys_and_values_equals_the_reference(
     backend: Backend, reference: ReferenceBackend, case: Case
 ) -> None:
@@ -66,8 +68,11 @@ def test_a_layer_reads_the_quantized_keys_of_another(backend: Backend, reference
     np.testing.assert_allclose(outs[0], outs[1], atol=2e-5)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("case", [CASES[1], CASES[5], CASES[7]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "bad"),
+    swept(product((CASES[1], CASES[5], CASES[7]), (math.nan, math.inf)), [(CASES[1], math.inf), (CASES[5], math.nan)]),
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_another_request_left_in_a_block_is_not_read(backend: Backend, case: Case, bad: float) -> None:
     pieces = [Piece(9)] if case.is_decode else [Piece(9, 5)]

@@ -1,6 +1,6 @@
 """Products of every format against the plain reference. On a GPU: DEV=CL python -m pytest -m gpu tests/ops
 
-All formats by all row counts by all operations: python -m pytest -m "slow and not gpu" tests/ops
+All formats by all row counts by all operations: python -m pytest -m "sweep and not gpu" tests/ops
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pytest
 from tinygrad import dtypes
 
 from tests.ops.builders import FORMATS, largest_difference, make_epilogue, make_host, normal, run_product
+from tests.sweeps import swept
 from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import DeviceHandle, has_half
 from tinyvllm.errors import UnsupportedModelError
@@ -27,14 +28,14 @@ Case = tuple[str, int, str]
 
 
 def chosen_cases() -> list[Case]:
-    """Every format on both sides of each border where the kernels differ (1, few, many rows), the operations in turn;
-    and every operation at the other row counts. The rest of the product is `slow`: each case compiles a kernel."""
+    """Every format for one row and for some or many, where the kernels differ, the operations in turn; and every
+    operation at another row count. The rest of the product is swept: each case compiles a kernel."""
     cases = [
         (fmt, tokens, OPERATIONS[(i + j) % 3])
         for i, fmt in enumerate(FORMATS)
-        for j, tokens in enumerate((1, 4, 64 if i % 2 else 16))
+        for j, tokens in enumerate((1, (4, 16, 64)[i % 3]))
     ]
-    return cases + [("Q5_1", tokens, operation) for tokens, operation in product((2, 3, 17), OPERATIONS)]
+    return cases + [("Q5_1", tokens, operation) for tokens, operation in zip((2, 3, 17), OPERATIONS, strict=True)]
 
 
 def other_cases() -> list[Case]:
@@ -75,8 +76,10 @@ def test_a_product_equals_the_reference(backend: Backend, reference: ReferenceBa
     check(backend, reference, case)
 
 
-@pytest.mark.parametrize("names", ["n", "bns", "sc", "s", "bsr"])
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize(
+    ("tokens", "names"),
+    swept(product((1, 20), ("n", "bns", "sc", "s", "bsr")), [(1, "bns"), (20, "bns"), (1, "sc"), (20, "bsr")]),
+)
 def test_what_follows_a_product_equals_the_reference(
     backend: Backend, reference: ReferenceBackend, tokens: int, names: str
 ) -> None:
@@ -89,7 +92,7 @@ def test_what_follows_a_product_equals_the_reference(
     assert largest_difference(run(backend), run(reference)) < 1e-5
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "clamped_swiglu"])
+@pytest.mark.parametrize("activation", swept(("gelu_tanh", "clamped_swiglu"), ["clamped_swiglu"]))
 def test_a_gate_with_biases_equals_the_reference(
     backend: Backend, reference: ReferenceBackend, activation: str
 ) -> None:
@@ -110,7 +113,7 @@ def test_a_general_product_of_logits_or_qkv_is_float32(device: DeviceHandle, nam
     assert out.dtype == dtypes.float
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", other_cases(), ids=name_of)
 def test_any_product_equals_the_reference(backend: Backend, reference: ReferenceBackend, case: Case) -> None:
     check(backend, reference, case)

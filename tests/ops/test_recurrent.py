@@ -11,6 +11,7 @@ from tests.ops.builders import largest_difference
 from tests.ops.recurrent import States, Turn, check_steps, draw_rows, make_kind, plan_recurrence
 from tests.ops.rendering import KINDS as DEVICES
 from tests.ops.rendering import check_limits, gpu_backend, kernels_of, rendered
+from tests.sweeps import swept
 from tinyvllm.config import LayerKind, StateKind
 from tinyvllm.device.handle import DeviceHandle, open_device
 from tinyvllm.ops.backend import Backend
@@ -57,7 +58,10 @@ def test_steps_equal_the_reference(device: DeviceHandle, name: str) -> None:
     check_steps(States(ReferenceBackend(device), KINDS[name], padding=3), found, STEPS, TOLERANCE)
 
 
-@pytest.mark.parametrize("cuts", [(16,), (3, 4), (1, 2, 3, 15)], ids=str)
+CUTS = [(16,), (3, 4), (1, 2, 3, 15)]
+
+
+@pytest.mark.parametrize("cuts", swept([(cut,) for cut in CUTS], [(CUTS[-1],)]), ids=str)
 def test_a_sequence_may_be_divided_into_any_steps(device: DeviceHandle, cuts: tuple[int, ...]) -> None:
     """Outputs and state are those of one step over the whole."""
     kind, count = KINDS["odd"], 20
@@ -86,7 +90,7 @@ def test_fused_forms_equal_the_reference(device: DeviceHandle, kind: StateKind, 
     check_steps(States(ReferenceBackend(device), kind, padding=3), found, LONG_STEPS, tolerance)
 
 
-@pytest.mark.parametrize("device_kind", ["METAL", pytest.param("CUDA", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("device_kind", swept(("METAL", "CUDA"), ["METAL"]))
 def test_fused_forms_render_within_the_limits(device_kind: str) -> None:
     """Of heads of 128, three value heads to each head of keys: Qwen3.5-27B's."""
     kind, backend = make_kind(6, 2, 128, 128), rendered(device_kind, is_chained=True)

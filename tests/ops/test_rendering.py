@@ -1,12 +1,13 @@
 """Every kernel as source for devices that are not here: it renders, and keeps to the device's limits.
 
 A backend is asked for a step on tensors that are never realized; what it would launch is rendered for each device. By
-default some steps are left out: python -m pytest -m "slow and not gpu" tests/ops
+default some steps are left out: python -m pytest -m "sweep and not gpu" tests/ops
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from tinygrad import Device, dtypes
@@ -27,6 +28,7 @@ from tests.ops.rendering import (
     plan_processed,
     unwritten,
 )
+from tests.sweeps import swept
 from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import KERNEL_STACK_BYTES, DeviceHandle
 from tinyvllm.ops.backend import Epilogue, Norm
@@ -40,7 +42,7 @@ GENERAL_TARGETS = [target for target in TARGETS if target != "CUDA sm_80"]
 # -- the GPU kind ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize("is_decode", swept((True, False), [False]), ids=["decode", "mixed"])
 def test_a_step_renders_within_the_limits(is_decode: bool) -> None:
     layout = StepLayout(4, 4, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
     backend, mixed = gpu_backend("float16"), not is_decode  # sampling is the same in both
@@ -52,7 +54,10 @@ def test_a_step_renders_within_the_limits(is_decode: bool) -> None:
         check_limits(kernel, *GENERAL_TARGETS)
 
 
-@pytest.mark.parametrize("formats", [("Q5_1", "Q8_0"), ("bfloat16", "bfloat16"), ("Q4_0", "Q5_0")], ids=str)
+WAYS = [("Q5_1", "Q8_0"), ("bfloat16", "bfloat16"), ("Q4_0", "Q5_0")]  # to store most matrices, and V and down
+
+
+@pytest.mark.parametrize("formats", swept([(way,) for way in WAYS], [(WAYS[0],)]), ids=str)
 def test_every_way_to_store_weights_renders(formats: tuple[str, str]) -> None:
     backend, layout = gpu_backend("bfloat16" if formats[0] == "bfloat16" else "float16"), StepLayout(2, 2, 2, 16)
     for kernel in kernels_of(plan_layer(backend, layout, formats, is_decode=True, samples=False)):
@@ -74,14 +79,20 @@ def test_general_experts_render_within_the_limits() -> None:
             check_limits(kernel, *GENERAL_TARGETS)
 
 
-@pytest.mark.parametrize("heads", [(64, 8, 128), (16, 8, 256), (9, 3, 64)], ids=str)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("heads", "dtype"),
+    swept(
+        product([(64, 8, 128), (16, 8, 256), (9, 3, 64)], ("float16", "bfloat16")),
+        [((64, 8, 128), "float16"), ((9, 3, 64), "bfloat16")],
+    ),
+    ids=str,
+)
 def test_attention_of_large_models_renders_within_the_limits(heads: tuple[int, int, int], dtype: str) -> None:
     for kernel in kernels_of(plan_attention(gpu_backend(dtype), LayerKind(*heads, Rope(10000.0)), dtype)):
         check_limits(kernel, *GENERAL_TARGETS)
 
 
-@pytest.mark.parametrize("vocab", [300, pytest.param(49152, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("vocab", swept((300, 49152), [300]))
 def test_a_step_with_logits_processing_renders_within_the_limits(vocab: int) -> None:
     """One vocabulary is not a multiple of a mask's word."""
     kernels = kernels_of([plan_processed(gpu_backend("float16"), vocab)])
@@ -114,7 +125,7 @@ def test_cuda_devices_are_given_the_same_general_kernels() -> None:
 # -- the CPU kind ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_decode", [True, False], ids=["decode", "mixed"])
+@pytest.mark.parametrize("is_decode", swept((True, False), [False]), ids=["decode", "mixed"])
 def test_cpu_kernels_use_neither_threads_nor_double_precision(is_decode: bool) -> None:
     layout = StepLayout(1, 1, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
     backend = CpuBackend(DeviceHandle("CPU", has_threads=False, is_unified=True), None)
@@ -125,7 +136,7 @@ def test_cpu_kernels_use_neither_threads_nor_double_precision(is_decode: bool) -
         assert buffer_bytes(program, AddrSpace.LOCAL) == 0, kernel.arg.name
 
 
-@pytest.mark.parametrize("vocab", [300, 49152])
+@pytest.mark.parametrize("vocab", swept((300, 49152), [300]))
 def test_cpu_kernels_of_a_step_with_logits_processing_use_neither_threads_nor_double_precision(vocab: int) -> None:
     backend = CpuBackend(DeviceHandle("CPU", has_threads=False, is_unified=True), None)
     for kernel in kernels_of([plan_processed(backend, vocab)]):
@@ -134,7 +145,7 @@ def test_cpu_kernels_of_a_step_with_logits_processing_use_neither_threads_nor_do
         assert buffer_bytes(program, AddrSpace.LOCAL) == 0, kernel.arg.name
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 16, 256])
+@pytest.mark.parametrize("tokens", swept((1, 4, 16, 256), (1, 256)))
 def test_the_stack_holds_a_large_models_tiles(tokens: int) -> None:
     """Llama 3.1 70B's down projection is 28672 wide. The matrix stays virtual: what counts is its shape."""
     backend = CpuBackend(DeviceHandle("CPU", has_threads=False, is_unified=True), None)

@@ -252,11 +252,11 @@ def begin_worker() -> None:
     logging.disable(logging.WARNING)  # the parent has said what is wrong with the cache
     share_disk_cache()
     gc.set_threshold(*WORKER_GC)
-    UOp.op_in_backward_slice_with_self = _depends_on_any
+    UOp.op_in_backward_slice_with_self = depends_on_any
     os.nice(WORKER_NICENESS)
 
 
-def _depends_on_any(uop: UOp, *ops: Ops) -> bool:
+def depends_on_any(uop: UOp, *ops: Ops) -> bool:
     """tinygrad's method, which lists and keeps all that a node depends on before it looks: a tenth of the time of
     compiling a large kernel."""
     seen, stack = {uop}, [uop]

@@ -27,6 +27,6 @@ RECIPES = {
         layer_norms=NORMS,
         post_norms=POST_NORMS,
         norm_offset=1.0,
-        is_slow=True,
+        is_swept=True,
     ),
 }

@@ -17,7 +17,7 @@ RECIPES = {
         seed=2,
         biases=BIASES,
         fused=FUSED,
-        is_slow=True,
+        is_swept=True,
     ),
     "glm4": Recipe(
         "Glm4ForCausalLM",

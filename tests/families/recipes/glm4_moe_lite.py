@@ -158,7 +158,7 @@ RECIPES = {
         "deepseek2",
         LITE,
         seed=1,
-        is_slow=True,
+        is_swept=True,
         more_shapes=layer_shapes,
         gguf_keys=GGUF_KEYS  # as older files have it
         | {

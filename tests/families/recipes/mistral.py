@@ -24,6 +24,7 @@ RECIPES = {
         "llama",
         sizes(3, 96, 4, 2, 48, 160) | {"model_type": "mistral", "sliding_window": 17, "rope_theta": 1e6},
         seed=1,
+        is_swept=True,
         gguf_keys={"attention.sliding_window": 17},
     ),
     "ministral": Recipe(
@@ -37,7 +38,7 @@ RECIPES = {
             "rope_theta": 1e6,
         },
         seed=1,
-        is_slow=True,
+        is_swept=True,
     ),
     "ministral3": Recipe(
         "Ministral3ForCausalLM",

@@ -36,7 +36,7 @@ RECIPES = {
         seed=1,
         layer_norms=NORMS,
         more_shapes=whole_norms,
-        is_slow=True,
+        is_swept=True,
     ),
     "olmo3": Recipe(
         "Olmo3ForCausalLM",

@@ -16,7 +16,7 @@ FUSED = {
 SHORT, LONG = [1.0 + 0.05 * i for i in range(12)], [1.0 + 0.4 * i for i in range(12)]
 
 
-def recipe(original: int, window: int | None, seed: int, *, is_slow: bool) -> Recipe:
+def recipe(original: int, window: int | None, seed: int, *, is_swept: bool) -> Recipe:
     """Longrope's long factors apply where `original` is less than the longest context of the tests, 192."""
     config: dict[str, Any] = {
         "model_type": "phi3",
@@ -43,11 +43,11 @@ def recipe(original: int, window: int | None, seed: int, *, is_slow: bool) -> Re
             "rope_factors_long.weight": np.array(LONG, np.float32),
         },
         fused=FUSED,
-        is_slow=is_slow,
+        is_swept=is_swept,
     )
 
 
 RECIPES = {
-    "phi3": recipe(original=256, window=19, seed=1, is_slow=True),
-    "phi3_long": recipe(original=2, window=None, seed=2, is_slow=False),
+    "phi3": recipe(original=256, window=19, seed=1, is_swept=True),
+    "phi3_long": recipe(original=2, window=None, seed=2, is_swept=False),
 }

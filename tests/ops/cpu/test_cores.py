@@ -14,6 +14,7 @@ from tests.builders import write_tiny_gguf, write_tiny_hf_llama
 from tests.ops.attention import Case, make_history, make_layer
 from tests.ops.builders import Piece, make_pool, make_step, make_step_of, normal
 from tests.ops.kernel.examples import add_one_kernel
+from tests.sweeps import swept
 from tinyvllm.config import EngineConfig, SamplingParams
 from tinyvllm.device.cpu_replay import _waits
 from tinyvllm.device.handle import open_device, upload
@@ -66,13 +67,16 @@ def generate(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[
 
 @pytest.mark.parametrize(
     ("quant", "cores", "kv"),
-    [
-        (None, 2, "float32"),
-        pytest.param("Q4_1", 2, "float32", marks=pytest.mark.slow),  # cut as the first, in 4 bits as the last
-        ("Q8_0", 3, "float32"),
-        ("Q4_0", 9, "float32"),
-        ("Q4_0", 9, "q8_0"),
-    ],
+    swept(
+        [
+            (None, 2, "float32"),
+            ("Q4_1", 2, "float32"),
+            ("Q8_0", 3, "float32"),
+            ("Q4_0", 9, "float32"),
+            ("Q4_0", 9, "q8_0"),
+        ],
+        [("Q8_0", 3, "float32"), ("Q4_0", 9, "q8_0")],
+    ),
 )
 def test_several_cores_generate_what_one_generates(tmp_path: Path, quant: str | None, cores: int, kv: str) -> None:
     """Shards are uneven: 4 KV heads among 3 cores, 3 panels of hidden columns among 2 cores or 9. Of these, two share

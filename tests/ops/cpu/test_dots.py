@@ -50,9 +50,9 @@ def normed(x: np.ndarray) -> np.ndarray:
     return wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5)
 
 
-@pytest.mark.parametrize("name", [*USUAL, *[pytest.param(n, marks=pytest.mark.slow) for n in DRAWN]])
+@pytest.mark.parametrize("name", [*USUAL, *[pytest.param(n, marks=pytest.mark.sweep) for n in DRAWN]])
 def test_words_hold_what_a_checkpoint_does(name: str) -> None:
-    """Read whole, and value by value, as embeddings are. All formats: pytest -m slow tests/ops/cpu/test_dots.py"""
+    """Read whole, and value by value, as embeddings are. All formats: pytest -m sweep tests/ops/cpu/test_dots.py"""
     host: Any = make_host(name, 40, COLS)
     matrix = pack(host, "dot", None, "CPU")
     np.testing.assert_allclose(unpack(matrix).numpy()[:40], to_float32(host), rtol=0, atol=2e-7)
@@ -72,7 +72,7 @@ def test_words_hold_what_a_checkpoint_does(name: str) -> None:
     ("name", "tokens"),
     [
         *[(name, (1, 6, 17, 5, 80)[i % 5]) for i, name in enumerate(USUAL)],
-        *[pytest.param(name, tokens, marks=pytest.mark.slow) for name in DRAWN for tokens in (1, 9, 17)],
+        *[pytest.param(name, tokens, marks=pytest.mark.sweep) for name in DRAWN for tokens in (1, 9, 17)],
     ],
 )
 def test_a_product_is_that_of_x_in_16_bits(device: DeviceHandle, name: str, tokens: int) -> None:

@@ -31,7 +31,7 @@ KNOWN = [*(kind.format for kind in QUANTIZED_KINDS.values()), *FORMATS, affine(4
 KNOWN = list(dict.fromkeys(KNOWN))
 every = pytest.mark.parametrize(
     "fmt",
-    [pytest.param(fmt, marks=() if fmt.name in FAST else pytest.mark.slow) for fmt in KNOWN],
+    [pytest.param(fmt, marks=() if fmt.name in FAST else pytest.mark.sweep) for fmt in KNOWN],
     ids=lambda fmt: f"{fmt.name}-{fmt.scale.dtype}",
 )
 
@@ -145,10 +145,10 @@ def test_cuda_reads_the_same_by_its_own_instructions(fmt: Format) -> None:
             assert_pairs(words[fmt, "quarters", mma], host, mma, in_place=True)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @settings(max_examples=60, deadline=None)
 @given(fmt=any_format().filter(covers), seed=st.integers(0, 99))
 def test_pairs_hold_the_codes_of_any_format(fmt: Format, seed: int) -> None:
-    """pytest -m slow tests/ops/formats/test_pairs.py"""
+    """pytest -m sweep tests/ops/formats/test_pairs.py"""
     host = draw_matrix(fmt, ROWS, COLS, seed)
     assert_pairs(on_metal(pairs_kernel, pack(host, "row", None, "CPU"), np.uint32), host, METAL)

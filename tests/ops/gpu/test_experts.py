@@ -162,15 +162,15 @@ def plan(backend: FusedGpuBackend, case: Case) -> list[Tensor]:
     return [backend.whole(out)]
 
 
-SLOW = pytest.mark.slow
+SWEEP = pytest.mark.sweep
 LAYERS = [
     ("bfloat16", "METAL", 1, 4),
     ("MXFP4-e8m0", "CUDA", 1, 4),
     ("MXFP4-e8m0", "METAL", 8, 7),
     ("bfloat16", "CUDA", 8, 7),
-    pytest.param("bfloat16", "CUDA", 1, 4, marks=SLOW),
-    pytest.param("MXFP4-e8m0", "CUDA", 8, 7, marks=SLOW),
-    *[pytest.param(fmt, kind, 100, 7, marks=SLOW) for fmt in ("bfloat16", "MXFP4-e8m0") for kind in KINDS],
+    pytest.param("bfloat16", "CUDA", 1, 4, marks=SWEEP),
+    pytest.param("MXFP4-e8m0", "CUDA", 8, 7, marks=SWEEP),
+    *[pytest.param(fmt, kind, 100, 7, marks=SWEEP) for fmt in ("bfloat16", "MXFP4-e8m0") for kind in KINDS],
 ]
 
 

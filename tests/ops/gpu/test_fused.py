@@ -61,9 +61,9 @@ from tests.ops.rendering import (
     plan_attention_layer,
     plan_layer,
     rendered,
-    swept,
     unwritten,
 )
+from tests.sweeps import swept
 from tinyvllm.arrays import Format, to_float32
 from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import DeviceHandle
@@ -105,7 +105,7 @@ def test_a_recorded_layer_launches_nothing_that_nobody_reads(kind: str, tokens: 
     assert 0 < len(ours) <= inside + outside
 
 
-@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.slow), "CUDA"])
+@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.sweep), "CUDA"])
 def test_a_layer_that_verifies_drafts_takes_one_kernel_more_than_one_that_decodes(kind: str) -> None:
     """It writes all keys and values before. Once a step, the rows with logits are gathered, and then normed."""
     backend, layout = rendered(kind), StepLayout(5, 5, 200, 16)
@@ -149,7 +149,7 @@ def test_a_decoding_step_renders_within_the_limits(kind: str, case: tuple[int, t
         check_limits(kernel, KINDS[kind])
 
 
-@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.slow), "CUDA"])
+@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.sweep), "CUDA"])
 def test_decoding_with_wide_heads_renders_within_the_limits(kind: str) -> None:
     """Two threadgroups serve the sixteen heads that share a KV head."""
     layer = LayerKind(32, 2, 256, Rope(10000.0), has_sinks=True, window=40)
@@ -158,7 +158,7 @@ def test_decoding_with_wide_heads_renders_within_the_limits(kind: str) -> None:
     check_limits(kernels[0], KINDS[kind])
 
 
-@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.slow), "CUDA"])
+@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.sweep), "CUDA"])
 def test_a_mixed_step_renders_within_the_limits(kind: str) -> None:
     layout = StepLayout(18, 3, 2, 16)
     outputs = plan_layer(rendered(kind), layout, ("Q4_1", "Q4_1"), is_decode=False, samples=False, normed=True)
@@ -343,13 +343,13 @@ def test_a_row_of_many_columns_equals_the_reference(
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("fmt", "tokens", "operation"),
-    [pytest.param(*case, marks=() if case in ROTATED else pytest.mark.slow) for case in ALL_FORMATS],
+    [pytest.param(*case, marks=() if case in ROTATED else pytest.mark.sweep) for case in ALL_FORMATS],
 )
 def test_every_format_is_read_by_every_kernel(
     device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, fmt: str, tokens: int, operation: str
 ) -> None:
-    """All of them: DEV=CUDA python -m pytest -m gpu tests/ops/gpu/test_fused.py; `-m "gpu and not slow"`: one operation
-    of each."""
+    """All of them: DEV=CUDA python -m pytest -m gpu tests/ops/gpu/test_fused.py; `-m "gpu and not sweep"`: one
+    operation of each."""
     case, backend = (fmt, tokens, operation, *SHAPES[operation]), FusedGpuBackend(device, "float16", lanes)
     difference = largest_difference(multiply(backend, *case), multiply(reference, *case))
     print(f"{case}: {difference:.1e}")

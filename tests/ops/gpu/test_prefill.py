@@ -44,9 +44,9 @@ from tests.ops.rendering import (
     plan_attention,
     plan_layer,
     rendered,
-    swept,
     unwritten,
 )
+from tests.sweeps import swept
 from tinyvllm.arrays import Format
 from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import FLOATS, DeviceHandle
@@ -86,7 +86,7 @@ from tinyvllm.ops.step_inputs import StepLayout
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.slow), "CUDA"])
+@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.sweep), "CUDA"])
 def test_a_step_of_many_rows_renders_within_the_limits(kind: str) -> None:
     layout, formats = StepLayout(100, 3, 9, 16), ("float16", "float16")
     outputs = plan_layer(rendered(kind), layout, formats, is_decode=False, samples=False)

@@ -21,7 +21,8 @@ from tests.ops.attention import (
     mixed_pieces,
 )
 from tests.ops.builders import Piece, largest_difference, make_step
-from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_attention, rendered, swept
+from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, plan_attention, rendered
+from tests.sweeps import swept
 from tinyvllm.config import KVFormats, LayerKind, Rope
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.gpu import attention_prefill

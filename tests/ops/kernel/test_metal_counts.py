@@ -53,7 +53,7 @@ def test_what_is_unpacked_in_threadgroup_memory_waits_at_a_barrier() -> None:
     assert counts.moves == 0  # a loaded vector is stored as it is
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["Q4_K", pytest.param("float16", marks=pytest.mark.sweep)])
 def test_the_products_of_a_prompt_reach_three_quarters_of_the_peak(kind: str) -> None:
     """By counts, times what llama.cpp's kernel keeps of its own counts on an M1 Max: see `PUBLISHED`."""
     products = count_products(find_shape("llama-3.1-8b"), kind, 512)
@@ -74,7 +74,7 @@ def test_the_products_of_a_prompt_reach_three_quarters_of_the_peak(kind: str) ->
 
 
 @pytest.mark.parametrize(
-    "shape", ["llama-3.1-8b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-3.2-1b", "gemma-3-4b"))]
+    "shape", ["llama-3.1-8b", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("llama-3.2-1b", "gemma-3-4b"))]
 )
 def test_the_attention_of_a_prompt_reaches_three_quarters_of_the_peak_by_counts(shape: str) -> None:
     for kernel in count_attention(find_shape(shape), 512):  # heads of 128, 64 and 256

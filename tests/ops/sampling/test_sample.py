@@ -13,6 +13,7 @@ import pytest
 from tinygrad import dtypes
 
 from tests.ops.builders import Sampled, make_step, normal, sample
+from tests.sweeps import swept
 from tinyvllm.config import MAX_LOGPROBS
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.backend import Backend
@@ -63,7 +64,7 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("vocab", [5, 40])
+@pytest.mark.parametrize("vocab", swept((5, 40), [40]))
 def test_tokens_are_drawn_as_often_as_their_probability_says(backend: Backend, vocab: int) -> None:
     """Chi-square over 8192 draws of fixed seeds; a token that a filter drops is never drawn."""
     seqs, draws = 1024, 8
@@ -83,7 +84,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(backend: Backend, v
         assert chi_square < freedom + 4 * math.sqrt(2 * freedom), filters
 
 
-@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("vocab", swept(VOCABULARIES, (5, 1000)))
 def test_tokens_and_logprobs_equal_the_reference(backend: Backend, reference: ReferenceBackend, vocab: int) -> None:
     """Every row asks for something else. The hash is the same bit for bit, so the same tokens win."""
     seqs = 24
@@ -147,7 +148,7 @@ def test_another_seed_or_another_draw_gives_other_tokens(backend: Backend) -> No
     assert len(set(tokens.tolist())) > 50, "rows of neighboring seeds are independent"
 
 
-@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("vocab", swept(VOCABULARIES, (5, 1000)))
 def test_greedy_ties_go_to_the_lowest_id(backend: Backend, vocab: int) -> None:
     best = [[vocab - 1], [0, vocab - 1], [vocab // 2, vocab - 2], list(range(vocab))]
     logits = -np.abs(normal(len(best), vocab))
@@ -242,7 +243,7 @@ EXTREMES: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("vocab", [37, 1000])
+@pytest.mark.parametrize("vocab", swept((37, 1000), [37]))
 def test_extreme_settings_of_extreme_logits_equal_the_reference(
     backend: Backend, reference: ReferenceBackend, vocab: int
 ) -> None:
@@ -305,19 +306,24 @@ def test_only_rows_that_filter_keep_noises_and_only_rows_that_ask_rank(device: D
     assert (leaders[:, TOP_ID : TOP_ID + MAX_LOGPROBS] != -77).sum(1).tolist() == [0, 0, 0, 2]
 
 
+PASSES: list[tuple[dict[str, Any], int]] = [
+    ({"top_p": 0.9}, 4),
+    ({"top_p": 0.5}, 6),
+    ({"top_k": 50}, 16),
+    ({"min_p": 0.05}, 1),
+    ({"top_k": 20, "top_p": 0.95}, 32),
+    ({"top_k": 20, "top_p": 0.95, "min_p": 0.01}, 32),
+]
+
+
 @pytest.mark.parametrize(
-    ("filters", "most"),
-    [
-        ({"top_p": 0.9}, 4),
-        ({"top_p": 0.5}, 6),
-        ({"top_k": 50}, 16),
-        ({"min_p": 0.05}, 1),
-        ({"top_k": 20, "top_p": 0.95}, 32),
-        ({"top_k": 20, "top_p": 0.95, "min_p": 0.01}, 32),
-    ],
+    ("filters", "most", "spread"),
+    swept(
+        [(*case, spread) for spread in (0.5, 3.0) for case in PASSES],
+        [(*PASSES[0], 0.5), (*PASSES[2], 3.0), (*PASSES[3], 3.0)],
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("spread", [0.5, 3.0])
 def test_filtering_takes_a_few_passes(
     backend: Backend,
     reference: ReferenceBackend,

@@ -22,8 +22,9 @@ from tinyvllm.ops.gpu import plane_ring
 from tinyvllm.ops.gpu.fused import plane_sizes
 from tinyvllm.ops.gpu.plane_ring import CHUNK_COLS, TILE_ROWS
 from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, streamed_vector_kernel
+from tinyvllm.ops.gpu.quantized_stream_floats import StreamedFloatSpec, streamed_float_kernel
 from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS, StreamedMatrixSpec, streamed_matrix_kernel
-from tinyvllm.ops.kernel.body import F16, F32, empty, run_kernel
+from tinyvllm.ops.kernel.body import F16, F32, KernelFn, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, allows_wgmma, declared_bytes
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
@@ -44,7 +45,8 @@ def streamed(fmt: str, tokens: int, rows: int, cols: int, **more: Any) -> Stream
     shape: dict[str, Any] = dict(name="test", format=matrix.format, num_rows=rows, num_cols=cols)
     shape |= dict(lanes=Lanes("CUDA", (F16,), is_chained=True), mma=Mma("CUDA", F16), planes=plane_sizes(matrix))
     if tokens == 1:
-        return StreamedVectorSpec(**shape, **more)
+        kind = StreamedFloatSpec if matrix.format.is_float8 else StreamedVectorSpec
+        return kind(**shape, **more)
     return StreamedMatrixSpec(num_tokens=tokens, **shape, **more)
 
 
@@ -78,12 +80,19 @@ def render(spec: Streamed) -> UOp:
     sizes += [(int(spec.num_rows * spec.num_cols * size) // dtype.itemsize, dtype) for dtype, size in spec.planes]
     sizes.append((tokens * spec.num_cols, F16))
     buffers = [UOp.placeholder((size,), dtype, slot) for slot, (size, dtype) in enumerate(sizes)]
-    if isinstance(spec, StreamedVectorSpec):
-        return streamed_vector_kernel(spec)(*buffers)
-    return streamed_matrix_kernel(spec)(*buffers)
+    return kernel_of(spec)(*buffers)
 
 
-@pytest.mark.parametrize(("fmt", "tokens", "rows", "cols"), [("Q4_K", 1, 4096, 14336), ("Q6_K", 8, 6144, 4096)])
+def kernel_of(spec: Streamed) -> KernelFn:
+    if isinstance(spec, StreamedMatrixSpec):
+        return streamed_matrix_kernel(spec)
+    return streamed_float_kernel(spec) if isinstance(spec, StreamedFloatSpec) else streamed_vector_kernel(spec)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "tokens", "rows", "cols"),
+    [("Q4_K", 1, 4096, 14336), ("FP8-float32", 1, 4096, 14336), ("Q6_K", 8, 6144, 4096)],
+)
 def test_kernels_have_the_memory_that_they_say(fmt: str, tokens: int, rows: int, cols: int) -> None:
     spec = streamed(fmt, tokens, rows, cols)
     kernel = render(spec)
@@ -110,13 +119,16 @@ def test_products_that_streams_cover_take_them(monkeypatch: pytest.MonkeyPatch) 
     assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == usual  # too small
     monkeypatch.setattr(plane_ring, "FEWEST_CODES", 0)
     monkeypatch.setattr(plane_ring, "FEWEST_CODES_OF_A_ROW", 0)
+    assert kinds("FP8-float32", 64, 14 * CHUNK_COLS) == usual  # too small
+    monkeypatch.setattr(plane_ring, "FEWEST_FLOATS_OF_A_ROW", 0)
     assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == ["StreamedVectorSpec", "StreamedMatrixSpec", "MatrixSpec"]
     assert kinds("Q6_K", 64, 2 * CHUNK_COLS) == ["StreamedVectorSpec", "MatrixSpec", "MatrixSpec"]
     assert kinds("Q4_0", 64, 7 * CHUNK_COLS) == ["StreamedVectorSpec", "MatrixSpec", "MatrixSpec"]
     assert kinds("Q4_0", 64, 6 * CHUNK_COLS) == usual  # less than a chunk a warp
     assert kinds("Q4_0", 64, 3 * CHUNK_COLS + 32) == usual  # no whole chunks
     assert kinds("NVFP4-e4m3", 64, 14 * CHUNK_COLS) == usual  # a scale for each row
-    assert kinds("FP8-float32", 64, 14 * CHUNK_COLS) == usual  # not integers
+    assert kinds("FP8-float32", 64, 14 * CHUNK_COLS) == ["StreamedFloatSpec", "MatrixSpec", "MatrixSpec"]
+    assert kinds("FP8-float32", 64, 6 * CHUNK_COLS) == usual  # less than a chunk a warp
     backend.has_wgmma = False
     assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == usual
 
@@ -152,6 +164,23 @@ def test_streams_compute_what_the_values_give(fmt: str, tokens: int) -> None:
                 changed = x.copy()
                 changed[1:] = 3 * x[:0:-1] - 1
                 np.testing.assert_array_equal(product(spec, matrix, changed)[:, 0], result[:, 0])
+
+
+@pytest.mark.gpu
+def test_one_row_is_multiplied_by_e4m3() -> None:
+    device = open_device()
+    if not allows_wgmma(device.name):
+        pytest.skip("needs Hopper's instructions")
+    for rows, cols, activation in ((150 * TILE_ROWS, 4096, None), (2400, 2048, "silu"), (96, 14336, None)):
+        host = make_host("FP8-float32", rows, cols)
+        matrix, x = pack(host, "row", None, device.name), normal(1, cols, seed=1).astype(np.float16)
+        expected = x.astype(np.float64) @ to_float32(host).T.astype(np.float64)
+        if activation:
+            gate, up = expected[:, : rows // 2], expected[:, rows // 2 :]
+            expected = gate / (1 + np.exp(-gate)) * up
+        for chosen in ((), (("block", 1),), (("parts", cols // 1024),), (("stages", 3), ("early", 0))):
+            result = product(streamed("FP8-float32", 1, rows, cols, activation=activation, chosen=chosen), matrix, x)[0]
+            np.testing.assert_allclose(result, expected, atol=1e-3 * np.abs(expected).max())
 
 
 @pytest.mark.gpu
@@ -195,10 +224,9 @@ def test_one_row_is_normed_before_and_added_after(dtype: DType) -> None:
 def product(spec: Streamed, matrix: Matrix, x: np.ndarray | Tensor, *more: Tensor) -> np.ndarray:
     """(S, T, N)."""
     splits = spec.splits if isinstance(spec, StreamedMatrixSpec) else 1
-    fn = streamed_vector_kernel(spec) if isinstance(spec, StreamedVectorSpec) else streamed_matrix_kernel(spec)
     device = open_device()
     tokens = spec.num_tokens if isinstance(spec, StreamedMatrixSpec) else 1
     out = empty(splits * tokens * spec.out_rows, F16 if spec.activation else F32, device.name)
     given = device.upload(x) if isinstance(x, np.ndarray) else x
-    (result,) = run_kernel(fn, [out], [*matrix.planes, given.reshape(-1), *more])
+    (result,) = run_kernel(kernel_of(spec), [out], [*matrix.planes, given.reshape(-1), *more])
     return result.float().numpy().reshape(splits, tokens, -1)

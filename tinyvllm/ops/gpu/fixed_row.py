@@ -52,6 +52,12 @@ class FixedRow:
     stores: list[UOp]
     factor: UOp | None
 
+    @property
+    def values(self) -> list[UOp]:
+        """What must have been computed before the row is multiplied: the factor too, which the kernel would compute at
+        its end otherwise."""
+        return [self.words, self.sums, self.units, *([] if self.factor is None else [self.factor])]
+
 
 def fixed_words(spec: QuantizedVectorSpec) -> int:
     """Words of threadgroup memory of a row, its sums and its units."""

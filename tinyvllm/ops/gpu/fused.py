@@ -39,6 +39,7 @@ from tinyvllm.ops.gpu.latent_fused import FusedLatentSpec, combine_latents_kerne
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.plane_ring import is_worth_streaming, is_worth_streaming_row
 from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, streamed_vector_kernel
+from tinyvllm.ops.gpu.quantized_stream_floats import StreamedFloatSpec, streamed_float_kernel
 from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS as STREAMED_TOKENS
 from tinyvllm.ops.gpu.quantized_stream_rows import StreamedMatrixSpec, streamed_matrix_kernel
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector, quantized_vector_kernel
@@ -566,7 +567,9 @@ class FusedGpuBackend(GpuBackend):
         rest = (None if norm is None else norm.weight, epilogue.bias, epilogue.residual)
         read = [*matrix.planes, *source, *[self.whole(tensor) for tensor in rest if tensor is not None]]
         spec = self._row_spec(matrix, fields, is_normed=is_normed)
-        if isinstance(spec, StreamedVectorSpec):
+        if isinstance(spec, StreamedFloatSpec):
+            fn = streamed_float_kernel(spec)
+        elif isinstance(spec, StreamedVectorSpec):
             fn = streamed_vector_kernel(spec)
         else:
             fn = vector_kernel(spec) if isinstance(spec, VectorSpec) else quantized_vector_kernel(spec)
@@ -583,7 +586,8 @@ class FusedGpuBackend(GpuBackend):
         half = self._mma(dtypes.half)
         if matrix.format.is_quantized and half is not None and self.dtype != "float32":
             packing: dict[str, Any] = dict(mma=half, rescales_input=self.dtype == "bfloat16" and not is_normed)
-            streamed = StreamedVectorSpec(planes=plane_sizes(matrix), **packing, **fields)
+            kind = StreamedFloatSpec if matrix.format.is_float8 else StreamedVectorSpec
+            streamed = kind(planes=plane_sizes(matrix), **packing, **fields)
             if self._streams_row(matrix) and streamed.is_possible():
                 return choose(streamed)
             packed = QuantizedVectorSpec(**packing, **fields)

@@ -11,9 +11,11 @@ threadgroup memory and added up at the end. x is staged once on each multiproces
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Generic, TypeVar
 
 from tinygrad import UOp, dtypes
 from tinygrad.dtype import DType
@@ -41,7 +43,7 @@ from tinyvllm.ops.gpu.plane_ring import (
     wanted_parts,
     wanted_warps,
 )
-from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, RowPlace
+from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, RowPlace, StagedRow
 from tinyvllm.ops.gpu.vector import RowOperands
 from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, balanced, cached_kernel
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, statement
@@ -51,6 +53,7 @@ from tinyvllm.ops.kernel.tiles import together
 ROW_MASKS = (1, 2)  # connect the lanes that hold one row's sums
 STATIC_BYTES = 48 << 10
 HELD_CHUNKS = 2  # of x, that a warp's registers hold
+Staged = TypeVar("Staged", bound=FixedRow | StagedRow)
 KEEP = "if ({0}) *((float*)(shared_memory + {1})) = {2};"
 
 
@@ -59,6 +62,10 @@ class StreamedVectorSpec(QuantizedVectorSpec):
     """A product of one row whose codes stream through threadgroup memory."""
 
     planes: tuple[tuple[DType, float], ...]  # of the matrix: the dtype, and the bytes of a column
+
+    @property
+    def takes_format(self) -> bool:
+        return takes_bytes(self.format) and not any(scales.has_multiplier for scales in self.format.scales)
 
     @property
     def num_groups(self) -> int:
@@ -149,8 +156,7 @@ class StreamedVectorSpec(QuantizedVectorSpec):
             and self.part_chunks % self.block == 0
             and 1 < self.warps <= min(MAX_WARPS, self.part_blocks)
             and self.out_rows % TILE_ROWS == 0
-            and takes_bytes(self.format)
-            and not any(scales.has_multiplier for scales in self.format.scales)
+            and self.takes_format
             and self.early <= self.stages
             and self.experts is None
             and self.split is None
@@ -177,23 +183,27 @@ def streamed_vector_kernel(spec: StreamedVectorSpec) -> KernelFn:
         group, lane = body.grid(spec.num_groups), body.threads(LANES)
         place = RowPlace(body, 0, group, lane, warps(body, spec.warps))
         walk = RingWalk(spec.ring, spec.format, body, group, 0, planes, spec.dynamic_bytes, spec.early)
-        row = _StreamedRow(spec, place, walk, stage_fixed_row(spec, place, operands, x_out, walk))
+        row = _ByteRow(spec, place, walk, stage_fixed_row(spec, place, operands, x_out, walk))
         return spec.finish(row.staged.stores + row.finish(row.multiply(), out), place.axes)
 
     return kernel
 
 
-class _StreamedRow:
+class StreamedRow(ABC, Generic[Staged]):
     """One row's product."""
 
-    def __init__(self, spec: StreamedVectorSpec, place: RowPlace, walk: RingWalk, staged: FixedRow) -> None:
-        self.spec, self.place, self.walk, self.staged = spec, place, walk, staged
+    def __init__(self, spec: StreamedVectorSpec, place: RowPlace, walk: RingWalk, staged: Staged) -> None:
+        self.spec, self.place, self.walk = spec, place, walk
+        self.staged = staged
+
+    @abstractmethod
+    def _add_block(self, stage: Stage, block: UOp | int, old: list[UOp]) -> list[UOp]:
+        """A lane's sums of its two rows after a block, whose number in the stage is given."""
 
     def multiply(self) -> UOp:
         """The statement after which all warps' sums of all tiles are in threadgroup memory."""
         spec, place, row = self.spec, self.place, self.staged
-        # the factor too, which the kernel would compute at its end otherwise
-        before = [row.words, row.sums, row.units, *self._residual(), *([] if row.factor is None else [row.factor])]
+        before = [*row.values, *self._residual()]
         loop, tile = self.walk.loop()
         outer = place.axes if loop is None else (*place.axes, loop)
 
@@ -218,8 +228,46 @@ class _StreamedRow:
 
         return chunks_of_warp(spec.part_blocks, spec.warps, self.place.warp, old, add)
 
+    def _results(self) -> list[tuple[UOp, UOp, UOp, UOp]]:
+        """The thread's results: the number of the tile in the threadgroup, the row in it, the row of the output, and
+        whether it exists."""
+        spec, place, ring, found = self.spec, self.place, self.spec.ring, []
+        for start in range(0, ring.most_tiles * ring.out_tile, spec.warps * LANES):
+            index = place.thread + start
+            inside = index < self.walk.tiles * ring.out_tile
+            index = inside.where(index, 0)
+            tile, row = index // ring.out_tile, index % ring.out_tile
+            found.append((tile, row, (tile * ring.groups + place.group) * ring.out_tile + row, inside))
+        return found
+
+    def _residual(self) -> list[UOp]:
+        """The thread's values of the residual, as the epilogue reads them: long before, because the kernel would wait
+        for them at its end."""
+        residual = self.staged.operands.residual
+        return [] if residual is None else [residual[target].load() for _, _, target, _ in self._results()]
+
+    def finish(self, summed: UOp, out: UOp) -> list[UOp]:
+        """Add up the warps' sums of each row, and compute the epilogue: a thread for each row of the output."""
+        spec, size, stores, factor = self.spec, self.spec.ring.out_tile, [], self.staged.factor
+        sums = SharedPlane(F32, UOp.const(spec.ring.bytes, I32), summed)
+        for tile, row, target, inside in self._results():
+
+            def total(row: UOp, tile: UOp = tile) -> UOp:
+                value = balanced(sums.at((tile * spec.warps + w) * TILE_ROWS + row) for w in range(spec.warps))
+                return value if factor is None else value * factor
+
+            if spec.activation is not None:
+                (value,) = spec.gate(None, [total(row)], [total(row + size)], [target])
+            else:
+                value = spec.epilogue(self.staged.operands, total(row), target)
+            stores.append(out[target.valid(inside)].store(value.cast(out.dtype)))
+        return stores
+
+
+class _ByteRow(StreamedRow[FixedRow]):
+    """The product of codes as bytes."""
+
     def _add_block(self, stage: Stage, block: UOp | int, old: list[UOp]) -> list[UOp]:
-        """`block`: its number in the stage."""
         spec, slot = self.spec, self.place.lane % 4
         rows = [self.walk.planes(stage, self.place.lane // 4 + 8 * half) for half in range(2)]
         shape = (spec.format, block * spec.block, spec.block, slot)
@@ -277,38 +325,3 @@ class _StreamedRow:
         is_own = (token // 2).eq(self.place.lane % 4)
         at = is_own.where(run * RUN_WORDS + token % 2 * PLANE_WORDS, spec.num_runs * RUN_WORDS)
         return load_cuda_words(words, at, PLANE_WORDS)
-
-    def _results(self) -> list[tuple[UOp, UOp, UOp, UOp]]:
-        """The thread's results: the number of the tile in the threadgroup, the row in it, the row of the output, and
-        whether it exists."""
-        spec, place, ring, found = self.spec, self.place, self.spec.ring, []
-        for start in range(0, ring.most_tiles * ring.out_tile, spec.warps * LANES):
-            index = place.thread + start
-            inside = index < self.walk.tiles * ring.out_tile
-            index = inside.where(index, 0)
-            tile, row = index // ring.out_tile, index % ring.out_tile
-            found.append((tile, row, (tile * ring.groups + place.group) * ring.out_tile + row, inside))
-        return found
-
-    def _residual(self) -> list[UOp]:
-        """The thread's values of the residual, as the epilogue reads them: long before, because the kernel would wait
-        for them at its end."""
-        residual = self.staged.operands.residual
-        return [] if residual is None else [residual[target].load() for _, _, target, _ in self._results()]
-
-    def finish(self, summed: UOp, out: UOp) -> list[UOp]:
-        """Add up the warps' sums of each row, and compute the epilogue: a thread for each row of the output."""
-        spec, size, stores, factor = self.spec, self.spec.ring.out_tile, [], self.staged.factor
-        sums = SharedPlane(F32, UOp.const(spec.ring.bytes, I32), summed)
-        for tile, row, target, inside in self._results():
-
-            def total(row: UOp, tile: UOp = tile) -> UOp:
-                value = balanced(sums.at((tile * spec.warps + w) * TILE_ROWS + row) for w in range(spec.warps))
-                return value if factor is None else value * factor
-
-            if spec.activation is not None:
-                (value,) = spec.gate(None, [total(row)], [total(row + size)], [target])
-            else:
-                value = spec.epilogue(self.staged.operands, total(row), target)
-            stores.append(out[target.valid(inside)].store(value.cast(out.dtype)))
-        return stores

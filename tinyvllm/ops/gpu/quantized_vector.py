@@ -222,6 +222,7 @@ def fits_quantized_vector(spec: QuantizedVectorSpec) -> bool:
 
 # (a row, a run of x) -> (row of the whole matrix, run in it)
 Locate = Callable[[UOp, UOp], tuple[UOp, UOp]]
+Follow = Callable[[Sequence[UOp]], UOp]  # statements -> one that is executed after them
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
             for i, bases in enumerate(rounds)
             for total in _multiply_tiles(place, loads, (row.x, row.sums), bases, [] if i else early)
         ]
-        results = _finish_rows(spec, place, totals, out, row.operands, row.rms)
+        results = _finish_rows(spec, place, totals, out, row.operands, row.factor)
         return spec.finish(row.stores + results, place.axes)
 
     return kernel
@@ -372,22 +373,33 @@ def _add_chunks(
 @dataclass(frozen=True)
 class StagedRow:
     """A row in threadgroup memory: x and its sums, as from `_stage`. `operands`: once they are awaited; `stores`: of a
-    sum that the kernel computes; `rms`: what x was divided by, if it was."""
+    sum that the kernel computes; `factor`: of the finished product, if any."""
 
     operands: RowOperands
     x: UOp
     sums: UOp
     stores: list[UOp]
-    rms: UOp | None
+    factor: UOp | None
+
+    @property
+    def values(self) -> list[UOp]:
+        """What must have been computed before the row is multiplied."""
+        return [self.x, self.sums] if self.factor is None else [self.x, self.sums, self.factor]
 
 
 def stage_row(
-    spec: QuantizedVectorSpec, place: RowPlace, operands: RowOperands, x_out: UOp | None, ahead: Sequence[UOp]
+    spec: QuantizedVectorSpec,
+    place: RowPlace,
+    operands: RowOperands,
+    x_out: UOp | None,
+    ahead: Sequence[UOp],
+    follow: Follow | None = None,
 ) -> StagedRow:
     """Wait for the previous kernels, and bring x into threadgroup memory. `ahead`: what is loaded, and the statements
-    that are executed, meanwhile."""
+    that are executed, meanwhile; `follow`: as in `RowSource.read_before`."""
     source = RowSource(spec, operands, place, ahead)
-    loaded, stores, rms = source.read(place.body, place.axes), [], None
+    loaded = source.read(place.body, place.axes) if follow is None else source.read_before(follow)
+    stores, rms = [], None
     if x_out is not None:
         loaded = finish_sum(spec, place, source, loaded)
         stores = store_sum(spec, place, source, loaded, x_out)
@@ -431,7 +443,7 @@ class RowSource:
             value if ok is None else ok.where(value, 0.0) for value, ok in zip(squares, self.inside, strict=True)
         )
 
-    def read_before(self, follow: Callable[[Sequence[UOp]], UOp]) -> list[list[UOp]]:
+    def read_before(self, follow: Follow) -> list[list[UOp]]:
         """`read` on CUDA, where attention combines its splits itself. `follow` is given the loads: the statement that
         it returns is executed after them, and before their values are used."""
         assert self._split is None and self._spec.lanes.kind == "CUDA"

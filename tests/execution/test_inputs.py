@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import collections
+import random
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.execution.driver import make_request
+from tests.scheduling.fakes import Flights, make_runner, make_scheduler
+from tests.scheduling.fakes import make_request as make_traffic
 from tinyvllm.config import MAX_STOP_IDS
 from tinyvllm.errors import InvariantError
 from tinyvllm.execution.inputs import InputPacker
 from tinyvllm.ops.step_inputs import StepLayout
-from tinyvllm.scheduling.plan import Scheduled, StepPlan
+from tinyvllm.scheduling.plan import COMMON, ContinuedPlan, Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
 from tinyvllm.scheduling.state_pool import SequenceState
 
@@ -195,3 +199,61 @@ def test_drafts_follow_the_last_token_and_each_row_samples_its_own() -> None:
     assert views["draw"][:6] == [2, 3, 4, 3, 4, 5]
     assert views["seed"][:3] == [9, 9, 9] and packer.floats["temperature"][:3].tolist() == [0.5] * 3
     assert [row[0] for row in views["suppressed_ids"][:6]] == [3, 3, -1, -1, -1, -1], "until min_tokens"
+
+
+OF_SEQUENCES = (
+    "draw",
+    "logit_rows",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "num_logprobs",
+    "suppressed_ids",
+    "forced",
+)
+
+
+def packed(packer: InputPacker, plan: StepPlan) -> dict[str, list[Any]]:
+    """What the packer has written for a plan that it has packed, and padding where the kernels read it."""
+    views, num = packer.views, plan.num_sampled_rows
+    words = {name: views[name].tolist() for name in ("token_ids", "positions", "slots", "seq_rows")}
+    words |= {name: views[name][:num].tolist() for name in OF_SEQUENCES}
+    tables = []
+    for index, entry in enumerate(plan.entries):
+        count = -(-(entry.start + entry.count) // packer.layout.block_size)
+        for table, blocks in zip(views["block_tables"], entry.request.tables, strict=True):
+            kept = np.array(blocks[:count]) > 0  # nobody reads the others
+            tables.append((table[index, :count] * kept).tolist())
+    return words | {"block_tables": tables}
+
+
+@pytest.mark.parametrize(("seed", "depth", "window"), [(0, 2, None), (1, 1, None), (2, 2, 20)])
+def test_a_plan_that_continues_another_is_packed_like_any_other(seed: int, depth: int, window: int | None) -> None:
+    """Random traffic, whose steps take turns between two packers, as those in flight do."""
+    rng, kinds = random.Random(seed), collections.Counter[type]()
+    scheduler = make_scheduler(num_blocks=40, max_num_seqs=6, max_num_batched_tokens=40, window=window)
+    runner, layout = make_runner(scheduler), StepLayout(num_tokens=40, num_seqs=6, max_blocks=32, block_size=4)
+    packers = [make_packer(layout) for _ in range(2)]
+
+    def check(plan: StepPlan) -> None:
+        packer, fresh, alone = packers[kinds.total() % 2], make_packer(layout), StepPlan(plan.entries)
+        kinds[type(plan)] += 1
+        for one, what in ((packer, plan), (fresh, alone)):
+            one.pack(what)
+        assert packed(packer, plan) == packed(fresh, alone)
+        for name in (*COMMON, "requests", "sampled", "starts"):
+            assert getattr(plan, name) == getattr(alone, name), name
+
+    runner.before_step = check
+    flights = Flights(scheduler, runner, depth)
+    for number in range(400):
+        if rng.random() < 0.08:
+            ends = range(0, 256, rng.choice([17, 255]))
+            more: dict[str, Any] = rng.choice([{}, {"min_tokens": 4}, {"logprobs": 2}, {"temperature": 0.5}])
+            lengths = rng.randint(1, 30), rng.randint(4, 50)
+            scheduler.add(make_traffic(f"r{number}", *lengths, ends, seed=number, **more))
+        if scheduler.requests and rng.random() < 0.02:
+            scheduler.abort(rng.choice(scheduler.requests).request_id)
+        flights.step()
+    assert kinds[ContinuedPlan] > 100 and kinds[StepPlan] > 50, kinds

@@ -393,7 +393,7 @@ class EngineCore:
         stats.pack_s, stats.device_s = output.pack_s, output.device_s
         stats.commit_s, stats.end_s = commit_s, clock.now_s
         stats.step_sizes = count_step(stats.step_sizes, step.plan.num_tokens)
-        stats.num_tokens, stats.num_seqs = step.plan.num_tokens, len(step.plan.entries)
+        stats.num_tokens, stats.num_seqs = step.plan.num_tokens, len(step.plan.requests)
         self._publish(stats)
 
     def _note_pace(self, step: LaunchedStep, num_rows: int) -> float:
@@ -504,7 +504,7 @@ def _facts(plan: StepPlan) -> dict[str, measure.Fact]:
         kind = "verify" if plan.num_drafts else "decode"
     else:
         kind = "mixed" if any(entry.decodes for entry in plan.entries) else "prefill"
-    return {"kind": kind, "tokens": plan.num_tokens, "sequences": len(plan.entries)}
+    return {"kind": kind, "tokens": plan.num_tokens, "sequences": len(plan.requests)}
 
 
 def _measure_queues(plan: StepPlan | None) -> None:

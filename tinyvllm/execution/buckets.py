@@ -80,7 +80,7 @@ class Bucket:
             and (plan.num_drafts > 0 or not self.is_verify)
             and (self.has_adapters or not plan.has_adapters)
             and plan.num_tokens <= self.num_tokens
-            and max(len(plan.entries), plan.num_logit_rows) <= self.num_seqs
+            and max(len(plan.requests), plan.num_logit_rows) <= self.num_seqs
         )
 
 

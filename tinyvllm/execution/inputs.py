@@ -43,6 +43,8 @@ class InputPacker:
         self._suppressing: set[int] = set()  # sampled rows with suppressed ids
         self._with_minimum: set[int] = set()  # sampled rows of requests with min_tokens
         self._rows = np.arange(layout.num_seqs, dtype=np.int32)
+        self._num_there = np.zeros(layout.num_seqs, np.int32)  # by row: tokens that the blocks in its tables hold
+        self._continued: tuple[Request, ...] | None = None  # `requests` of the plans that `_pack_continued` packs
         self._of_states: dict[str, Sequence[int]] = {}  # by field, what is there
         self.plan: StepPlan | None = None  # what was packed last
         self.clear()
@@ -55,10 +57,14 @@ class InputPacker:
             self.views[name][:] = -1
         self.views["seq_rows"][:] = self.layout.num_seqs
         self._of_states.clear()
+        self._continued = None
 
     def pack(self, plan: StepPlan) -> None:
         """Fill the buffer. Rows after the plan's become padding again."""
         views, layout, self.plan = self.views, self.layout, plan
+        if self._continued is not None and plan.requests is self._continued:
+            self._pack_continued(plan)
+            return
         if plan.num_tokens > layout.num_tokens or len(plan.entries) > layout.num_seqs:
             raise InvariantError(f"{plan.num_tokens} tokens of {len(plan.entries)} sequences do not fit into {layout}")
         tables, size = self._tables, layout.block_size
@@ -67,7 +73,7 @@ class InputPacker:
             request = entry.request
             is_there = owner is request and entry.start + entry.count <= num_there * size
             if not is_there or generation != request.num_preemptions:  # no call for most: a block lasts for many steps
-                self._pack_tables(index, entry)
+                self._pack_tables(index, request, entry.start + entry.count)
         self._pack_tokens(plan.entries)
         # a padding row uses the all-zero table after the last one, and a slot in the dummy block
         padding = (("token_ids", 0), ("positions", 0), ("slots", 0), ("seq_rows", layout.num_seqs))
@@ -80,6 +86,27 @@ class InputPacker:
         if layout.has_drafting:
             self._pack_next(plan)
         self._pack_samples(plan)
+        is_plain = plan.only_decodes and not plan.needs_logits_processing and not self._with_minimum
+        self._continued = plan.requests if is_plain and not self._suppressing else None
+
+    def _pack_continued(self, plan: StepPlan) -> None:
+        """Fill the buffer for requests that are in their rows already, and each of which decodes once more."""
+        views, num, size = self.views, len(plan.requests), self.layout.block_size
+        starts = np.array(plan.starts, np.int32)
+        for index in np.flatnonzero(starts >= self._num_there[:num]).tolist():
+            self._pack_tables(index, plan.requests[index], plan.starts[index] + 1)
+        views["draw"][:num] += starts - views["positions"][:num]
+        views["positions"][:num] = starts
+        views["token_ids"][:num] = [
+            -1 - request.flight_row if request.num_in_flight == 1 else request.output_ids[-1]
+            for request in plan.requests
+        ]
+        for _, (slots, tables) in self._groups:
+            slots[:num] = tables[self._rows[:num], starts // size] * size + starts % size
+        if self.layout.has_states:
+            self._pack_states(plan)
+        if self.layout.has_drafting:
+            self._pack_next(plan)
 
     def _pack_next(self, plan: StepPlan) -> None:
         """The token after each row: one that is known, or the one that this step samples in the row."""
@@ -122,9 +149,8 @@ class InputPacker:
         view[:num] = slots if is_one_each else np.repeat(slots, [entry.count for entry in plan.entries])
         view[num:] = 0
 
-    def _pack_tables(self, index: int, entry: Scheduled) -> None:
-        """Add the sequence's missing blocks to the block tables `index`."""
-        request, stop = entry.request, entry.start + entry.count
+    def _pack_tables(self, index: int, request: Request, stop: int) -> None:
+        """Add the blocks that the sequence needs up to token `stop`, and that are missing, to the tables `index`."""
         num_blocks, least = -(-stop // self.layout.block_size), min(map(len, request.tables), default=0)
         if num_blocks > least:
             raise InvariantError(f"request {request.request_id} has {least} blocks, but computes up to token {stop}")
@@ -135,6 +161,7 @@ class InputPacker:
             for group, (_, tables) in self._groups:
                 tables[index, num_there:num_blocks] = request.tables[group][num_there:num_blocks]
             self._tables[index] = (request, request.num_preemptions, num_blocks)
+            self._num_there[index] = num_blocks * self.layout.block_size
 
     def _pack_tokens(self, entries: tuple[Scheduled, ...]) -> None:
         """Token rows in the order of the entries. Those of single tokens, and of drafts, are written together, field by

@@ -471,7 +471,7 @@ def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: fl
     num_sampled = plan.num_sampled_rows
     tokens = tuple(rows[:num_sampled, OUT_TOKEN].tolist())
     logprobs: tuple[TokenLogprobs | None, ...] = (None,) * num_sampled
-    if any(entry.request.params.logprobs is not None for entry in plan.sampled):
+    if plan.has_logprobs:
         counts = [entry.request.params.logprobs for entry in plan.sampled for _ in range(entry.num_sampled)]
         logprobs = tuple(read_logprobs(row, count) for row, count in zip(rows, counts, strict=False))
     scores, start = [], num_sampled

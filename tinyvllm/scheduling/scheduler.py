@@ -22,7 +22,7 @@ from tinyvllm.faults import reach
 from tinyvllm.scheduling.adapter_slots import AdapterSlots
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.drafts import Speculator
-from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan, TokenOut
+from tinyvllm.scheduling.plan import ContinuedPlan, Scheduled, StepOutput, StepPlan, TokenOut
 from tinyvllm.scheduling.request import MAX_REDONE, Request, Status, TokenLogprobs
 from tinyvllm.scheduling.step_pace import StepPace
 from tinyvllm.scheduling.tiers import Fetch
@@ -135,7 +135,7 @@ class Scheduler:
         self.pace = pace
         self.speculator = speculator
         self.adapters = adapters
-        self._had_prompts = False  # the latest step had tokens of prompts
+        self._latest: StepPlan | None = None
         self._by_priority = policy == "priority"
         self._model = model
         self._max_len = max_request_len(capacity)
@@ -225,6 +225,9 @@ class Scheduler:
             self._states.begin_step()
         if self.adapters is not None:
             self.adapters.begin_step()
+        if (continued := self._continue_latest()) is not None:
+            self._latest = continued
+            return continued
         entries: list[Scheduled] = []
         preempted: list[Request] = []
         budget = self._continue_running(entries, preempted)
@@ -241,12 +244,41 @@ class Scheduler:
         admitted = tuple(entry.request for entry in entries[num_continued:])
         writes = () if self.adapters is None else self.adapters.take_writes()
         plan = StepPlan(tuple(in_stable_rows(entries)), tuple(preempted), admitted, writes)
-        self._had_prompts = not plan.is_decode
+        self._latest = plan
         return plan
+
+    def _continue_latest(self) -> StepPlan | None:
+        """A plan for what most steps are: the latest step's requests decode once more, and there are no others. It
+        needs only a few numbers of each request. None if there is anything else to do."""
+        latest = self._latest
+        if latest is None or not latest.only_decodes or len(latest.requests) != len(self._requests):
+            return None
+        if self._states is not None or self.adapters is not None:
+            return None
+        starts = []
+        for request in latest.requests:
+            start, in_flight = request.num_computed, request.num_in_flight
+            num_output = len(request.output_ids) + in_flight
+            if (
+                request.status is not Status.RUNNING
+                or len(request.prompt_ids) + num_output - start != 1
+                or (in_flight and num_output >= request.max_tokens)
+                or request.drafts
+                or (start >= request.room and not self.block_manager.grow(request, start + 1))
+            ):
+                return None
+            starts.append(start)
+        return ContinuedPlan(latest, starts)
 
     def advance(self, plan: StepPlan) -> None:
         """Mark a step as launched: its known tokens count as computed, and the token that follows each request's last
         one is in flight. What becomes of drafts, `commit` decides."""
+        if plan.only_decodes:
+            for row, request in enumerate(plan.requests):
+                request.num_computed += 1
+                request.num_in_flight += 1
+                request.flight_row = row
+            return
         for entry in plan.entries:
             entry.request.num_computed += entry.count - len(entry.drafts)
         for entry in plan.scored:
@@ -272,6 +304,20 @@ class Scheduler:
                 f"the plan samples {num_sampled} tokens, but the step returned {len(output.token_ids)} tokens and "
                 f"{len(output.logprobs)} logprobs"
             )
+        if plan.only_decodes:
+            for request, token_id, logprobs in zip(plan.requests, output.token_ids, output.logprobs, strict=True):
+                if request.status is not Status.FINISHED:
+                    request.num_in_flight -= 1
+                    outs.append(self._append(request, token_id, logprobs))
+        else:
+            self._commit_entries(plan, output, outs)
+        if self.block_manager.has_windows and not plan.only_decodes:
+            self._give_back(plan)
+        if self.speculator is not None:
+            self.speculator.committed(plan, output)
+        return outs
+
+    def _commit_entries(self, plan: StepPlan, output: StepOutput, outs: list[TokenOut]) -> None:
         _take_scores(plan, output)
         row = 0
         for entry in plan.entries:
@@ -287,11 +333,6 @@ class Scheduler:
                 else:
                     outs.append(self._append(request, output.token_ids[row], output.logprobs[row]))
             row += entry.num_sampled
-        if self.block_manager.has_windows:
-            self._give_back(plan)
-        if self.speculator is not None:
-            self.speculator.committed(plan, output)
-        return outs
 
     def _settle(self, entry: Scheduled, output: StepOutput, row: int, outs: list[TokenOut]) -> None:
         """Append the tokens of an entry with drafts, whose first sampled row is `row`: as many as there are drafts that
@@ -361,7 +402,8 @@ class Scheduler:
     def _token_budget(self) -> int:
         """The most tokens of the next step."""
         budget = self.capacity.max_num_batched_tokens
-        if self.pace is None or not (self._waiting or self._had_prompts):
+        had_prompts = self._latest is not None and not self._latest.is_decode
+        if self.pace is None or not (self._waiting or had_prompts):
             return budget
         num_decoding = sum(request.num_pending == 1 for request in self.running)
         num_admissible = min(self.num_waiting, self.capacity.max_num_seqs - len(self.running))  # others wait anyway

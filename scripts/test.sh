@@ -5,6 +5,8 @@ set -euo pipefail
 . "$(dirname "$0")/setup.sh"
 
 export DEV="${DEV:-CPU}" # the device that every machine has
+# Tests start some hundred processes: without compiled modules each would take half a second more.
+unset PYTHONDONTWRITEBYTECODE
 set_up dev
 for model in "$default_model" gemma-3-270m; do
   "$venv/bin/tinyvllm" pull "$model"

@@ -13,9 +13,9 @@ def swept(cases: Iterable[Any], default: Collection[Any]) -> list[Any]:
     every = [*cases]
     missing = [case for case in default if case not in every]
     assert not missing, f"the default has a case that does not exist: {missing}"
-    return [case if case in default else swept_case(case) for case in every]
-
-
-def swept_case(case: Any) -> Any:
-    """A parameter, or a tuple of several, for the sweep alone."""
-    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.sweep)
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), marks=() if case in default else pytest.mark.sweep
+        )
+        for case in every
+    ]

@@ -52,7 +52,7 @@ def test_tokens_equal_the_reference_through_chunks_batches_preemption_and_prefix
         assert list(output.outputs[0].token_ids) == case["output_ids"], case["name"]
 
     hits = 0
-    for case, prompt in list(zip(cases, prompts, strict=True))[-3:]:
+    for case, prompt in list(zip(cases, prompts, strict=True))[-1:]:
         for _ in range(2):  # alone, and again with its prompt in the cache
             (output,) = llm.generate([prompt], GREEDY)
             assert list(output.outputs[0].token_ids) == case["output_ids"], case["name"]
@@ -65,8 +65,9 @@ def test_tokens_equal_the_reference_through_chunks_batches_preemption_and_prefix
 def test_logprobs_of_chosen_tokens_agree_with_the_reference(llm: LLM, smollm2_reference: dict[str, Any]) -> None:
     """With the default float16 pool. In float32 every logprob agrees: tests/execution/test_real_model.py."""
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=0)
-    for case in smollm2_reference["prompts"][:4]:
-        (output,) = llm.generate([{"prompt_token_ids": case["prompt_ids"]}], params)
+    cases = smollm2_reference["prompts"][:4]
+    outputs = llm.generate([{"prompt_token_ids": case["prompt_ids"]} for case in cases], params)
+    for case, output in zip(cases, outputs, strict=True):
         assert output.outputs[0].logprobs is not None
         for found, ids, values in zip(output.outputs[0].logprobs, case["top_ids"], case["top_logprobs"], strict=True):
             assert found[ids[0]].logprob == pytest.approx(values[0], abs=1e-2)
@@ -85,10 +86,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_batch(llm: LLM) -> None:
 @pytest.fixture(scope="module")
 def client(smollm2_files: ModelFiles) -> Iterator[openai.OpenAI]:
     """The `openai` client of a server on the real model."""
-    config = EngineConfig(
-        str(smollm2_files.path), max_model_len=512, max_num_seqs=4, max_num_batched_tokens=64,
-        decode_buckets=(4,), token_buckets=(64,), served_model_name="smollm2",
-    )  # fmt: skip
+    config = EngineConfig(str(smollm2_files.path), served_model_name="smollm2", **SMALL)  # whose graphs are compiled
     with serving(AsyncEngine.start(config)) as url:
         _wait_until_ready(url)
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
@@ -163,5 +161,5 @@ def test_openai_client_cancels_and_gets_its_errors(client: openai.OpenAI) -> Non
         client.completions.create(model="smollm2", prompt="x", temperature=-1)
     assert out_of_range.value.param == "temperature"
     # the canceled request's row is free again, or these could not all run at once
-    done = client.completions.create(model="smollm2", prompt=["a", "b", "c", "d"], max_tokens=2)
-    assert len(done.choices) == 4
+    done = client.completions.create(model="smollm2", prompt=list("abcdefgh"), max_tokens=2)
+    assert len(done.choices) == 8

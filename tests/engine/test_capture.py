@@ -13,6 +13,7 @@ import pytest
 from tests.engine.requests import SETTINGS, make_runner, run
 from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
+from tests.sweeps import swept
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.config import CAPTURE_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.device.recording import MOST_ROWS, Call
@@ -42,7 +43,7 @@ def kernels_of(runner: ModelRunner) -> dict[str, tuple[list[str], list[tuple[Any
     return found
 
 
-@pytest.mark.parametrize("overlaps", [False, True], ids=["in turn", "overlapped"])
+@pytest.mark.parametrize("overlaps", swept((False, True), [True]), ids=["in turn", "overlapped"])
 def test_tinyjit_captures_the_recorded_kernels_in_their_order_with_the_same_tokens(
     tiny_gguf_files: ModelFiles, overlaps: bool
 ) -> None:
@@ -75,6 +76,7 @@ def test_cached_prefixes_scores_and_logprobs_are_the_same(tiny_gguf_files: Model
     assert answers[0] == answers[1]
 
 
+@pytest.mark.sweep
 def test_windows_and_general_kernels_are_captured_too(tmp_path: Path) -> None:
     """Of Gemma 3, whose operations are not all ours: tinygrad schedules some."""
     files = write_hf(tmp_path / "gemma3", RECIPES["gemma3"])

@@ -93,6 +93,7 @@ def test_a_draft_model_changes_no_token(
     assert not speculator.drafter.runner.pool.keys
 
 
+@pytest.mark.sweep  # tests/execution/test_mtp.py has the layer by itself, test_drafts.py states that are set back
 def test_a_models_own_layer_changes_no_token(tmp_path: Path) -> None:
     """Recurrent layers, whose states are set back; preempted sequences; prompts from the prefix cache."""
     files = write_hf_with_mtp(tmp_path / "tiny", RECIPES["qwen3_5"])

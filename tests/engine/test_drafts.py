@@ -19,6 +19,7 @@ from tests.engine.requests import answer, make_requests, make_runner
 from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
 from tests.scheduling.fakes import GuessingDrafter, add_drafts, make_request, run_alone
+from tests.sweeps import swept
 from tinyvllm.config import ModelFiles, SamplingParams
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.execution.runner import ModelRunner
@@ -65,8 +66,10 @@ def check_drafts(runner: ModelRunner, requests: dict[str, list[Request]], right:
     return speculator
 
 
-@pytest.mark.parametrize("is_processed", [False, True], ids=["plain", "processed"])
-@pytest.mark.parametrize("right", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(
+    ("right", "is_processed"),
+    swept(itertools.product((0.0, 0.7, 1.0), (False, True)), [(0.0, False), (0.7, True), (1.0, False)]),
+)
 def test_answers_are_those_without_drafts(runner: ModelRunner, right: float, is_processed: bool) -> None:
     requests = {name: make_requests(12, is_processed=is_processed) for name in ("without", "with")}
     counts = check_drafts(runner, requests, right).counts
@@ -142,15 +145,10 @@ def note_calls(runner: Any, calls: list[str]) -> None:
 
 # A family for each way to keep a context: states beside keys, convolutions' inputs, windows beside whole contexts with
 # sinks, and latents.
-FAMILIES = (
-    "qwen3_5",
-    "gpt_oss",
-    pytest.param("lfm2", marks=pytest.mark.sweep),
-    pytest.param("glm4_moe_lite", marks=pytest.mark.sweep),
-)
+FAMILIES = ("qwen3_5", "gpt_oss", "lfm2", "glm4_moe_lite")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", swept(FAMILIES, ["qwen3_5"]))
 def test_every_kind_of_context_takes_drafts_back(family: str, tmp_path: Path) -> None:
     """Wrong drafts leave nothing behind: not in keys, latents and windows, nor in recurrent states."""
     files = write_hf(tmp_path / "tiny", RECIPES[family])

@@ -47,7 +47,7 @@ def inspector() -> Iterator[RunnerInspector]:
         max_model_len=64,
         max_num_batched_tokens=16,
         token_buckets=(16,),
-        decode_buckets=(1, 4),
+        decode_buckets=(4,),
         cpu_cores=2,
     )
     runner = load_random_runner(SPARSE, "float16", config)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.sweeps import swept
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.config import ModelFiles
 from tinyvllm.errors import ModelError
@@ -45,9 +46,10 @@ def tokenizer(files: ModelFiles) -> Tokenizer:
     return load_tokenizer(files)
 
 
-def test_tokens_and_logprobs_are_transformers(files: ModelFiles) -> None:
+@pytest.mark.parametrize("longest", swept((8, None), [8]))
+def test_tokens_and_logprobs_are_transformers(files: ModelFiles, longest: int | None) -> None:
     """Chat, prose, code, numbers and other scripts. A reference ends early where two tokens are nearly as likely."""
-    cases = REFERENCE["cases"]
+    cases = [case | {"tokens": case["tokens"][:longest], "top": case["top"][:longest]} for case in REFERENCE["cases"]]
     params = [
         SamplingParams(temperature=0.0, max_tokens=len(case["tokens"]), ignore_eos=True, logprobs=3) for case in cases
     ]

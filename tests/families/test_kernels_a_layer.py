@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from tinygrad import dtypes
 from tinygrad.uop.ops import Ops
 
 from tests.ops.rendering import KINDS, rendered, unwritten
+from tests.sweeps import swept
 from tinyvllm.bench.shapes import find_shape
 from tinyvllm.config import ExpertsKind, ModelConfig, Rope, StateKind
 from tinyvllm.device.recording import trace_step
@@ -63,15 +65,11 @@ def kernels_a_layer(
     return names[starts[-2] : starts[-1]], backend.coverage.lines()
 
 
-ALWAYS = ("llama", "qwen2", "gemma3")  # the others are traced for CUDA only by default; METAL's with -m sweep
-CASES = [
-    pytest.param(kind, family, marks=[] if kind == "CUDA" or family in ALWAYS else [pytest.mark.sweep])
-    for kind in KINDS
-    for family in FAMILIES
-]
+ALWAYS = ("llama", "qwen2", "gemma3")  # in more steps than others
+TRACED = [("METAL", "llama"), ("METAL", "gemma3"), *product(["CUDA"], FAMILIES)]
 
 
-@pytest.mark.parametrize(("kind", "family"), CASES)
+@pytest.mark.parametrize(("kind", "family"), swept(product(KINDS, FAMILIES), TRACED))
 def test_a_family_takes_at_most_one_kernel_a_layer_more_than_llama(kind: str, family: str) -> None:
     """Norms after products take one more for a single row, and none where rows are normed apart anyway."""
     config, more = FAMILIES[family]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tinygrad import dtypes
 from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
 from tests.ops.rendering import TARGETS, check_limits, gpu_backend, kernels_of, unwritten
+from tests.sweeps import swept
 from tinyvllm.config import ModelConfig, QueryScaling, Rope
 from tinyvllm.model.registry import make_model
 from tinyvllm.model.weights.random import RandomWeights
@@ -21,18 +23,10 @@ from tinyvllm.storage.model_config import read_model_config
 
 @pytest.mark.parametrize(
     ("name", "is_decode"),
-    [
-        ("gemma3", True),
-        ("gemma3", False),
-        ("mistral", False),
-        ("qwen2", True),
-        ("gpt_oss", True),
-        pytest.param("gpt_oss", False, marks=pytest.mark.sweep),
-        pytest.param("gemma4_26b", True, marks=pytest.mark.sweep),
-        pytest.param("gemma4_26b", False, marks=pytest.mark.sweep),
-        pytest.param("gemma4_e2b", True, marks=pytest.mark.sweep),
-        pytest.param("gemma4_e2b", False, marks=pytest.mark.sweep),
-    ],
+    swept(
+        product(("gemma3", "mistral", "qwen2", "gpt_oss", "gemma4_26b", "gemma4_e2b"), (True, False)),
+        [("gemma3", False), ("gpt_oss", True)],
+    ),
 )
 def test_a_step_renders_within_the_limits(tmp_path: Path, name: str, is_decode: bool) -> None:
     config = read_model_config(write_hf(tmp_path, RECIPES[name]))
@@ -45,14 +39,13 @@ def test_a_step_renders_within_the_limits(tmp_path: Path, name: str, is_decode: 
     check_step(config, is_decode=is_decode)
 
 
-@pytest.mark.parametrize("is_decode", [True, pytest.param(False, marks=pytest.mark.sweep)])
-@pytest.mark.parametrize("name", [pytest.param("qwen3_5", marks=pytest.mark.sweep), "lfm2"])
+@pytest.mark.parametrize(("name", "is_decode"), swept(product(("qwen3_5", "lfm2"), (True, False)), [("lfm2", True)]))
 def test_recurrent_layers_and_gated_attention_render(tmp_path: Path, name: str, is_decode: bool) -> None:
     config = read_model_config(write_hf(tmp_path, RECIPES[name]))
     check_step(replace(config, num_layers=2, recurrent=(True, False)), is_decode=is_decode)
 
 
-@pytest.mark.parametrize("is_decode", [True, False])
+@pytest.mark.parametrize("is_decode", swept((True, False), [True]))
 def test_what_other_families_ask_for_renders_all_at_once(tmp_path: Path, is_decode: bool) -> None:
     """OLMo's norms, after only and of whole queries and keys; Ministral 3's scaled queries; GLM-4's rope; a layer
     without one; Granite's multipliers; every bias."""

@@ -18,6 +18,7 @@ import pytest
 
 from tests.builders import write_tiny_hf_llama
 from tests.faults.rounds import OK, Rounds
+from tests.sweeps import swept
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.faults import NOTHING, POINTS, REQUEST, VARIABLE, Fault, Plan, planned
@@ -103,11 +104,15 @@ async def fails_to_start(config: EngineConfig, fault: Fault) -> bool:
     return False
 
 
-async def test_each_point_of_a_start_ends_it_or_is_done_without(model: Path) -> None:
+START = ("device.allocate", "device.copy_in", "cache.open", "cache.read", "cache.write")
+
+
+@pytest.mark.parametrize("points", swept([(START,), (START[::3],)], [(START[::3],)]), ids=["all", "some"])
+async def test_each_point_of_a_start_ends_it_or_is_done_without(model: Path, points: tuple[str, ...]) -> None:
     config = make_config(model, warm_up="idle")
     reached = await start_once(config)
     num_threads = threading.active_count()
-    for point in ("device.allocate", "device.copy_in", "cache.open", "cache.read", "cache.write"):
+    for point in points:
         fault = Fault(point, "os" if point.startswith("cache") else "memory", at=max(1, reached.get(point, 0) // 2))
         if POINTS[point].ends == NOTHING:
             await start_once(config, fault)

@@ -25,17 +25,18 @@ from tinyvllm.config import ModelFiles
 FUSED = {"hidden": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 512}
 GENERAL = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "ffn": 96}
 QWEN3 = {"family": "qwen3", "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 64, "ffn": 96, "norm_eps": 1e-6}
-# each kind that matters, where llama.cpp's mixtures may have it
+# llama.cpp's Q4_K_M, and each kind that matters where one of its mixtures may have it
+MEDIUM = {"attn_v": "Q6_K", "ffn_down": "Q6_K"}
 MIXED = {"attn_v": "Q6_K", "attn_output": "Q4_1", "ffn_down": "Q6_K", "ffn_gate": "Q4_0", "ffn_up": "Q4_0"}
 
-# Rows of every kind at once: decode buckets of 1 and 4 (also with rows of padding), prompts cut into chunks next to
-# others' decodes, a pool of 5 blocks and the dummy for five sequences that would take 13, prompts that begin alike.
+# Rows of every kind at once: a decode bucket of 4 (also with rows of padding), prompts cut into chunks next to others'
+# decodes, a pool of 5 blocks and the dummy for five sequences that would take 13, prompts that begin alike.
 CROWDED: dict[str, Any] = {
     "max_model_len": 64,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 16,
     "num_gpu_blocks_override": 6,
-    "decode_buckets": (1, 4),
+    "decode_buckets": (4,),
     "token_buckets": (16,),
 }
 EXACT = {"dtype": "float32", "kv_cache_dtype": "float32"}
@@ -127,6 +128,7 @@ SCENARIOS: dict[str, Scenario] = {
         tie=0.03,
     ),
     # one row at a time: tests/metal/test_kernels.py has products of several
+    "medium": Scenario(_quantized("Q4_K", MEDIUM), CROWDED, tie=0.03),
     "mixed": Scenario(_quantized("Q4_K", MIXED), ALONE, PROMPTS[:3], max_tokens=8, tie=0.03),
     "sampled": Scenario(_dense("float32", GENERAL), CROWDED | EXACT, sampling=SAMPLING),
     # steps that verify drafts, right and wrong, between steps that overlap

@@ -50,6 +50,7 @@ def test_no_program_is_over_a_limit_on_an_m1(simulator: Settings) -> None:
     assert not simulator.is_dry and simulator.family == "Apple9"
 
 
+@pytest.mark.sweep
 def test_no_program_is_over_a_limit_without_simdgroup_matrices_and_three_layers_tell_of_all(
     simulator: Settings,
 ) -> None:

@@ -92,6 +92,7 @@ def test_the_doctor_names_the_family_and_the_limits_and_says_where_graphs_are_mi
     assert programs.status == doctor.GOOD and "threadgroup memory" in programs.value
 
 
+@pytest.mark.sweep  # tests/execution/test_profile.py does the like on the CPU
 def test_a_log_of_debug_2_has_the_kernels_of_a_profile_and_no_graph(
     runner: ModelRunner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

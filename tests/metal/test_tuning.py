@@ -6,21 +6,21 @@ import numpy as np
 import pytest
 
 from tests.metal.test_kernels import backends, multiply
+from tests.sweeps import swept
 
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.mark.parametrize(
-    ("fmt", "tokens", "operation"),
-    [
-        ("Q4_0", 1, "norm_linear"),
-        ("Q6_K", 1, "norm_gated"),
-        ("float16", 1, "norm_gated"),
-        ("float16", 5, "linear_add"),
-        ("Q4_K", 70, "norm_linear"),
-    ],
-    ids=str,
-)
+PRODUCTS = [
+    ("Q4_0", 1, "norm_linear"),
+    ("Q6_K", 1, "norm_gated"),
+    ("float16", 1, "norm_gated"),
+    ("float16", 5, "linear_add"),
+    ("Q4_K", 70, "norm_linear"),
+]
+
+
+@pytest.mark.parametrize(("fmt", "tokens", "operation"), swept(PRODUCTS, PRODUCTS[:1]), ids=str)
 def test_every_candidate_computes_the_same(fmt: str, tokens: int, operation: str) -> None:
     from tinyvllm.ops.kernel import tuning
 

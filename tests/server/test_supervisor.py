@@ -244,7 +244,7 @@ def test_a_dead_engine_ends_the_server_with_an_error() -> None:
 
 
 def test_clients_hear_of_a_dead_engine_whose_children_live_on() -> None:
-    with running_server(load="forks") as server:
+    with running_server(num_front_ends=1, load="forks") as server:
         server.wait_until_ready()
         with hanging(server) as (_, lines):
             os.kill(server.pids()["engine 0"], signal.SIGKILL)
@@ -253,7 +253,7 @@ def test_clients_hear_of_a_dead_engine_whose_children_live_on() -> None:
 
 
 def test_an_engine_that_dies_during_the_drain_decides_the_exit_code() -> None:
-    with running_server() as server:
+    with running_server(num_front_ends=1) as server:
         server.wait_until_ready()
         with hanging(server) as (_, lines):
             server.signal()
@@ -267,7 +267,7 @@ def test_an_engine_that_dies_during_the_drain_decides_the_exit_code() -> None:
 
 
 def test_a_server_waits_for_an_engine_that_loads_when_another_dies() -> None:
-    with running_server(num_engines=2, load="slow second") as server:
+    with running_server(num_front_ends=1, num_engines=2, load="slow second") as server:
         server.wait_until_ready()
         os.kill(server.pids()["engine 0"], signal.SIGKILL)
         server.wait_for(lambda: "engine 0" not in server.pids())
@@ -292,7 +292,7 @@ def test_a_dead_engine_is_started_again_if_asked_for() -> None:
 
 
 def test_other_engines_go_on_without_a_dead_one() -> None:
-    with running_server(num_engines=2) as server:
+    with running_server(num_front_ends=1, num_engines=2) as server:
         server.wait_until_ready()
         os.kill(server.pids()["engine 1"], signal.SIGKILL)
         server.wait_for(lambda: "engine 1" not in server.pids())
@@ -302,7 +302,7 @@ def test_other_engines_go_on_without_a_dead_one() -> None:
 
 
 def test_an_engine_that_cannot_load_ends_the_server_with_its_error() -> None:
-    with running_server(load="fails") as server:
+    with running_server(num_front_ends=1, load="fails") as server:
         assert server.wait() == 1
         assert server.events[-1] == {"event": "error", "text": "the model cannot be loaded"}
         assert not server.run_dir.exists()
@@ -352,7 +352,7 @@ def test_a_signal_turns_new_work_away_at_every_front_end_until_all_requests_are_
 
 @pytest.mark.parametrize(("timeout_s", "num_signals"), [(0.3, 1), (1000.0, 2)])
 def test_what_still_runs_after_the_time_or_a_second_signal_is_aborted(timeout_s: float, num_signals: int) -> None:
-    with running_server(settings={"shutdown_timeout_s": timeout_s}) as server:
+    with running_server(num_front_ends=1, settings={"shutdown_timeout_s": timeout_s}) as server:
         server.wait_until_ready()
         with hanging(server) as (_, lines):
             for _ in range(num_signals):
@@ -363,14 +363,14 @@ def test_what_still_runs_after_the_time_or_a_second_signal_is_aborted(timeout_s:
 
 
 def test_a_stop_while_the_engine_loads_is_clean() -> None:
-    with running_server() as server:
+    with running_server(num_front_ends=1) as server:
         server.signal()
         assert server.wait() == 0
         assert not server.run_dir.exists()
 
 
 def test_a_stop_does_not_wait_for_the_threads_of_a_front_end() -> None:
-    with running_server(config={"served_model_name": "slow"}) as server:
+    with running_server(num_front_ends=1, config={"served_model_name": "slow"}) as server:
         server.wait_until_ready()
         start_s = time.monotonic()
         server.stop()
@@ -378,7 +378,7 @@ def test_a_stop_does_not_wait_for_the_threads_of_a_front_end() -> None:
 
 
 def test_a_second_signal_does_not_wait_long_for_a_front_end_that_stands_still() -> None:
-    with running_server() as server:
+    with running_server(num_front_ends=1) as server:
         server.wait_until_ready()
         os.kill(server.pids()["front-end 0"], signal.SIGSTOP)
         for _ in range(2):
@@ -389,7 +389,7 @@ def test_a_second_signal_does_not_wait_long_for_a_front_end_that_stands_still() 
 
 
 def test_an_engine_whose_step_does_not_end_is_killed_after_a_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    with running_server(load="hangs") as server:
+    with running_server(num_front_ends=1, load="hangs") as server:
         server.wait_until_ready()
         pid = server.pids()["engine 0"]
         server.signal()

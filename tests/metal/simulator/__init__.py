@@ -124,7 +124,7 @@ def without_checks(settings: Settings | None) -> Iterator[None]:
 
 
 class _CodeGenService:
-    """MTLCompiler.framework's functions. A "library" is the source, compiled to machine code in the background."""
+    """MTLCompiler.framework's functions. A "library" is the source, compiled to machine code when it first runs."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -149,8 +149,6 @@ class _CodeGenService:
         except MslError as error:
             answer(None, 1, None, 0, str(error).encode())
             return
-        if not self._settings.is_dry:
-            self._settings.natives.start(kernel)
         library = LIBRARY_HEAD + source.encode() + LIBRARY_TAIL
         reply = bytes(8) + struct.pack("<LL", 16, 0) + library
         data = ctypes.create_string_buffer(reply, len(reply))

@@ -17,6 +17,7 @@ from tests.ops.builders import largest_difference, normal
 from tests.ops.experts import Case, make_kind, make_layer
 from tests.ops.gpu.products import TOLERANCE, read, upload
 from tests.ops.rendering import KINDS, check_limits, kernels_of, make_renderer, rendered, unwritten
+from tests.sweeps import swept
 from tinyvllm.config import ExpertsKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm
@@ -162,19 +163,17 @@ def plan(backend: FusedGpuBackend, case: Case) -> list[Tensor]:
     return [backend.whole(out)]
 
 
-SWEEP = pytest.mark.sweep
 LAYERS = [
-    ("bfloat16", "METAL", 1, 4),
-    ("MXFP4-e8m0", "CUDA", 1, 4),
-    ("MXFP4-e8m0", "METAL", 8, 7),
-    ("bfloat16", "CUDA", 8, 7),
-    pytest.param("bfloat16", "CUDA", 1, 4, marks=SWEEP),
-    pytest.param("MXFP4-e8m0", "CUDA", 8, 7, marks=SWEEP),
-    *[pytest.param(fmt, kind, 100, 7, marks=SWEEP) for fmt in ("bfloat16", "MXFP4-e8m0") for kind in KINDS],
+    (fmt, kind, tokens, 4 if tokens == 1 else 7)
+    for fmt in ("bfloat16", "MXFP4-e8m0")
+    for kind in KINDS
+    for tokens in (1, 8, 100)
 ]
 
 
-@pytest.mark.parametrize(("fmt", "kind", "tokens", "count"), LAYERS)
+@pytest.mark.parametrize(
+    ("fmt", "kind", "tokens", "count"), swept(LAYERS, [("bfloat16", "METAL", 8, 7), ("MXFP4-e8m0", "CUDA", 1, 4)])
+)
 def test_a_layer_of_experts_renders_within_the_limits(fmt: str, kind: str, tokens: int, count: int) -> None:
     """One row takes four kernels: router, route, gate and up, down. More take a norm before them, an order, and a
     sum."""

@@ -101,7 +101,7 @@ def test_a_step_of_many_rows_renders_within_the_limits(kind: str) -> None:
     ("kind", "fmt"),
     swept(
         itertools.product(KINDS, ("bfloat16", "Q8_0", "Q5_0", "Q6_K")),
-        {("METAL", "bfloat16"), ("METAL", "Q6_K"), ("CUDA", "Q8_0"), ("CUDA", "Q5_0")},
+        {("METAL", "Q6_K"), ("CUDA", "Q8_0")},
     ),
 )
 def test_products_of_every_way_to_store_weights_render_within_the_limits(kind: str, fmt: str) -> None:
@@ -118,7 +118,7 @@ def test_products_of_every_way_to_store_weights_render_within_the_limits(kind: s
     ("kind", "heads"),
     swept(
         itertools.product(KINDS, [(64, 8, 128), (9, 3, 64), (8, 4, 256), (6, 6, 96)]),
-        {("METAL", (64, 8, 128)), ("CUDA", (9, 3, 64)), ("CUDA", (8, 4, 256))},
+        {("METAL", (64, 8, 128)), ("CUDA", (8, 4, 256))},
     ),
 )
 def test_tiled_attention_of_large_models_renders_within_the_limits(kind: str, heads: tuple[int, int, int]) -> None:
@@ -129,10 +129,14 @@ def test_tiled_attention_of_large_models_renders_within_the_limits(kind: str, he
         check_limits(kernel, KINDS[kind])
 
 
-@pytest.mark.parametrize(
-    ("heads", "dim", "features"),
-    [(32, 128, ()), (4, 256, (("window", 100), ("softcap", 2.0))), (8, 64, (("has_sinks", True), ("has_bias", True)))],
-)
+ATTENTION: list[tuple[int, int, tuple[tuple[str, Any], ...]]] = [
+    (32, 128, ()),
+    (4, 256, (("window", 100), ("softcap", 2.0))),
+    (8, 64, (("has_sinks", True), ("has_bias", True))),
+]
+
+
+@pytest.mark.parametrize(("heads", "dim", "features"), swept(ATTENTION, ATTENTION[:1]))
 def test_hopper_attends_in_the_memory_that_it_says(
     monkeypatch: pytest.MonkeyPatch, heads: int, dim: int, features: tuple[tuple[str, Any], ...]
 ) -> None:
@@ -240,11 +244,12 @@ def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int, row
 
 
 RAGGED = (65, 96, 112, 128, 200, 960)
+RAGGED_BY_DEFAULT = {*itertools.product((65, 112, 200), ("float16",)), (200, "Q4_K")}
 
 
 @pytest.mark.parametrize(
     ("tokens", "fmt"),
-    swept(itertools.product(RAGGED, ("float16", "Q4_K")), {*itertools.product(RAGGED, ("float16",)), (200, "Q4_K")}),
+    swept(itertools.product(RAGGED, ("float16", "Q4_K")), RAGGED_BY_DEFAULT),
 )
 def test_hoppers_tiles_that_are_not_full_have_the_loops_of_full_ones(tokens: int, fmt: str) -> None:
     """Conditional stores must not split the loop that they are in."""

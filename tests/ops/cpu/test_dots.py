@@ -21,7 +21,8 @@ from tinyvllm.ops.backend import Norm
 from tinyvllm.ops.cpu import backend as cpu_backend
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.cpu.cores import MOST_CORES, count_cores
-from tinyvllm.ops.cpu.dots import LARGEST, _statement, fix_rows_kernel
+from tinyvllm.ops.cpu.dots import _statement
+from tinyvllm.ops.cpu.fixed_rows import LARGEST, fix_rows_kernel
 from tinyvllm.ops.cpu.product import NormSpec
 from tinyvllm.ops.cpu.unpacked_dots import add_statement, unpack_statement
 from tinyvllm.ops.formats.dots import pack_dots

@@ -12,25 +12,22 @@ for one row from memory 41 and 49 %.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
-from tinyvllm.ops.cpu.product import NormSpec, Shard, rms_scale, take_shards
+from tinyvllm.ops.cpu.fixed_rows import FixedRows
 from tinyvllm.ops.formats.dots import HALF_WORD, dot_cols
 from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits, low_bits
-from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, cached_kernel, fill, finish
+from tinyvllm.ops.kernel.body import F32, I32, Body
 
 # Rows of x in a pass over a panel. Of many rows, two or eight took up to a tenth longer than four, whatever the
 # registers. Of a few rows, as those that verify drafts, eight take 20 % less than two passes of four, if there are
 # registers for their sums.
 DOT_ROWS, FEW_DOT_ROWS = 4, 8
-LARGEST = 32767  # of the integers
-LEAST_PEAK = 0x0DA24260  # the bits of 1e-30: of smaller values, 32767 / value could be infinite
-SIGN = 0x7FFFFFFF
 
 # The names of a statement: AT_ONCE vectors of a panel's 32 lanes have their sums in registers at a time.
 NAMES = """
@@ -105,77 +102,6 @@ STATEMENT = f"""{{{{{NAMES}
 
 
 @dataclass(frozen=True)
-class FixedRows:
-    """Rows of x in 16 bits: x = integer * unit, with a unit for each group of columns."""
-
-    integers: UOp  # int16 (T, K)
-    factors: UOp  # float32 (T, K / group, 2): the unit, and the group's sum of x
-    num_cols: int  # K
-    group: int
-
-    def factor(self, row: UOp, group: UOp, which: int) -> UOp:
-        return self.factors[(row * (self.num_cols // self.group) + group) * 2 + which].load()
-
-
-def fix_row(body: Body, read: Callable[[UOp], UOp], row: UOp, rows: FixedRows) -> UOp:
-    """The stores that round a row of x, whose column c is read(c), to row `row` of `rows`. A group with a value that is
-    not finite gets such a unit."""
-    cols, group, integers, factors = rows.num_cols, rows.group, rows.integers, rows.factors
-    index = body.loop(cols // group)
-    i = body.fold(group)
-    bits = read(index * group + i).bitcast(I32) & SIGN
-    peak = fill(body, body.registers(1, I32), LEAST_PEAK, row, index)
-    peak = peak.after(peak.after(i)[0].store(peak.after(i)[0].load().maximum(bits)).end(i))
-    largest, sums = peak[0].load().bitcast(F32), fill(body, body.registers(1, I32), 0, row, index, peak)
-    k = body.loop(group)
-    scaled = read(index * group + k) * (largest.reciprocal() * float(LARGEST))
-    integer = (scaled + (LARGEST + 1.5)).cast(I32) - (LARGEST + 1)  # positive, so that truncation rounds to nearest
-    stored = integers.after(peak)[row * cols + index * group + k].store(integer.cast(dtypes.short)).end(k)
-    j = body.fold(group)
-    one = integers.after(stored, j)[row * cols + index * group + j].load().cast(I32)
-    sums = sums.after(sums.after(j)[0].store(sums.after(j)[0].load() + one).end(j))
-    at, unit = (row * (cols // group) + index) * 2, largest * (1.0 / LARGEST)
-    target = factors.after(sums)
-    stores = [target[at].store(unit), target[at + 1].store(unit * sums[0].load().cast(F32))]
-    return UOp.group(*stores).end(index)
-
-
-def fix_rows(body: Body, x: Shard, num_tokens: int, group: int) -> FixedRows:
-    """x (T, K) rounded, on the kernel's stack."""
-    integers = body.registers(num_tokens * x.width, dtypes.short)
-    factors = body.registers(num_tokens * x.width // group * 2)
-    row = body.loop(num_tokens)
-    rows = FixedRows(integers.after(x.buffer), factors, x.width, group)
-    done = fix_row(body, lambda col: x.buffer[x.at(row, col)].load(), row, rows).end(row)
-    return FixedRows(integers.after(done), factors.after(done), x.width, group)
-
-
-@cached_kernel
-def fix_rows_kernel(spec: NormSpec, group: int, normed: bool) -> KernelFn:
-    """fn(integers (T, K) int16, factors (T, K / group, 2), *x shards[, norm weight]): FixedRows of x or of its norm."""
-
-    def kernel(integers: UOp, factors: UOp, *rest: UOp) -> UOp:
-        body, cols, operands = Body(), spec.num_cols, list(rest)
-        x = take_shards(operands, spec.x_cols, cols)
-        row = body.loop(spec.num_tokens)
-        scale = rms_scale(body, x, row, spec) if normed else None
-        staged, copies = body.registers(cols), []
-        for shard in x:
-            col = body.loop(shard.width)
-            value = shard.buffer[shard.at(row, col)].load()
-            if scale is not None:
-                value = value * scale[0] * operands[0][shard.start + col]
-            copies.append(staged.after(row)[shard.start + col].store(value).end(col))
-        done = staged.after(UOp.group(*copies))
-        stores = fix_row(body, lambda col: done[col].load(), row, FixedRows(integers, factors, cols, group)).end(row)
-        size = spec.num_tokens * cols
-        name = f"{'norm_' if normed else ''}fixed_{spec.num_tokens}x{cols}_{group}"
-        return finish(stores, name, ops=6 * size, nbytes=6 * size)
-
-    return kernel
-
-
-@dataclass(frozen=True)
 class DotProduct:
     """All rows of x, which are few, times a panel in the `dot` layout: 32 sums for each row."""
 
@@ -201,7 +127,7 @@ class DotProduct:
             return plane[(self.panel * (cols // dot_cols(width)) + group * (x.group // dot_cols(width))) * PANEL]
 
         pointers = [sums[0], run(planes.codes, low_bits(fmt))]
-        pointers += [x.integers[row * cols + group * x.group] for row in self.rows]
+        pointers += [x.integers[x.place(row, group) * x.group] for row in self.rows]
         if planes.high is not None:
             pointers.append(run(planes.high, high_bits(fmt)))
         return UOp(Ops.CUSTOM, dtypes.void, src=tuple(pointers), arg=_statement(fmt, len(self.rows)))

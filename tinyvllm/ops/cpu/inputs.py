@@ -1,4 +1,4 @@
-"""What products read of an activation: its columns as they are, normed, or rounded to integers (dots.py)."""
+"""What products read of an activation: its columns as they are, normed, or rounded to integers (fixed_rows.py)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tinygrad import Tensor, dtypes
 
 from tinyvllm.ops.backend import Norm
-from tinyvllm.ops.cpu.dots import fix_rows_kernel
+from tinyvllm.ops.cpu.fixed_rows import fix_rows_kernel
 from tinyvllm.ops.cpu.linear import rms_norm_kernel
 from tinyvllm.ops.cpu.product import STAGED_ROWS, NormSpec
 from tinyvllm.ops.cpu.sharded import Activation, tensors_of, widths_of

@@ -20,7 +20,8 @@ from tinygrad import UOp
 
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import gated, tanh
-from tinyvllm.ops.cpu.dots import DotProduct, FixedRows, fix_rows
+from tinyvllm.ops.cpu.dots import DotProduct
+from tinyvllm.ops.cpu.fixed_rows import FixedRows, fix_rows, rows_of_block
 from tinyvllm.ops.cpu.product import (
     CPU_ARITHMETIC,
     STAGED_ROWS,
@@ -31,7 +32,7 @@ from tinyvllm.ops.cpu.product import (
     stage_rows,
     take_shards,
 )
-from tinyvllm.ops.cpu.unpacked_dots import MOST_ROWS, UnpackedProduct
+from tinyvllm.ops.cpu.unpacked_dots import UnpackedProduct
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes
 from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, clamp, exp2, fill, finish
 from tinyvllm.ops.kernel.tuning import Tunable
@@ -73,10 +74,15 @@ class LinearSpec(Tunable):
     def rows_per_pass(self) -> int:
         """Input rows of one pass over a panel: a divisor of T, up to `tile_rows`; or one row more if these are all."""
         most = self.tile_rows + (self.num_tokens == self.tile_rows + 1)  # to unpack a panel again would cost more
-        return self.knob("rows_per_pass", next(n for n in range(most, 0, -1) if self.num_tokens % n == 0))
+        return self.knob("rows_per_pass", next(n for n in range(most, 0, -1) if self._fits(n)))
+
+    def _fits(self, rows: int) -> bool:
+        """Whether all passes can have this many rows."""
+        many = self.layout == "dot" and self.num_tokens > STAGED_ROWS
+        return (rows_of_block(self.num_tokens) if many else self.num_tokens) % rows == 0
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
-        rows = tuple(rows for rows in ROWS_PER_PASS if rows != self.rows_per_pass and self.num_tokens % rows == 0)
+        rows = tuple(rows for rows in ROWS_PER_PASS if rows != self.rows_per_pass and self._fits(rows))
         return {"rows_per_pass": rows} if self.num_tokens > 1 else {}
 
     @property
@@ -96,15 +102,16 @@ def linear_kernel(spec: LinearSpec) -> KernelFn:
         x = _take_input(body, spec, operands)
         bias = operands.pop(0) if spec.bias_starts is not None else None
         ending = Ending.take(spec, operands)
+        blocks = _loop_over_blocks(body, spec, x)
         panel = body.loop(spec.num_rows // PANEL)
         if spec.block_rows and not isinstance(x, FixedRows):
             stride, block = spec.num_rows // spec.block_rows * spec.block_stride, panel // (spec.block_rows // PANEL)
             x = [Shard(x[0].buffer, 0, spec.num_cols, stride, block * spec.block_stride)]
-        tile = _multiply_panel(body, spec, planes, x, panel)
+        tile = _multiply_panel(body, spec, planes, x, panel, blocks)
         stores = _epilogue(body, spec, out, bias, ending, panel, tile)
         nbytes = int(spec.num_rows * spec.num_cols * spec.format.code_bits) // 8
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
-        return finish(stores.end(*tile.loops, panel), _name(spec), ops=ops, nbytes=nbytes)
+        return finish(stores.end(*tile.loops, panel, *blocks), _name(spec), ops=ops, nbytes=nbytes)
 
     return kernel
 
@@ -113,7 +120,7 @@ def _take_input(body: Body, spec: LinearSpec, operands: list[UOp]) -> list[Shard
     """x as the product reads it, removed from the front of the operands with the norm's weight."""
     tokens, has_dots = spec.num_tokens, spec.layout == "dot"
     if has_dots and tokens > STAGED_ROWS:
-        return FixedRows(operands.pop(0), operands.pop(0), spec.num_cols, spec.format.group)
+        return FixedRows(operands.pop(0), operands.pop(0), tokens, spec.num_cols, spec.format.group)
     x = take_shards(operands, () if spec.block_rows else spec.x_cols, spec.num_cols)
     norm_weight = operands.pop(0) if spec.norm_eps is not None else None
     if tokens <= STAGED_ROWS and not spec.block_rows and (not has_dots or spec.norm is not None or len(x) > 1):
@@ -158,10 +165,21 @@ class _Tile:
     start: UOp | int = 0  # of the rows among the registers
 
 
-def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[Shard] | FixedRows, panel: UOp) -> _Tile:
+def _loop_over_blocks(body: Body, spec: LinearSpec, x: list[Shard] | FixedRows) -> list[UOp]:
+    """The loop over blocks of rounded rows, if they are more than a pass has: all panels are multiplied with a block
+    while it is in the cache. Reading the matrix again takes less than a block that has left the cache: 16 panels of
+    4-bit codes are as large as 64 rows of x in their columns."""
+    if not isinstance(x, FixedRows) or spec.num_tokens <= spec.rows_per_pass:
+        return []
+    return [body.loop(spec.num_tokens // rows_of_block(spec.num_tokens))]
+
+
+def _multiply_panel(
+    body: Body, spec: LinearSpec, planes: Planes, x: list[Shard] | FixedRows, panel: UOp, blocks: list[UOp]
+) -> _Tile:
     """The product of a tile of x's rows with a panel: 32 accumulators, one per lane, for each row."""
-    if isinstance(x, FixedRows) and spec.num_tokens > spec.rows_per_pass:
-        return _multiply_unpacked(body, spec, planes, x, panel)
+    if isinstance(x, FixedRows) and blocks:
+        return _multiply_unpacked(body, spec, planes, x, panel, *blocks)
     rows = spec.rows_per_pass
     tile_row = body.loop(spec.num_tokens // rows) if spec.num_tokens > rows else None
     loops = [tile_row] if tile_row is not None else []
@@ -174,15 +192,13 @@ def _multiply_panel(body: Body, spec: LinearSpec, planes: Planes, x: list[Shard]
     return _Tile(first, rows, Product(*of_rows).add_shards(acc, x), loops)
 
 
-def _multiply_unpacked(body: Body, spec: LinearSpec, planes: Planes, x: FixedRows, panel: UOp) -> _Tile:
-    """The product of many rows, by blocks of rows."""
-    tile, tokens = spec.rows_per_pass, spec.num_tokens
-    rows = next(n for n in range(min(tokens, MOST_ROWS), 0, -1) if tokens % n == 0 and n % tile == 0)
-    block = body.fold(tokens // rows)
+def _multiply_unpacked(body: Body, spec: LinearSpec, planes: Planes, x: FixedRows, panel: UOp, block: UOp) -> _Tile:
+    """The product of a block of rows with a panel."""
+    rows = x.block_rows
     acc = fill(body, body.registers(rows * PANEL), 0.0, panel, x.integers, x.factors, block)
-    product = UnpackedProduct(body, spec.format, spec.num_cols, planes, panel, block * rows, rows, tile)
+    product = UnpackedProduct(body, spec.format, spec.num_cols, planes, panel, block, spec.rows_per_pass)
     row = body.loop(rows)
-    return _Tile(block * rows + row, 1, product.add(acc, x), [row, block], row * PANEL)
+    return _Tile(block * rows + row, 1, product.add(acc, x), [row], row * PANEL)
 
 
 class HasEnding(Protocol):

@@ -1,4 +1,4 @@
-"""Integer products of many rows of x: a panel's codes are unpacked once for up to MOST_ROWS rows (dots.py for few)."""
+"""Integer products of many rows of x: a panel's codes are unpacked once for a block of rows (dots.py for few)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
-from tinyvllm.ops.cpu.dots import MULTIPLY, NAMES, FixedRows, code_words
+from tinyvllm.ops.cpu.dots import MULTIPLY, NAMES, code_words
+from tinyvllm.ops.cpu.fixed_rows import FixedRows
 from tinyvllm.ops.formats.dots import HALF_WORD, dot_cols
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes, high_bits, low_bits
 from tinyvllm.ops.kernel.body import U32, Body
-
-MOST_ROWS = 64  # whose sums, and x in the chunk's columns, stay in the first levels of the cache
-CHUNK_COLS = 256  # whose words are unpacked at a time: 16 KiB
 
 # {0}: the words, [columns / 2][32]; {1}: the codes of the chunk; {2}: their high bits; of half of a panel's lanes
 UNPACK = f"""{{{{{NAMES}
@@ -79,29 +77,22 @@ class UnpackedProduct:
     num_cols: int  # K
     planes: Planes
     panel: UOp
-    first: UOp  # row of x
-    num_rows: int
+    block: UOp  # of rows of x
     tile_rows: int
 
     def add(self, acc: UOp, x: FixedRows) -> UOp:
         """The registers `acc` [rows][32], after the product was added to them."""
-        body, rows, groups = self.body, self.tile_rows, self._groups_at_once()
+        body, rows, groups = self.body, self.tile_rows, x.chunk_groups
         chunk = body.fold(self.num_cols // (groups * x.group))
-        first_group = chunk * groups
         words = self._unpack(chunk, groups, acc)
-        factors = self._factors(first_group, groups, chunk, words)
-        tile = body.fold(self.num_rows // rows)
-        first = [self.first + tile * rows + r for r in range(rows)]
+        factors = self._factors(chunk * groups, groups, chunk, words)
+        tile = body.fold(x.block_rows // rows)
+        places = [x.chunk_place(self.block, chunk, tile * rows + r) for r in range(rows)]
         pointers = [acc.after(chunk)[tile * (rows * PANEL)], words[0], factors[0][0], factors[-1][0]]
-        pointers += [x.integers[row * x.num_cols + first_group * x.group] for row in first]
-        pointers += [x.factors[(row * (x.num_cols // x.group) + first_group) * 2] for row in first]
+        pointers += [x.integers[place * x.group] for place in places]
+        pointers += [x.factors[place * 2] for place in places]
         statement = add_statement(self.format, rows, groups, has_addend=len(factors) > 1)
         return acc.after(UOp(Ops.CUSTOM, dtypes.void, src=tuple(pointers), arg=statement).end(tile, chunk))
-
-    def _groups_at_once(self) -> int:
-        """Groups of a chunk."""
-        groups = self.num_cols // self.format.group
-        return next(n for n in range(max(1, CHUNK_COLS // self.format.group), 0, -1) if groups % n == 0)
 
     def _unpack(self, chunk: UOp, groups: int, acc: UOp) -> UOp:
         """The words of a chunk's codes."""
@@ -112,7 +103,7 @@ class UnpackedProduct:
             start = self.panel * (self.num_cols // dot_cols(width)) + chunk * (cols // dot_cols(width))
             return plane[start * PANEL + half * HALF]
 
-        pointers = [words.after(acc, self.first, chunk)[half * HALF], run(self.planes.codes, low_bits(fmt))]
+        pointers = [words.after(acc, chunk)[half * HALF], run(self.planes.codes, low_bits(fmt))]
         if self.planes.high is not None:
             pointers.append(run(self.planes.high, high_bits(fmt)))
         # in a loop, without whose end tinygrad would leave the statement out

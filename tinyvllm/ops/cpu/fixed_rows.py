@@ -1,0 +1,124 @@
+"""Rows of x as integers for products with quantized matrices: x = integer * unit, a unit for each group of columns.
+
+Blocks of up to 64 rows are contiguous, and in them the rows of a chunk of columns. A product reads a block again for
+each panel of its matrix: from the second level of the cache, and a chunk from the first. (With whole rows one after
+another, rows of 2,048 columns are 4 KiB apart, and 64 of them share 8 of the 64 sets of the first level.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tinygrad import UOp, dtypes
+
+from tinyvllm.ops.cpu.product import NormSpec, Shard, rms_scale, take_shards
+from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, cached_kernel, fill, finish
+
+LARGEST = 32767  # of the integers
+LEAST_PEAK = 0x0DA24260  # the bits of 1e-30: of smaller values, 32767 / value could be infinite
+SIGN = 0x7FFFFFFF
+BLOCK_ROWS = 64  # at most, of a block
+CHUNK_COLS = 256  # at most, of a chunk
+
+
+def rows_of_block(num_rows: int) -> int:
+    """Rows of a block: a divisor of `num_rows`, of which as many as possible are computed at a time."""
+    at_once = next(n for n in (4, 2, 1) if num_rows % n == 0)
+    return next(n for n in range(min(num_rows, BLOCK_ROWS), 0, -1) if num_rows % n == 0 and n % at_once == 0)
+
+
+def groups_of_chunk(num_cols: int, group: int) -> int:
+    """Groups of a chunk, of which a row of `num_cols` has a whole number."""
+    groups = num_cols // group
+    return next(n for n in range(max(1, CHUNK_COLS // group), 0, -1) if groups % n == 0)
+
+
+@dataclass(frozen=True)
+class FixedRows:
+    """Rows of x in 16 bits: (blocks, chunks, rows of a block, groups of a chunk, ...)."""
+
+    integers: UOp  # int16 (..., group)
+    factors: UOp  # float32 (..., 2): the unit, and the group's sum of x
+    num_rows: int  # T
+    num_cols: int  # K
+    group: int
+
+    @property
+    def block_rows(self) -> int:
+        return rows_of_block(self.num_rows)
+
+    @property
+    def chunk_groups(self) -> int:
+        return groups_of_chunk(self.num_cols, self.group)
+
+    def place(self, row: UOp, group: UOp) -> UOp:
+        """The index of a row's group among all groups."""
+        rows, groups = self.block_rows, self.chunk_groups
+        return self.chunk_place(row // rows, group // groups, row % rows) + group % groups
+
+    def chunk_place(self, block: UOp, chunk: UOp, row: UOp) -> UOp:
+        """The index of the first group of a chunk of a block's row."""
+        rows, groups = self.block_rows, self.chunk_groups
+        return (block * (self.num_cols // self.group // groups) + chunk) * (rows * groups) + row * groups
+
+    def factor(self, row: UOp, group: UOp, which: int) -> UOp:
+        return self.factors[self.place(row, group) * 2 + which].load()
+
+
+def fix_row(body: Body, read: Callable[[UOp], UOp], row: UOp, rows: FixedRows) -> UOp:
+    """The stores that round a row of x, whose column c is read(c), to row `row` of `rows`. A group with a value that is
+    not finite gets such a unit."""
+    group, integers, factors = rows.group, rows.integers, rows.factors
+    index = body.loop(rows.num_cols // group)
+    i = body.fold(group)
+    bits = read(index * group + i).bitcast(I32) & SIGN
+    peak = fill(body, body.registers(1, I32), LEAST_PEAK, row, index)
+    peak = peak.after(peak.after(i)[0].store(peak.after(i)[0].load().maximum(bits)).end(i))
+    largest, sums = peak[0].load().bitcast(F32), fill(body, body.registers(1, I32), 0, row, index, peak)
+    k, place = body.loop(group), rows.place(row, index)
+    scaled = read(index * group + k) * (largest.reciprocal() * float(LARGEST))
+    integer = (scaled + (LARGEST + 1.5)).cast(I32) - (LARGEST + 1)  # positive, so that truncation rounds to nearest
+    stored = integers.after(peak)[place * group + k].store(integer.cast(dtypes.short)).end(k)
+    j = body.fold(group)
+    one = integers.after(stored, j)[place * group + j].load().cast(I32)
+    sums = sums.after(sums.after(j)[0].store(sums.after(j)[0].load() + one).end(j))
+    unit, target = largest * (1.0 / LARGEST), factors.after(sums)
+    stores = [target[place * 2].store(unit), target[place * 2 + 1].store(unit * sums[0].load().cast(F32))]
+    return UOp.group(*stores).end(index)
+
+
+def fix_rows(body: Body, x: Shard, num_tokens: int, group: int) -> FixedRows:
+    """x (T, K) rounded, on the kernel's stack."""
+    integers = body.registers(num_tokens * x.width, dtypes.short)
+    factors = body.registers(num_tokens * x.width // group * 2)
+    row = body.loop(num_tokens)
+    rows = FixedRows(integers.after(x.buffer), factors, num_tokens, x.width, group)
+    done = fix_row(body, lambda col: x.buffer[x.at(row, col)].load(), row, rows).end(row)
+    return FixedRows(integers.after(done), factors.after(done), num_tokens, x.width, group)
+
+
+@cached_kernel
+def fix_rows_kernel(spec: NormSpec, group: int, normed: bool) -> KernelFn:
+    """fn(integers, factors, *x shards[, norm weight]): FixedRows of x (T, K) or of its norm."""
+
+    def kernel(integers: UOp, factors: UOp, *rest: UOp) -> UOp:
+        body, cols, operands = Body(), spec.num_cols, list(rest)
+        x = take_shards(operands, spec.x_cols, cols)
+        row = body.loop(spec.num_tokens)
+        scale = rms_scale(body, x, row, spec) if normed else None
+        staged, copies = body.registers(cols), []
+        for shard in x:
+            col = body.loop(shard.width)
+            value = shard.buffer[shard.at(row, col)].load()
+            if scale is not None:
+                value = value * scale[0] * operands[0][shard.start + col]
+            copies.append(staged.after(row)[shard.start + col].store(value).end(col))
+        done = staged.after(UOp.group(*copies))
+        rows = FixedRows(integers, factors, spec.num_tokens, cols, group)
+        stores = fix_row(body, lambda col: done[col].load(), row, rows).end(row)
+        size = spec.num_tokens * cols
+        name = f"{'norm_' if normed else ''}fixed_{spec.num_tokens}x{cols}_{group}"
+        return finish(stores, name, ops=6 * size, nbytes=6 * size)
+
+    return kernel

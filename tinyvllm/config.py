@@ -31,6 +31,7 @@ MAX_CHOICES = 128  # upper limit of `n`
 # The least positive setting: divided by a smaller one, logits overflow in float32, and below 1e-45 it would be 0 there.
 MIN_POSITIVE = 1e-30
 
+ACTIVATION_BITS = (16, 8)
 DTYPES = ("float32", "float16", "bfloat16")
 # other names of formats of the KV cache: vLLM's, and llama.cpp's
 KV_ALIASES = {"fp8": "fp8_e4m3", "f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -659,10 +660,13 @@ class EngineConfig:
     """How the engine runs a model. Names follow vLLM's flags."""
 
     model: str  # catalog name, directory, .gguf file or hub id
-    # of activations and unquantized matrices; auto: float32 on a CPU (rounded to 16 bits in products of quantized
-    # matrices, unless this says float32), bfloat16 for an unquantized bfloat16 model and
+    # of activations and unquantized matrices; auto: float32 on a CPU (rounded to `activation_bits` in products of
+    # quantized matrices, unless this says float32), bfloat16 for an unquantized bfloat16 model and
     # for one that overflows float16, else float16
     dtype: str = "auto"
+    # to which an x86 CPU rounds activations in products with quantized matrices: 16, or 8, which is faster and less
+    # exact; None: 16
+    activation_bits: int | None = None
     # auto: float16; on a GPU float32 if dtype is; on OpenCL as dtype; else a dtype, or a name of KV_TYPES
     kv_cache_dtype: str = "auto"
     kv_cache_dtype_k: str | None = None  # of keys alone; None: kv_cache_dtype
@@ -806,6 +810,10 @@ class EngineConfig:
         def refuse(flag: str, value: object, remedy: str) -> None:
             raise TinyvllmError(f"--{flag} is {value!r}: {remedy}")
 
+        if self.activation_bits not in (None, *ACTIVATION_BITS):
+            refuse("activation-bits", self.activation_bits, "choose 16 or 8")
+        if self.activation_bits is not None and self.dtype == "float32":
+            refuse("activation-bits", self.activation_bits, "leave it out, or --dtype float32, which rounds nothing")
         if self.block_size not in (8, 16, 32, 64):
             refuse("block-size", self.block_size, "choose 8, 16, 32 or 64 tokens")
         if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:

@@ -83,7 +83,7 @@ def count_steps(target: str, shape: str, kind: str, buckets: Iterable[str] = BUC
 
 def _backend(target: str) -> Any:
     if target == "CPU":
-        return CpuBackend(open_device(), None, rounds=True)
+        return CpuBackend(open_device(), None, x_bits=16)
     backend = rendered(target.split()[0], is_chained=target == "CUDA sm_90")
     backend.has_wgmma = target == "CUDA sm_90"
     return backend

@@ -1,4 +1,4 @@
-"""The choice of a backend's dtype."""
+"""The choice of a backend, and of its numbers' formats."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from unittest import mock
 
 import pytest
 
-from tinyvllm.config import LayerKind
+from tinyvllm.config import EngineConfig, LayerKind
 from tinyvllm.device.handle import DeviceHandle
-from tinyvllm.errors import UnsupportedModelError
+from tinyvllm.errors import DeviceError, TinyvllmError, UnsupportedModelError
 from tinyvllm.ops import backends
 from tinyvllm.ops.gpu import fused
 
@@ -33,3 +33,13 @@ def test_float16_is_refused_where_it_overflows() -> None:
     with pytest.raises(UnsupportedModelError, match=r"--dtype is 'float16'.*choose auto, bfloat16 or float32"):
         chosen_dtype("float16", "float16", overflows_float16=True)
     assert chosen_dtype("float16", "float16", overflows_float16=False) == "float16"
+
+
+def test_activation_bits_are_refused_where_nothing_is_rounded() -> None:
+    device = DeviceHandle("CUDA", has_threads=True, is_unified=False)
+    with pytest.raises(DeviceError, match=r"--activation-bits is 8, but only x86 CPUs .* not CUDA here: leave it out"):
+        backends.make_backend(device, "auto", "float16", LAYERS, dequantize=False, activation_bits=8)
+    with pytest.raises(TinyvllmError, match=r"--activation-bits is 4: choose 16 or 8"):
+        EngineConfig("tiny", activation_bits=4)
+    with pytest.raises(TinyvllmError, match=r"--activation-bits is 8: leave it out, or --dtype float32"):
+        EngineConfig("tiny", activation_bits=8, dtype="float32")

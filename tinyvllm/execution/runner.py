@@ -127,15 +127,7 @@ def make_runner(
     free_bytes = device.free_memory()
     limits = resolve_limits(config, device)
     _tune_for(device)
-    backend = make_backend(
-        device,
-        config.dtype,
-        model_config.dtype,
-        model_config.layers,
-        dequantize=config.dequantize,
-        overflows_float16=model_config.overflows_float16,
-        unfused=config.unfused,
-    )
+    backend = _make_backend(device, config, model_config)
     formats = kv_formats(config, backend, model_config)
     overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
     num_instances, buckets = 2 if overlaps else 1, make_buckets(limits, config)
@@ -168,6 +160,19 @@ def make_runner(
         model.pool_groups, counts, capacity.block_size, formats, model_config.states, capacity.num_state_slots
     )
     return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, capture, adapters)
+
+
+def _make_backend(device: DeviceHandle, config: EngineConfig, model_config: ModelConfig) -> Backend:
+    return make_backend(
+        device,
+        config.dtype,
+        model_config.dtype,
+        model_config.layers,
+        dequantize=config.dequantize,
+        activation_bits=config.activation_bits,
+        overflows_float16=model_config.overflows_float16,
+        unfused=config.unfused,
+    )
 
 
 def load_adapters(config: EngineConfig, model: Model, backend: Backend) -> AdapterTable | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tinyvllm.config import LayerKind
-from tinyvllm.device.handle import DeviceHandle
+from tinyvllm.device.handle import DeviceHandle, has_dot_instructions
 from tinyvllm.device.kinds import KINDS
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.backend import Backend
@@ -28,21 +28,29 @@ def make_backend(
     layers: Sequence[LayerKind],
     *,
     dequantize: bool,
+    activation_bits: int | None = None,
     overflows_float16: bool = False,
     unfused: bool = False,
 ) -> Backend:
     """The backend for a device. `dtype`: "auto" or one of config.DTYPES; `stored`: the dtype of the checkpoint's dense
     matrices; `layers`: the kinds of the model's layers; `overflows_float16`: as in ModelConfig; `unfused`: with the
-    general kernels where there are fused ones. A CPU's activations are always float32, and with "float32" its products
-    do not round them. Raises DeviceError for a device without kernels, or without fused ones to leave out, and
-    UnsupportedModelError for a dtype that the model's activations exceed."""
+    general kernels where there are fused ones. A CPU's activations are always float32; its products round them to
+    `activation_bits`, unless `dtype` is "float32". Raises DeviceError for a device without kernels, without fused ones
+    to leave out, or without such products, and UnsupportedModelError for a dtype that the activations exceed."""
+    if activation_bits is not None and not (device.is_cpu and has_dot_instructions()):
+        raise DeviceError(
+            f"--activation-bits is {activation_bits}, but only x86 CPUs round activations, not {device.name} here: "
+            "leave it out"
+        )
     if device.is_cpu:
         from tinyvllm.ops.cpu.backend import CpuBackend
         from tinyvllm.ops.cpu.unfused import UnfusedCpuBackend
 
         backend = UnfusedCpuBackend if unfused else CpuBackend
         own = None if dtype == "auto" else dtype
-        return backend(device, own, layers, dequantize=dequantize, rounds=dtype != "float32")
+        return backend(
+            device, own, layers, dequantize=dequantize, x_bits=None if dtype == "float32" else activation_bits or 16
+        )
     if not device.kind.has_kernels:
         known = ", ".join(kind.name for kind in KINDS.values() if kind.has_kernels)
         raise DeviceError(f"device {device.name} has no kernels here: choose one of {known} with --device")

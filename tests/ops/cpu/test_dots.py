@@ -1,4 +1,4 @@
-"""Products of quantized matrices by integer dot products: x is rounded to 16 bits, and nothing else is lost."""
+"""Products of quantized matrices by integer dot products: x is rounded to 16 or 8 bits, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinyvllm.ops.cpu import backend as cpu_backend
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.cpu.cores import MOST_CORES, count_cores
 from tinyvllm.ops.cpu.dots import _statement
-from tinyvllm.ops.cpu.fixed_rows import LARGEST, fix_rows_kernel
+from tinyvllm.ops.cpu.fixed_rows import RowForm, fix_rows_kernel
 from tinyvllm.ops.cpu.product import NormSpec
 from tinyvllm.ops.cpu.unpacked_dots import add_statement, unpack_statement
 from tinyvllm.ops.formats.dots import pack_dots
@@ -31,7 +31,7 @@ from tinyvllm.ops.kernel.body import Body, empty, finish, run_kernel
 from tinyvllm.ops.step_inputs import StepLayout
 
 COLS = 256
-ROUNDED = 4e-5  # of a product's largest value: what rounding x may change
+ROUNDED = {16: 4e-5, 8: 1.2e-2}  # of a product's largest value: what rounding x may change
 x86 = pytest.mark.skipif(not has_dot_instructions(), reason="the layout is for x86's instructions")
 AFFINE = ("affine3_g64", "affine4_g64", "affine8_g128")
 DRAWN = [name for name, fmt in BY_NAME.items() if has_dots(fmt)]
@@ -70,71 +70,100 @@ def test_words_hold_what_a_checkpoint_does(name: str) -> None:
 
 @x86
 @pytest.mark.parametrize(
-    ("name", "tokens"),
+    ("name", "tokens", "bits"),
     [
-        *[(name, (1, 6, 17, 5, 80)[i % 5]) for i, name in enumerate(USUAL)],
-        *[pytest.param(name, tokens, marks=pytest.mark.sweep) for name in DRAWN for tokens in (1, 9, 17)],
+        *[(name, (1, 6, 17, 5, 80)[i % 5], 16) for i, name in enumerate(USUAL)],
+        *[("Q4_K", 80, 8), ("Q6_K", 5, 8), ("Q4_1", 1, 8), ("Q8_0", 17, 8)],
+        *[
+            pytest.param(name, tokens, bits, marks=pytest.mark.sweep)
+            for name in DRAWN
+            for tokens in (1, 9, 17)
+            for bits in (16, 8)
+        ],
     ],
 )
-def test_a_product_is_that_of_x_in_16_bits(device: DeviceHandle, name: str, tokens: int) -> None:
-    host, x = make_host(name, 64, COLS), normal(tokens, COLS)
-    found = multiply(CpuBackend(device, None, rounds=True), host, x)
-    assert largest_difference(found, normed(x) @ to_float32(host).astype(float).T) < ROUNDED
+def test_a_product_is_that_of_rounded_rows(device: DeviceHandle, name: str, tokens: int, bits: int) -> None:
+    cols = 3 * COLS if tokens == 80 else COLS  # several blocks of rows, and chunks of columns
+    host: Any = make_host(name, 64, cols)
+    x = normal(tokens, cols)
+    found = multiply(CpuBackend(device, None, x_bits=bits), host, x)
+    allowed = ROUNDED[RowForm.of(host.format, bits).bits]
+    assert largest_difference(found, normed(x) @ to_float32(host).astype(float).T) < allowed
 
 
 @x86
-def test_a_row_does_not_depend_on_its_neighbors_or_on_the_cores() -> None:
-    host, x = make_host("Q4_K", 96, COLS), normal(20, COLS)
+@pytest.mark.parametrize(("name", "bits"), [("Q4_K", 16), ("Q6_K", 8)])
+def test_a_row_does_not_depend_on_its_neighbors_or_on_the_cores(name: str, bits: int) -> None:
+    host, x = make_host(name, 96, COLS), normal(20, COLS)
     layers = [LayerKind(4, 2, 32)]
-    one = CpuBackend(open_device(1), None, layers, rounds=True)
-    three = CpuBackend(open_device(3), None, layers, rounds=True)
+    one = CpuBackend(open_device(1), None, layers, x_bits=bits)
+    three = CpuBackend(open_device(3), None, layers, x_bits=bits)
     together = multiply(one, host, x)
     np.testing.assert_array_equal(multiply(three, host, x), together)
     alone = np.concatenate([multiply(one, host, x[i : i + 1]) for i in (0, 19)])
     np.testing.assert_allclose(together[[0, 19]], alone, rtol=0, atol=1e-6)  # the norms' sums
 
 
-@pytest.mark.parametrize("normed_first", [False, True])
-def test_rows_are_rounded_to_their_groups_unit(normed_first: bool) -> None:
+@pytest.mark.parametrize(("normed_first", "bits"), [(False, 16), (True, 16), (True, 8)])
+def test_rows_are_rounded_to_their_groups_unit(normed_first: bool, bits: int) -> None:
     x = normal(3, 128) * np.logspace(-20, 4, 128, dtype=np.float32)
     x[2, :32], x[1, 40], x[1, 70] = 0.0, np.inf, np.nan
-    spec, group = NormSpec(3, 128, 1e-5, (32, 96)), 32
+    spec, form = NormSpec(3, 128, 1e-5, (32, 96)), RowForm.of(affine(4, 32), bits)
     parts = [Tensor(np.ascontiguousarray(part).reshape(-1)).realize() for part in np.split(x, [32], axis=1)]
     parts += [Tensor(np.ones(128, np.float32)).realize()] if normed_first else []
-    outs = run_kernel(
-        fix_rows_kernel(spec, group, normed_first), [empty(3 * 128, dtypes.short), empty(3 * 4 * 2)], parts
-    )
-    integers, factors = outs[0].numpy().reshape(3, 4, 32).astype(float), outs[1].numpy().reshape(3, 4, 2)
+    outs = [empty(3 * 4 * form.words, dtypes.short), empty(3 * 4 * 2)]
+    outs = run_kernel(fix_rows_kernel(spec, form, normed_first), outs, parts)
+    integers, factors = _in_order(outs[0].numpy(), form).reshape(3, 4, 32), outs[1].numpy().reshape(3, 4, 2)
     with np.errstate(invalid="ignore"):
         expected = (normed(x) if normed_first else x.astype(float)).reshape(3, 4, 32)
     units = factors[..., :1].astype(float)
     for row in (0, 2):
         peak = np.abs(expected[row]).max(-1, keepdims=True)
-        assert (np.abs(integers[row] * units[row] - expected[row]) <= peak * (0.51 / LARGEST) + 1e-34).all()
-        np.testing.assert_allclose(factors[row, :, 1], (integers[row] * units[row]).sum(-1), rtol=1e-6)
+        assert (np.abs(integers[row] * units[row] - expected[row]) <= peak * (0.51 / form.largest) + 1e-34).all()
+        np.testing.assert_allclose(factors[row, :, 1], (integers[row] * units[row]).sum(-1), rtol=1e-6, atol=1e-30)
     lost = slice(None) if normed_first else [1, 2]
     assert not np.isfinite(factors[1, lost, 0]).any(), "a product with infinity or NaN must not look like a number"
+
+
+def _in_order(words: np.ndarray, form: RowForm) -> np.ndarray:
+    """Integers of rows, flat, in the order of the columns."""
+    if form.bits == 16:
+        return words.astype(float)
+    return words.view(np.int8).reshape(-1, form.run // 2, 2).swapaxes(1, 2).reshape(-1).astype(float)
+
+
+def _in_words(integers: np.ndarray, form: RowForm) -> np.ndarray:
+    """The opposite."""
+    if form.bits == 16:
+        return integers.astype(np.int16)
+    return np.ascontiguousarray(integers.astype(np.int8).reshape(-1, 2, form.run // 2).swapaxes(1, 2)).view(np.int16)
 
 
 TARGETS = ["x86-64", "haswell", "skylake-avx512", "icelake-server", "alderlake"]
 
 
 @x86
+@pytest.mark.parametrize("x_bits", [16, 8])
 @pytest.mark.parametrize("bits", [bits for bits in CODE_BITS if has_dots(affine(bits, 64))])
-def test_every_processors_statements_give_the_same_sums(tmp_path: Path, bits: int) -> None:
+def test_every_processors_statements_give_the_same_sums(tmp_path: Path, bits: int, x_bits: int) -> None:
     """Compiled for each; those that this computer can run."""
     fmt, rng = replace(affine(bits, 64), offset=0), np.random.default_rng(bits)
+    form = RowForm.of(fmt, x_bits)
+    if form.bits != x_bits:
+        pytest.skip("codes of 8 bits are multiplied with 16")
     codes = rng.integers(0, 1 << bits, (32, 64)).astype(np.uint8)
-    x = rng.integers(-LARGEST, LARGEST + 1, (3, 64)).astype(np.int16)
-    x[0] = LARGEST  # the largest sums
+    x = rng.integers(-form.largest, form.largest + 1, (3, 64))
+    x[0], x[1] = form.largest, -form.largest  # the largest sums
+    codes[0] = (1 << bits - (bits == 8)) - 1
     signed = codes.view(np.int8) if bits == 8 else codes
     expected = x.astype(np.int64) @ signed.T.astype(np.int64)
     planes = [pack_dots(codes, low_bits(fmt))]
     planes += [pack_dots(codes >> low_bits(fmt), high_bits(fmt))] if high_bits(fmt) else []
     planes = [np.ascontiguousarray(plane.T) for plane in planes]  # (runs, 32)
-    dot = _statement(fmt, 3).format(*["a", "b", "c", "d", "e", "f"][: 4 + len(planes)])
-    unpack = unpack_statement(fmt, 64).format(*["a", "b", "f"][: 1 + len(planes)])
-    add = add_statement(fmt, 3, 1, has_addend=True).format("g", "a", "h", "h", "c", "d", "e", "i", "i", "i")
+    rows = [_in_words(row, form) for row in x]
+    dot = _statement(fmt, form, 3).format(*["a", "b", "c", "d", "e", "f"][: 4 + len(planes)])
+    unpack = unpack_statement(fmt, form, 64).format(*["a", "b", "f"][: 1 + len(planes)])
+    add = add_statement(fmt, form, 3, 1, has_addend=True).format("g", "a", "h", "h", "c", "d", "e", "i", "i", "i")
     source = tmp_path / "statement.c"
     source.write_text(
         f"void dot(int* a, unsigned* b, short* c, short* d, short* e, unsigned* f) {{ {dot} }}\n"
@@ -150,13 +179,13 @@ def test_every_processors_statements_give_the_same_sums(tmp_path: Path, bits: in
         if target in needs and needs[target] not in flags:
             continue
         library, sums = ctypes.CDLL(str(file)), np.zeros((3, 32), np.int32)
-        library.dot(*map(_pointer, [sums, planes[0], x[0], x[1], x[2], planes[-1]]))
+        library.dot(*map(_pointer, [sums, planes[0], *rows, planes[-1]]))
         np.testing.assert_array_equal(sums, expected, err_msg=target)
         words, added = np.zeros((32, 32), np.uint32), np.ones((3, 32), np.float32)
         for half in (0, 16):
             library.unpack(*[_pointer(plane.reshape(-1)[half:]) for plane in (words, planes[0], planes[-1])])
         factors = np.array([0.5, 3.0], np.float32)  # the unit, and the sum of x
-        library.add(*map(_pointer, [words, x[0], x[1], x[2], added, np.full(32, 2.0, np.float32), factors]))
+        library.add(*map(_pointer, [words, *rows, added, np.full(32, 2.0, np.float32), factors]))
         np.testing.assert_array_equal(added, 1 + expected.astype(np.float32) + 2 * 3.0, err_msg=target)
 
 
@@ -167,7 +196,7 @@ def _pointer(array: np.ndarray) -> Any:
 def test_a_table_of_many_shards_is_read_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel takes so many buffers and no more."""
     monkeypatch.setattr(cpu_backend, "MOST_PLANES", 4)
-    backend = CpuBackend(open_device(3), None, [LayerKind(4, 2, 32)], rounds=True)
+    backend = CpuBackend(open_device(3), None, [LayerKind(4, 2, 32)], x_bits=16)
     host, layout, ids = make_host("Q4_1", 96, COLS), StepLayout(4, 1, 1, 8), [95, 31, 32, 64]
     buffer = make_step(layout, [])
     layout.views(buffer)["token_ids"][:] = ids

@@ -84,15 +84,17 @@ class CpuBackend(DeviceSampling):
         layers: Sequence[LayerKind] = (),
         *,
         dequantize: bool = False,
-        rounds: bool = False,
+        x_bits: int | None = None,
     ) -> None:
-        """`layers`: those of the model; without any, one core computes everything. `rounds`: products with quantized
-        matrices round rows of x to 16 bits where the processor multiplies integers faster (dots.py)."""
+        """`layers`: those of the model; without any, one core computes everything. `x_bits`: those to which products
+        with quantized matrices round rows of x, 16 or 8, where the processor multiplies integers faster (dots.py);
+        None: they multiply floats."""
         self.device = device
         self.dtype = dtype
         self.dequantize = dequantize
         self.coverage = Coverage()
-        self.has_dots = rounds and has_dot_instructions()
+        self.has_dots = x_bits is not None and has_dot_instructions()
+        self.x_bits = x_bits or 16
         self.tile_rows = 4 if has_many_registers() else 2
         self._first_columns: dict[tuple[int, str], Tensor] = {}  # by the first panel and the core
         self.cores = device.cores[: count_cores(len(device.cores), layers)] or (device.name,)
@@ -506,7 +508,7 @@ class CpuBackend(DeviceSampling):
 
     def _inputs(self, x: Activation, norm: Norm | None, shape: tuple[int, int]) -> Inputs:
         """x (T, K) for products. `shape`: (T, K)."""
-        return Inputs(x, norm, shape, self.cores)
+        return Inputs(x, norm, shape, self.cores, x_bits=self.x_bits)
 
     def _dot_rows(self, num_tokens: int) -> int:
         """Rows of x in a pass over a panel, in products of integers."""
@@ -543,6 +545,7 @@ class CpuBackend(DeviceSampling):
                 x_cols=x.x_cols,
                 tile_rows=self.tile_rows if shard.layout == "panel" else self._dot_rows(num_tokens),
                 layout=shard.layout,
+                x_bits=self.x_bits,
             )
             spec = choose(spec)
             out = empty(num_tokens * spec.out_cols, device=core)

@@ -8,14 +8,16 @@ another, rows of 2,048 columns are 4 KiB apart, and 64 of them share 8 of the 64
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinygrad import UOp, dtypes
 
+from tinyvllm.arrays import Format
 from tinyvllm.ops.cpu.product import NormSpec, Shard, rms_scale, take_shards
+from tinyvllm.ops.formats.dots import HALF_WORD, dot_cols
+from tinyvllm.ops.formats.matrix import low_bits
 from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, cached_kernel, fill, finish
 
-LARGEST = 32767  # of the integers
 LEAST_PEAK = 0x0DA24260  # the bits of 1e-30: of smaller values, 32767 / value could be infinite
 SIGN = 0x7FFFFFFF
 BLOCK_ROWS = 64  # at most, of a block
@@ -35,14 +37,45 @@ def groups_of_chunk(num_cols: int, group: int) -> int:
 
 
 @dataclass(frozen=True)
-class FixedRows:
-    """Rows of x in 16 bits: (blocks, chunks, rows of a block, groups of a chunk, ...)."""
+class RowForm:
+    """How rows of x are rounded. In 8 bits, two columns that are half a `run` apart share a word of 16 bits: the order
+    in which one shift and one mask give four codes of a word of the `dot` layout."""
 
-    integers: UOp  # int16 (..., group)
+    bits: int  # 16 or 8
+    group: int  # columns that share a unit
+    run: int = 0
+
+    @classmethod
+    def of(cls, fmt: Format, bits: int) -> RowForm:
+        """For products with a format. Its codes of 8 bits are multiplied with 16: the products of two pairs of bytes
+        exceed the 16 bits of their sum."""
+        is_wide = bits == 16 or fmt.bits == 8
+        return cls(16, fmt.group) if is_wide else cls(8, fmt.group, dot_cols(low_bits(fmt)))
+
+    @property
+    def largest(self) -> int:
+        """The largest integer."""
+        return (1 << self.bits - 1) - 1
+
+    @property
+    def words(self) -> int:
+        """Words of 16 bits of a group."""
+        return self.group * self.bits // HALF_WORD
+
+
+@dataclass(frozen=True)
+class FixedRows:
+    """Rows of x as integers: (blocks, chunks, rows of a block, groups of a chunk, ...)."""
+
+    integers: UOp  # int16 (..., words of a group)
     factors: UOp  # float32 (..., 2): the unit, and the group's sum of x
     num_rows: int  # T
     num_cols: int  # K
-    group: int
+    form: RowForm
+
+    @property
+    def group(self) -> int:
+        return self.form.group
 
     @property
     def block_rows(self) -> int:
@@ -69,37 +102,47 @@ class FixedRows:
 def fix_row(body: Body, read: Callable[[UOp], UOp], row: UOp, rows: FixedRows) -> UOp:
     """The stores that round a row of x, whose column c is read(c), to row `row` of `rows`. A group with a value that is
     not finite gets such a unit."""
-    group, integers, factors = rows.group, rows.integers, rows.factors
-    index = body.loop(rows.num_cols // group)
-    i = body.fold(group)
-    bits = read(index * group + i).bitcast(I32) & SIGN
+    form, integers, factors = rows.form, rows.integers, rows.factors
+    index = body.loop(rows.num_cols // form.group)
+    i = body.fold(form.group)
+    bits = read(index * form.group + i).bitcast(I32) & SIGN
     peak = fill(body, body.registers(1, I32), LEAST_PEAK, row, index)
     peak = peak.after(peak.after(i)[0].store(peak.after(i)[0].load().maximum(bits)).end(i))
     largest, sums = peak[0].load().bitcast(F32), fill(body, body.registers(1, I32), 0, row, index, peak)
-    k, place = body.loop(group), rows.place(row, index)
-    scaled = read(index * group + k) * (largest.reciprocal() * float(LARGEST))
-    integer = (scaled + (LARGEST + 1.5)).cast(I32) - (LARGEST + 1)  # positive, so that truncation rounds to nearest
-    stored = integers.after(peak)[place * group + k].store(integer.cast(dtypes.short)).end(k)
-    j = body.fold(group)
-    one = integers.after(stored, j)[place * group + j].load().cast(I32)
-    sums = sums.after(sums.after(j)[0].store(sums.after(j)[0].load() + one).end(j))
-    unit, target = largest * (1.0 / LARGEST), factors.after(sums)
+    place = rows.place(row, index)
+    factor = body.registers(1)  # a register, because tinygrad would divide each column instead
+    factor = factor.after(factor.after(peak)[0].store(largest.reciprocal() * float(form.largest)))
+    rounded, k = body.registers(form.group, I32), body.loop(form.group)
+    # positive, so that truncation rounds to nearest
+    integer = (read(index * form.group + k) * factor[0].load() + (form.largest + 1.5)).cast(I32) - (form.largest + 1)
+    rounded = rounded.after(rounded.after(factor)[k].store(integer).end(k))
+    j = body.fold(form.group)
+    sums = sums.after(sums.after(j)[0].store(sums.after(j)[0].load() + rounded.after(j)[j].load()).end(j))
+    k = body.loop(form.words)
+    if form.bits == 16:
+        word = rounded[k].load()
+    else:
+        half = form.run // 2
+        first = k // half * form.run + k % half
+        word = rounded[first].load() & 0xFF | rounded[first + half].load() << 8
+    stored = integers.after(sums)[place * form.words + k].store(word.cast(dtypes.short)).end(k)
+    unit, target = largest * (1.0 / form.largest), factors.after(stored)
     stores = [target[place * 2].store(unit), target[place * 2 + 1].store(unit * sums[0].load().cast(F32))]
     return UOp.group(*stores).end(index)
 
 
-def fix_rows(body: Body, x: Shard, num_tokens: int, group: int) -> FixedRows:
+def fix_rows(body: Body, x: Shard, num_tokens: int, form: RowForm) -> FixedRows:
     """x (T, K) rounded, on the kernel's stack."""
-    integers = body.registers(num_tokens * x.width, dtypes.short)
-    factors = body.registers(num_tokens * x.width // group * 2)
+    count = num_tokens * x.width // form.group
+    integers, factors = body.registers(count * form.words, dtypes.short), body.registers(count * 2)
     row = body.loop(num_tokens)
-    rows = FixedRows(integers.after(x.buffer), factors, num_tokens, x.width, group)
+    rows = FixedRows(integers.after(x.buffer), factors, num_tokens, x.width, form)
     done = fix_row(body, lambda col: x.buffer[x.at(row, col)].load(), row, rows).end(row)
-    return FixedRows(integers.after(done), factors.after(done), num_tokens, x.width, group)
+    return replace(rows, integers=integers.after(done), factors=factors.after(done))
 
 
 @cached_kernel
-def fix_rows_kernel(spec: NormSpec, group: int, normed: bool) -> KernelFn:
+def fix_rows_kernel(spec: NormSpec, form: RowForm, normed: bool) -> KernelFn:
     """fn(integers, factors, *x shards[, norm weight]): FixedRows of x (T, K) or of its norm."""
 
     def kernel(integers: UOp, factors: UOp, *rest: UOp) -> UOp:
@@ -115,10 +158,11 @@ def fix_rows_kernel(spec: NormSpec, group: int, normed: bool) -> KernelFn:
                 value = value * scale[0] * operands[0][shard.start + col]
             copies.append(staged.after(row)[shard.start + col].store(value).end(col))
         done = staged.after(UOp.group(*copies))
-        rows = FixedRows(integers, factors, spec.num_tokens, cols, group)
+        rows = FixedRows(integers, factors, spec.num_tokens, cols, form)
         stores = fix_row(body, lambda col: done[col].load(), row, rows).end(row)
         size = spec.num_tokens * cols
-        name = f"{'norm_' if normed else ''}fixed_{spec.num_tokens}x{cols}_{group}"
+        kind = "fixed" if form.bits == 16 else f"fixed{form.bits}"
+        name = f"{'norm_' if normed else ''}{kind}_{spec.num_tokens}x{cols}_{form.group}"
         return finish(stores, name, ops=6 * size, nbytes=6 * size)
 
     return kernel

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tinygrad import Tensor, dtypes
 
 from tinyvllm.ops.backend import Norm
-from tinyvllm.ops.cpu.fixed_rows import fix_rows_kernel
+from tinyvllm.ops.cpu.fixed_rows import RowForm, fix_rows_kernel
 from tinyvllm.ops.cpu.linear import rms_norm_kernel
 from tinyvllm.ops.cpu.product import STAGED_ROWS, NormSpec
 from tinyvllm.ops.cpu.sharded import Activation, tensors_of, widths_of
@@ -35,22 +35,24 @@ class Inputs:
         shape: tuple[int, int],
         cores: tuple[str, ...],
         *,
+        x_bits: int = 16,
         norms_first: bool = False,
     ) -> None:
-        """`shape`: (T, K)."""
+        """`shape`: (T, K). `x_bits`: of the integers that x is rounded to."""
         self._x, self._norm, self._shape, self._cores = x, norm, shape, cores
+        self._x_bits = x_bits
         self._has_few = shape[0] <= STAGED_ROWS
         self._norms_first = norms_first or not self._has_few
-        # by core, and by group and core. (No cached methods: they would refer to this object, which refers to them, and
+        # by core, and by form and core. (No cached methods: they would refer to this object, which refers to them, and
         # until such a cycle is collected, the memory of x is given to nothing else.)
         self._normed: dict[int, tuple[Tensor, ...]] = {}
-        self._rounded: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+        self._rounded: dict[tuple[RowForm, int], tuple[Tensor, ...]] = {}
 
     def of(self, matrix: Matrix, core: int) -> ProductInput:
         """Of a core's product with a matrix."""
         cols = self._shape[1]
         if matrix.layout == "dot" and not self._has_few:
-            key = (matrix.format.group, core)
+            key = (RowForm.of(matrix.format, self._x_bits), core)
             if key not in self._rounded:
                 self._rounded[key] = self._round(*key)
             return ProductInput(self._rounded[key], (cols,))
@@ -67,10 +69,10 @@ class Inputs:
     def _read(self) -> list[Tensor]:
         return [*tensors_of(self._x), *([] if self._norm is None else [self._norm.weight])]
 
-    def _round(self, group: int, core: int) -> tuple[Tensor, ...]:
-        size, name = self._shape[0] * self._shape[1], self._cores[core]
-        outs = [empty(size, dtypes.short, name), empty(size // group * 2, device=name)]
-        return tuple(run_kernel(fix_rows_kernel(self._spec(), group, self._norm is not None), outs, self._read()))
+    def _round(self, form: RowForm, core: int) -> tuple[Tensor, ...]:
+        groups, name = self._shape[0] * self._shape[1] // form.group, self._cores[core]
+        outs = [empty(groups * form.words, dtypes.short, name), empty(groups * 2, device=name)]
+        return tuple(run_kernel(fix_rows_kernel(self._spec(), form, self._norm is not None), outs, self._read()))
 
     def _norm_rows(self, core: int) -> tuple[Tensor, ...]:
         out = empty(self._shape[0] * self._shape[1], device=self._cores[core])

@@ -21,7 +21,7 @@ from tinygrad import UOp
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import gated, tanh
 from tinyvllm.ops.cpu.dots import DotProduct
-from tinyvllm.ops.cpu.fixed_rows import FixedRows, fix_rows, rows_of_block
+from tinyvllm.ops.cpu.fixed_rows import FixedRows, RowForm, fix_rows, rows_of_block
 from tinyvllm.ops.cpu.product import (
     CPU_ARITHMETIC,
     STAGED_ROWS,
@@ -65,6 +65,7 @@ class LinearSpec(Tunable):
     block_stride: int = 0
     tile_rows: int = 4  # input rows whose accumulators fit into the vector registers: 32 lanes each
     layout: str = "panel"  # of the matrix; "dot": x is rounded to integers (dots.py), which many rows are beforehand
+    x_bits: int = 16  # of these integers, as far as the format allows it (RowForm)
 
     @property
     def out_cols(self) -> int:
@@ -84,6 +85,10 @@ class LinearSpec(Tunable):
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         rows = tuple(rows for rows in ROWS_PER_PASS if rows != self.rows_per_pass and self._fits(rows))
         return {"rows_per_pass": rows} if self.num_tokens > 1 else {}
+
+    @property
+    def x_form(self) -> RowForm:
+        return RowForm.of(self.format, self.x_bits)
 
     @property
     def norm(self) -> NormSpec | None:
@@ -120,12 +125,12 @@ def _take_input(body: Body, spec: LinearSpec, operands: list[UOp]) -> list[Shard
     """x as the product reads it, removed from the front of the operands with the norm's weight."""
     tokens, has_dots = spec.num_tokens, spec.layout == "dot"
     if has_dots and tokens > STAGED_ROWS:
-        return FixedRows(operands.pop(0), operands.pop(0), tokens, spec.num_cols, spec.format.group)
+        return FixedRows(operands.pop(0), operands.pop(0), tokens, spec.num_cols, spec.x_form)
     x = take_shards(operands, () if spec.block_rows else spec.x_cols, spec.num_cols)
     norm_weight = operands.pop(0) if spec.norm_eps is not None else None
     if tokens <= STAGED_ROWS and not spec.block_rows and (not has_dots or spec.norm is not None or len(x) > 1):
         x = [stage_rows(body, x, tokens, spec.norm, norm_weight)]
-    return fix_rows(body, x[0], tokens, spec.format.group) if has_dots else x
+    return fix_rows(body, x[0], tokens, spec.x_form) if has_dots else x
 
 
 def _name(spec: LinearSpec) -> str:

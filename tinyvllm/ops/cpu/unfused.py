@@ -34,4 +34,4 @@ class UnfusedCpuBackend(CpuBackend):
         return [self._finish(y, count, num_tokens, after) for y, count in zip(products, columns, strict=True)]
 
     def _inputs(self, x: Activation, norm: Norm | None, shape: tuple[int, int]) -> Inputs:
-        return Inputs(x, norm, shape, self.cores, norms_first=True)
+        return Inputs(x, norm, shape, self.cores, x_bits=self.x_bits, norms_first=True)

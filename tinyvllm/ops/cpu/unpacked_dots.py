@@ -8,13 +8,13 @@ from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
-from tinyvllm.ops.cpu.dots import MULTIPLY, NAMES, code_words
-from tinyvllm.ops.cpu.fixed_rows import FixedRows
-from tinyvllm.ops.formats.dots import HALF_WORD, dot_cols
+from tinyvllm.ops.cpu.dots import NAMES, Folds, code_words, multiply_parts, run_words
+from tinyvllm.ops.cpu.fixed_rows import FixedRows, RowForm
+from tinyvllm.ops.formats.dots import WORD, dot_cols
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Planes, high_bits, low_bits
 from tinyvllm.ops.kernel.body import U32, Body
 
-# {0}: the words, [columns / 2][32]; {1}: the codes of the chunk; {2}: their high bits; of half of a panel's lanes
+# {0}: the words, [columns / 2 or 4][32]; {1}: the codes of the chunk; {2}: their high bits; of half of a panel's lanes
 UNPACK = f"""{{{{{NAMES}
   enum {{{{ first = 0 }}}};
   for (int run = 0; run < %(runs)d; run++) {{{{
@@ -22,10 +22,10 @@ UNPACK = f"""{{{{{NAMES}
     UNROLL for (int v = 0; v < 16 / LANES; v++) {{{{
       low[v] = *((const codes_at*){{1}} + run * VECTORS + v);%(load_high)s
     }}}}
-    UNROLL for (int i = 0; i < %(pairs)d; i++)
+    UNROLL for (int i = 0; i < %(words)d; i++)
       UNROLL for (int v = 0; v < 16 / LANES; v++) {{{{
         const words code = %(code)s;
-        *((codes_at*){{0}} + (run * %(pairs)d + i) * VECTORS + v) = (codes)code;
+        *((codes_at*){{0}} + (run * %(words)d + i) * VECTORS + v) = (codes)code;
       }}}}
   }}}}
 }}}}"""
@@ -40,18 +40,19 @@ ADD = f"""{{{{{NAMES}
   for (int first = 0; first < VECTORS; first += AT_ONCE) {{{{
     for (int group = 0; group < %(groups)d; group++) {{{{
       ints sums[%(rows)d][AT_ONCE] = {{{{}}}};
-#if defined(__clang__)
-#pragma clang loop unroll_count(4)
-#endif
-      for (int i = 0; i < %(pairs)d; i++) {{{{
+      for (int fold = 0; fold < %(folds)d; fold++) {{{{%(pairs)s
+      const int start = (group * %(folds)d + fold) * %(words)d;
+%(unroll)s
+      for (int place = 0; place < %(words)d; place++) {{{{
         codes code[AT_ONCE];
         UNROLL for (int v = 0; v < AT_ONCE; v++)
-          code[v] = *((const codes_at*){{1}} + (group * %(pairs)d + i) * VECTORS + first + v);
+          code[v] = *((const codes_at*){{1}} + (start + place) * VECTORS + first + v);
         UNROLL for (int r = 0; r < %(rows)d; r++) {{{{
-          const pair both = x[r][group * %(pairs)d + i];
-          UNROLL for (int v = 0; v < AT_ONCE; v++) {{{{{MULTIPLY}
+          const pair both = x[r][start + place];
+          UNROLL for (int v = 0; v < AT_ONCE; v++) {{{{%(multiply)s
           }}}}
         }}}}
+      }}}}%(fold)s
       }}}}
       UNROLL for (int v = 0; v < AT_ONCE; v++) {{{{
         const floats scale = *((const floats_at*){{2}} + group * VECTORS + first + v);%(load_addend)s
@@ -64,6 +65,10 @@ ADD = f"""{{{{{NAMES}
     }}}}
   }}}}
 }}}}"""
+# Sixteen products of words are too many to unroll.
+UNROLL_FOUR = """#if defined(__clang__)
+#pragma clang loop unroll_count(4)
+#endif"""
 LOAD_ADDEND = "\n        const floats addend = *((const floats_at*){3} + group * VECTORS + first + v);"
 ADD_TOTAL = "\n          *sum += addend * factors[r][group * 2 + 1];"
 
@@ -84,20 +89,20 @@ class UnpackedProduct:
         """The registers `acc` [rows][32], after the product was added to them."""
         body, rows, groups = self.body, self.tile_rows, x.chunk_groups
         chunk = body.fold(self.num_cols // (groups * x.group))
-        words = self._unpack(chunk, groups, acc)
+        words = self._unpack(chunk, groups, acc, x.form)
         factors = self._factors(chunk * groups, groups, chunk, words)
         tile = body.fold(x.block_rows // rows)
         places = [x.chunk_place(self.block, chunk, tile * rows + r) for r in range(rows)]
         pointers = [acc.after(chunk)[tile * (rows * PANEL)], words[0], factors[0][0], factors[-1][0]]
-        pointers += [x.integers[place * x.group] for place in places]
+        pointers += [x.integers[place * x.form.words] for place in places]
         pointers += [x.factors[place * 2] for place in places]
-        statement = add_statement(self.format, rows, groups, has_addend=len(factors) > 1)
+        statement = add_statement(self.format, x.form, rows, groups, has_addend=len(factors) > 1)
         return acc.after(UOp(Ops.CUSTOM, dtypes.void, src=tuple(pointers), arg=statement).end(tile, chunk))
 
-    def _unpack(self, chunk: UOp, groups: int, acc: UOp) -> UOp:
+    def _unpack(self, chunk: UOp, groups: int, acc: UOp, form: RowForm) -> UOp:
         """The words of a chunk's codes."""
         fmt, cols = self.format, groups * self.format.group
-        words, half = self.body.registers(cols // 2 * PANEL, U32), self.body.loop(2)
+        words, half = self.body.registers(cols * form.bits // WORD * PANEL, U32), self.body.loop(2)
 
         def run(plane: UOp, width: int) -> UOp:
             start = self.panel * (self.num_cols // dot_cols(width)) + chunk * (cols // dot_cols(width))
@@ -106,8 +111,9 @@ class UnpackedProduct:
         pointers = [words.after(acc, chunk)[half * HALF], run(self.planes.codes, low_bits(fmt))]
         if self.planes.high is not None:
             pointers.append(run(self.planes.high, high_bits(fmt)))
+        statement = unpack_statement(fmt, form, cols)
         # in a loop, without whose end tinygrad would leave the statement out
-        return words.after(UOp(Ops.CUSTOM, dtypes.void, src=tuple(pointers), arg=unpack_statement(fmt, cols)).end(half))
+        return words.after(UOp(Ops.CUSTOM, dtypes.void, src=tuple(pointers), arg=statement).end(half))
 
     def _factors(self, first_group: UOp, groups: int, *after: UOp) -> list[UOp]:
         """The scales [groups][32] of a chunk, and if there are such what sums of x are multiplied by."""
@@ -131,26 +137,29 @@ class UnpackedProduct:
         return [array.after(done) for array in arrays]
 
 
-def unpack_statement(fmt: Format, num_cols: int) -> str:
-    """UNPACK for a format and a number of columns."""
-    low = low_bits(fmt)
-    sizes = {"rows": 1, "runs": num_cols // dot_cols(low), "pairs": HALF_WORD // low}
-    words = code_words(fmt, 2)
+def unpack_statement(fmt: Format, form: RowForm, num_cols: int) -> str:
+    """UNPACK for a format, a form of x's rows, and a number of columns."""
+    sizes = {"rows": 1, "folds": 1, "runs": num_cols // dot_cols(low_bits(fmt)), "words": run_words(fmt, form)}
+    words = code_words(fmt, form, 2)
     return UNPACK % {**sizes, **words, "high": words["high"].replace("AT_ONCE", "16 / LANES")}
 
 
-def add_statement(fmt: Format, num_rows: int, num_groups: int, *, has_addend: bool) -> str:
-    """ADD for a format, a number of rows, and one of groups of columns."""
+def add_statement(fmt: Format, form: RowForm, num_rows: int, num_groups: int, *, has_addend: bool) -> str:
+    """ADD for a format, a form of x's rows, their number, and one of groups of columns."""
 
     def operands(kind: str, first: int) -> str:
         return ", ".join(f"(const {kind}*){{{first + r}}}" for r in range(num_rows))
 
+    folds, parts = Folds.of(fmt, form), multiply_parts(fmt, form, num_rows)
     return ADD % {
+        **parts,
+        "unroll": parts["unroll"] or UNROLL_FOUR,
         "rows": num_rows,
         "x": operands("pair", 4),
         "factors": operands("float", 4 + num_rows),
         "groups": num_groups,
-        "pairs": fmt.group // 2,
+        "folds": folds.count,
+        "words": folds.words,
         "load_addend": LOAD_ADDEND if has_addend else "",
         "add": ADD_TOTAL if has_addend else "",
     }

@@ -18,6 +18,8 @@ from typing import IO
 import httpx
 import pytest
 
+from tests.sweeps import swept
+
 # Serves an engine that hangs in the middle of an answer, and is ready once the test has seen that it was not.
 PROGRAM = """
 import asyncio, sys, threading
@@ -104,7 +106,7 @@ def serving(tmp_path: Path, *flags: str, **environment: str) -> Iterator[tuple[s
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", swept((signal.SIGINT, signal.SIGTERM), [signal.SIGTERM]))
 def test_server_warms_up_answers_and_stops_cleanly(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path, "--shutdown-timeout", "0") as (process, address):
         assert process.stdout is not None

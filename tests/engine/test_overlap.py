@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.requests import SETTINGS, make_runner, run
+from tests.sweeps import swept
 from tinyvllm.config import ModelFiles
 from tinyvllm.engine.core import EngineCore
 
@@ -16,7 +17,7 @@ def alternating(tiny_gguf_files: ModelFiles) -> tuple[list[list[int]], EngineCor
     return run(runner)
 
 
-@pytest.mark.parametrize("compile_cache", [False, True], ids=["traced", "from the cache"])
+@pytest.mark.parametrize("compile_cache", swept((False, True), [True]), ids=["traced", "from the cache"])
 def test_overlapping_steps_give_the_tokens_of_alternating_ones(
     alternating: tuple[list[list[int]], EngineCore], tiny_gguf_files: ModelFiles, compile_cache: bool
 ) -> None:

@@ -19,7 +19,7 @@ ENGINE: dict[str, Any] = {
     "max_num_batched_tokens": 24,  # prompts in chunks, in steps with others' decodes
     "num_gpu_blocks_override": 61,
     "block_size": 8,
-    "decode_buckets": (1, 4),
+    "decode_buckets": (4,),
     "token_buckets": (24,),
     "kv_cache_dtype": "float32",
 }

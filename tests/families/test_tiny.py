@@ -1,9 +1,8 @@
 """Tiny seeded models of transformers' classes through the whole engine: its greedy tokens and logprobs, however the
 work is cut and from either format. Expected: data/*.json, which write_references.py makes.
 
-By default every family runs once: here, in GGUF, or as one of MLX's (test_mlx.py). Most have a single graph, since each
-kernel takes half a second to compile. All recipes, with graphs for decoding too: python -m pytest -m sweep
-tests/families"""
+By default every family runs once, with one graph for prompts and one for decoding: here, in GGUF, or as one of MLX's
+(test_mlx.py). All recipes, and graphs for several sizes: python -m pytest -m sweep tests/families"""
 
 from __future__ import annotations
 
@@ -71,24 +70,21 @@ def check_engine(files: ModelFiles, cases: list[dict[str, Any]], **settings: Any
 
 # each other recipe has a like among these, or runs by default in GGUF
 DEFAULT = [name for name, recipe in RECIPES.items() if not recipe.is_swept]
-DECODING = ("gemma3", "gpt_oss", "qwen3_5_moe")  # windows, sinks and experts, states
-FIRST_GRAPH = {"warm_up": "idle"}  # which serves every step, and no other is made while requests run
 
 
 @pytest.mark.parametrize("name", DEFAULT)
 def test_tokens_and_logprobs_are_transformers(tmp_path: Path, name: str) -> None:
-    graphs = {"decode_buckets": (4,)} if name in DECODING else FIRST_GRAPH
-    check_engine(write_hf(tmp_path / "tiny", RECIPES[name]), read_cases(name), **graphs)
+    check_engine(write_hf(tmp_path / "tiny", RECIPES[name]), read_cases(name), decode_buckets=(4,))
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", RECIPES)
-def test_tokens_and_logprobs_are_transformers_in_every_graph(tmp_path: Path, name: str) -> None:
+def test_tokens_and_logprobs_are_transformers_in_graphs_of_several_sizes(tmp_path: Path, name: str) -> None:
     check_engine(write_hf(tmp_path / "tiny", RECIPES[name]), read_cases(name))
 
 
-def check_alone(files: ModelFiles, case: dict[str, Any], **settings: Any) -> None:
-    llm = LLM(str(files.path), **ENGINE | {"max_num_seqs": 1, "decode_buckets": (1,)} | settings)
+def check_alone(files: ModelFiles, case: dict[str, Any], max_num_seqs: int = 1) -> None:
+    llm = LLM(str(files.path), **ENGINE | {"max_num_seqs": max_num_seqs, "decode_buckets": (max_num_seqs,)})
     check(llm.generate(case["prompt"], GREEDY)[0], case)
     llm.close()
 
@@ -103,4 +99,5 @@ def test_gguf_gives_the_same(tmp_path: Path, name: str) -> None:
 
 
 def test_the_text_part_of_a_multimodal_gemma3_gives_the_same(tmp_path: Path) -> None:
-    check_alone(write_multimodal_hf(tmp_path / "tiny", RECIPES["gemma3"]), read_cases("gemma3")[-1], **FIRST_GRAPH)
+    files = write_multimodal_hf(tmp_path / "tiny", RECIPES["gemma3"])
+    check_alone(files, read_cases("gemma3")[-1], max_num_seqs=4)  # by the programs of the text model

@@ -24,6 +24,7 @@ import pytest
 
 from tests.builders import write_byte_tokenizer
 from tests.server.test_control import wait_until_gone
+from tests.sweeps import swept
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and sets the size of a pipe")
 
@@ -151,7 +152,7 @@ def streaming(server: Server) -> Iterator[Iterator[str]]:
 # ---- What it survives ----
 
 
-@pytest.mark.parametrize("count", [ALONE, SEVERAL])
+@pytest.mark.parametrize("count", swept((ALONE, SEVERAL), [ALONE]))
 def test_the_server_survives_idle_connections_signals_and_an_unread_log(tmp_path: Path, count: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))  # for this end of the connections
@@ -211,7 +212,7 @@ def limit_files() -> None:
 # ---- How it ends ----
 
 
-@pytest.mark.parametrize(("count", "is_door"), [(ALONE, False), (SEVERAL, True)])
+@pytest.mark.parametrize(("count", "is_door"), swept([(ALONE, False), (SEVERAL, True)], [(SEVERAL, True)]))
 def test_a_stop_during_a_load_that_compiles_is_clean_and_leaves_nothing(
     tmp_path: Path, count: str, is_door: bool
 ) -> None:
@@ -237,7 +238,7 @@ def worker_pids(server: Server) -> list[int]:
 
 @pytest.mark.parametrize(
     ("count", "num_signals", "limit_s"),
-    [(ALONE, 1, 1 + 5.0), (SEVERAL, 2, 3.0), (ALONE, 3, 0.5)],
+    swept([(ALONE, 1, 1 + 5.0), (SEVERAL, 2, 3.0), (ALONE, 3, 0.5)], [(SEVERAL, 2, 3.0), (ALONE, 3, 0.5)]),
 )
 def test_a_step_that_never_ends_does_not_hold_up_a_stop(
     tmp_path: Path, count: str, num_signals: int, limit_s: float

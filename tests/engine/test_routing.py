@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.engine.fleet import Fleet
 from tests.scheduling.fakes import make_request
+from tests.sweeps import swept
 from tinyvllm.config import BlockGroup
 from tinyvllm.engine.routing import (
     SEQUENCE_TOKENS,
@@ -297,7 +298,7 @@ def take_turns(router: Router, hashes: Sequence[int], num_tokens: int) -> object
     return min(router.replicas, key=lambda name: (counts[name], random.Random(num_tokens).random()))
 
 
-@pytest.mark.parametrize("num_replicas", [2, 4, 8])
+@pytest.mark.parametrize("num_replicas", swept((2, 4, 8), [4]))
 def test_conversations_hit_the_cache_as_in_one_engine_and_load_stays_even(num_replicas: int) -> None:
     num_people = 30 * num_replicas
     whole = Fleet(1, num_replicas, num_people=num_people).run(1500)

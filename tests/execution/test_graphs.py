@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.builders import write_tiny_hf_llama
+from tests.sweeps import swept
 from tinyvllm.config import Capacity
 from tinyvllm.device.compiling import Compiler
 from tinyvllm.device.handle import open_device
@@ -32,22 +33,19 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return find_family(config)(config, open_checkpoint(files, config), CpuBackend(open_device(), None), 64)
 
 
+LAUNCHES = [
+    # norm+qkv, attention, out+residual, norm+gate+up, down+residual · embed, head, sampling
+    (Bucket.decode(1), 5, 4),
+    (Bucket.decode(2), 5, 4),
+    # keys and values are written before: another row may attend to them · rows are taken
+    (Bucket(16, False, 2), 6, 5),
+    (Bucket(32, False, 2), 8, 5),  # and many rows are normed apart
+]
+
+
 @pytest.mark.parametrize(
     ("bucket", "a_layer", "outside"),
-    [
-        (
-            Bucket.decode(1),
-            5,
-            4,
-        ),  # norm+qkv, attention, out+residual, norm+gate+up, down+residual · embed, head, sampling
-        (Bucket.decode(2), 5, 4),
-        (
-            Bucket(16, False, 2),
-            6,
-            5,
-        ),  # keys and values are written before: another row may attend to them · rows are taken
-        (Bucket(32, False, 2), 8, 5),  # and many rows are normed apart
-    ],
+    swept(LAUNCHES, [LAUNCHES[0], LAUNCHES[2], LAUNCHES[3]]),
     ids=lambda value: value.name if isinstance(value, Bucket) else str(value),
 )
 def test_a_step_launches_so_many_kernels(model: Any, bucket: Bucket, a_layer: int, outside: int) -> None:

@@ -18,6 +18,7 @@ from tests.scheduling.fakes import (
     scheduler_for,
     scores_alone,
 )
+from tests.sweeps import swept
 from tinyvllm.config import BlockGroup
 from tinyvllm.scheduling.request import Request, Status
 from tinyvllm.scheduling.scheduler import Scheduler
@@ -88,17 +89,19 @@ class Traffic:
                 assert len(request.output_ids) == len(alone), request.request_id
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+TRAFFIC = [
+    (1, 9, "fcfs", True, 8),
+    (2, 12, "fcfs", True, 64),
+    (3, 9, "priority", True, 8),
+    (4, 30, "priority", True, 16),
+    (5, 9, "fcfs", False, 9),
+    (6, 60, "fcfs", True, 24),
+]
+
+
 @pytest.mark.parametrize(
-    ("seed", "num_blocks", "policy", "prefix_caching", "budget"),
-    [
-        (1, 9, "fcfs", True, 8),
-        (2, 12, "fcfs", True, 64),
-        (3, 9, "priority", True, 8),
-        (4, 30, "priority", True, 16),
-        (5, 9, "fcfs", False, 9),
-        (6, 60, "fcfs", True, 24),
-    ],
+    ("seed", "num_blocks", "policy", "prefix_caching", "budget", "depth"),
+    swept([(*case, depth) for case in TRAFFIC for depth in (1, 2)], [(*case, 1 + case[0] % 2) for case in TRAFFIC]),
 )
 def test_random_traffic_keeps_the_pool_and_the_answers(
     seed: int, num_blocks: int, policy: str, prefix_caching: bool, budget: int, depth: int

@@ -257,3 +257,23 @@ def test_a_plan_that_continues_another_is_packed_like_any_other(seed: int, depth
             scheduler.abort(rng.choice(scheduler.requests).request_id)
         flights.step()
     assert kinds[ContinuedPlan] > 100 and kinds[StepPlan] > 50, kinds
+
+
+def test_layouts_with_the_same_room_have_the_same_offsets() -> None:
+    """Kernels whose rows are independent are then the same for all of them. Rows that a step does not have belong to no
+    sequence."""
+    wide = StepLayout(8, 4, max_blocks=4, block_size=4, num_groups=2, room=(8, 4))
+    small = StepLayout(3, 2, max_blocks=4, block_size=4, num_groups=2, room=(8, 4))
+    buffer = np.full(small.size, -1234567, np.int32)
+    InputPacker(small, buffer)
+    views, all_views = small.views(buffer), wide.views(buffer)
+    assert small.widest == wide.widest == wide
+    assert views["seq_rows"].tolist() == [2, 2, 2] and all_views["seq_rows"].tolist() == [2, 2, 2, -1, -1, -1, -1, -1]
+    for name, view in views.items():
+        assert view.__array_interface__["data"] == all_views[name].__array_interface__["data"], name
+    for group in range(2):
+        assert (small.slots_offset(group), small.table_offset(group)) == (
+            wide.slots_offset(group),
+            wide.table_offset(group),
+        )
+    assert small.num_sampling_words == wide.num_sampling_words // 2

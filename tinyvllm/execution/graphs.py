@@ -83,7 +83,7 @@ class PendingGraph:
         self.bucket = bucket
         self.trace_s = 0.0
         self._context, device = context, context.backend.device
-        self._layout = bucket.layout(context.capacity)
+        self._layout = context.layout(bucket)
         self._buffers = [device.input_buffer(self._layout.size) for _ in context.outputs]
         with self._timed():
             self._steps = PendingSteps(self._code(0), compiler, tracer, urgency)

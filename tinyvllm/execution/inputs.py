@@ -33,6 +33,7 @@ class InputPacker:
     def __init__(self, layout: StepLayout, buffer: np.ndarray) -> None:
         self.layout = layout
         self.views = layout.views(buffer)
+        self._rest = layout.widest.views(buffer)["seq_rows"][layout.num_tokens :]
         self.floats = {name: self.views[name].view(np.float32) for name in FLOATS}
         # by group, as `Request.tables`
         self._groups = list(enumerate(zip(self.views["slots"], self.views["block_tables"], strict=True)))
@@ -56,6 +57,7 @@ class InputPacker:
         for name in ("num_logprobs", "suppressed_ids", "forced"):
             self.views[name][:] = -1
         self.views["seq_rows"][:] = self.layout.num_seqs
+        self._rest[:] = -1  # what is there belongs to no sequence
         self._of_states.clear()
         self._continued = None
 

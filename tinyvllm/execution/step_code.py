@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tinygrad import Tensor
@@ -42,6 +42,14 @@ class GraphContext:
     @property
     def is_jit(self) -> bool:
         return self.capture == "tinyjit"
+
+    def layout(self, bucket: Bucket) -> StepLayout:
+        """A bucket's inputs. On a CPU, where they are not copied, those of all buckets have the same offsets."""
+        layout, capacity = bucket.layout(self.capacity), self.capacity
+        if not self.backend.device.is_cpu:
+            return layout
+        seqs = max(capacity.max_num_seqs, capacity.max_verify_rows, bucket.num_seqs)
+        return replace(layout, room=(max(capacity.max_num_batched_tokens, seqs, bucket.num_tokens), seqs))
 
     @functools.cached_property
     def named(self) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ def _load(payload: bytes, renderers: Mapping[str, Renderer]) -> GraphContext:
 
 
 def _code_of(bucket: Bucket, context: GraphContext) -> StepCode:
-    layout = bucket.layout(context.capacity)
+    layout = context.layout(bucket)
     inputs = meta.make_tensor(context.backend.device.name, layout.size, dtypes.int)
     return StepCode(bucket, layout, context, inputs, context.outputs)
 

@@ -6,7 +6,7 @@ Floats are stored as their bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
@@ -80,10 +80,18 @@ class StepLayout:
     has_drafts: bool = field(default=False, kw_only=True)  # steps may have drafts
     has_adapters: bool = field(default=False, kw_only=True)  # some rows have an adapter (ops/adapter_spec.py)
     has_drafting: bool = field(default=False, kw_only=True)  # the model has a layer that drafts
+    # (T, R) that every field has room for; None: the layout's own. Layouts with the same room have the same offsets, so
+    # that kernels whose rows are independent are the same for all of them
+    room: tuple[int, int] | None = field(default=None, kw_only=True)
+
+    @property
+    def widest(self) -> StepLayout:
+        """The layout with the same offsets that uses all the room."""
+        return self if self.room is None else replace(self, num_tokens=self.room[0], num_seqs=self.room[1])
 
     @cached_property
     def _offsets(self) -> dict[str, tuple[int, int]]:
-        tokens, seqs = self.num_tokens, self.num_seqs
+        tokens, seqs = self.room or (self.num_tokens, self.num_seqs)
         sizes = {
             "rows": seqs * row_places()[1],  # the fields of each row
             "token_ids": tokens,
@@ -115,16 +123,16 @@ class StepLayout:
 
     def slots_offset(self, group: int) -> int:
         """Where the slots of a group of layers begin."""
-        return self.offset("slots") + group * self.num_tokens
+        return self.offset("slots") + group * self.widest.num_tokens
 
     def table_offset(self, group: int) -> int:
         """Where the block tables of a group of layers begin."""
-        return self.offset("block_tables") + group * (self.num_seqs + 1) * self.max_blocks
+        return self.offset("block_tables") + group * (self.widest.num_seqs + 1) * self.max_blocks
 
     @property
     def num_sampling_words(self) -> int:
         """int32 words at the start of the buffer that hold everything that sampling reads."""
-        return self.offset("token_ids")
+        return self.num_seqs * row_places()[1]
 
     @property
     def size(self) -> int:
@@ -133,10 +141,16 @@ class StepLayout:
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
         """Named int32 views of a host buffer of `size` words; view floats with `.view(np.float32)`."""
+        tokens, seqs = self.widest.num_tokens, self.widest.num_seqs
         views = {name: buffer[start : start + size] for name, (start, size) in self._offsets.items() if name != "end"}
-        rows = views.pop("rows").reshape(self.num_seqs, -1)
+        rows = views.pop("rows").reshape(seqs, -1)[: self.num_seqs]
+        views["slots"] = views["slots"].reshape(self.num_groups, tokens)[:, : self.num_tokens]
+        tables = views["block_tables"].reshape(self.num_groups, seqs + 1, self.max_blocks)
+        views["block_tables"] = tables[:, : self.num_seqs + 1]
+        used = dict.fromkeys(("token_ids", "positions", "seq_rows", "adapter_slots", "next_ids"), self.num_tokens)
+        used |= dict.fromkeys(("logit_rows", "state_reads", "state_writes"), self.num_seqs)
+        used["first_rows"] = self.num_seqs + 1
+        views |= {name: views[name][:count] for name, count in used.items() if name in views}
         for name, (place, width) in row_places()[0].items():
             views[name] = rows[:, place] if width == 1 else rows[:, place : place + width]
-        views["slots"] = views["slots"].reshape(self.num_groups, self.num_tokens)
-        views["block_tables"] = views["block_tables"].reshape(self.num_groups, self.num_seqs + 1, self.max_blocks)
         return views

@@ -269,16 +269,15 @@ def _end_pairs(groups: list[tuple[UOp, UOp]], outer: UOp) -> UOp:
 
 
 @cached_kernel
-def write_kv_kernel(spec: CpuAttentionSpec) -> KernelFn:
+def write_kv_kernel(spec: CpuAttentionSpec, tokens: int) -> KernelFn:
     """fn(*planes of the pool, inputs, *tables without sinks, *qkv[kv_parts]): writes every row's rotated key and its
-    value to the row's slot."""
+    value to the row's slot. `tokens`: T."""
 
     def kernel(*operands: UOp) -> UOp:
         body, rest = Body(), list(operands)
         planes, inputs = spec.take_planes(rest), rest.pop(0)
-        row = body.loop(spec.layout.num_tokens)
+        row, width = body.grid(tokens), spec.num_kv_heads * spec.head_dim
         stores = Row(spec, row, inputs, rest, spec.kv_parts, with_sinks=False).write(body, planes).end(row)
-        tokens, width = spec.layout.num_tokens, spec.num_kv_heads * spec.head_dim
         nbytes = tokens * (8 * width + spec.kv.num_bytes(width))
         return finish(stores, f"write_kv_{tokens}x{width}", ops=6 * tokens * width, nbytes=nbytes)
 
@@ -286,33 +285,33 @@ def write_kv_kernel(spec: CpuAttentionSpec) -> KernelFn:
 
 
 @cached_kernel
-def attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
+def attention_kernel(spec: CpuAttentionSpec, tokens: int) -> KernelFn:
     """fn(out (T, H * D), *planes of the pool, inputs, *tables, *qkv[read_parts]): causal attention of each row over its
-    own blocks, for steps of rows that share none (else attention_tiles.py).
+    own blocks, for steps of rows that share none (else attention_tiles.py). `tokens`: T.
 
     Online softmax by block (Milakov & Gimelshein 2018). A row's cost depends on its own context, or on its window. With
     `fused_write`, keys and values are written too (they are outputs of the kernel then).
     """
 
     def kernel(out: UOp, *operands: UOp) -> UOp:
-        body, tokens, rest = Body(), spec.layout.num_tokens, list(operands)
+        body, rest = Body(), list(operands)
         planes, inputs = spec.take_planes(rest), rest.pop(0)
         # the rows are the only GLOBAL axis (each is one command of a worker): codegen cannot put a loop whose length is
         # data into a LOOP axis that the length depends on
-        axis = body.grid(tokens) if tokens > 1 else body.loop(1)
+        axis = body.grid(tokens)
         row = Row(spec, axis, inputs, rest, spec.read_parts, with_sinks=True)
         if spec.fused_write:
             planes = planes.after(row.write(body, planes))
         head = body.loop(spec.num_kv_heads)
         stores = _attend(body, row, head, out, planes)
-        return finish_attention(spec, stores.end(head, axis))
+        return finish_attention(spec, tokens, stores.end(head, axis))
 
     return kernel
 
 
-def finish_attention(spec: CpuAttentionSpec, stores: UOp) -> UOp:
+def finish_attention(spec: CpuAttentionSpec, tokens: int, stores: UOp) -> UOp:
     """The kernel of attention that ends with these stores."""
-    tokens, width = spec.layout.num_tokens, spec.num_kv_heads * spec.head_dim
+    width = spec.num_kv_heads * spec.head_dim
     context = spec.layout.max_blocks * spec.layout.block_size  # the longest; the true one is data
     name = f"attention_{tokens}x{spec.num_heads}x{spec.head_dim}"
     ops = 4 * tokens * spec.num_heads * spec.head_dim * context

@@ -48,9 +48,10 @@ def queries_at_once(group: int) -> int:
 
 
 @cached_kernel
-def tile_attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
+def tile_attention_kernel(spec: CpuAttentionSpec, tokens: int) -> KernelFn:
     """fn(out (T, H * D), *planes of the pool, inputs, *tables, *qkv[read_parts]): causal attention of each row over its
-    own blocks, to which `write_kv_kernel` has written. Neighboring rows of a sequence share them.
+    own blocks, to which `write_kv_kernel` has written. Neighboring rows of a sequence share them. `tokens`: T; the rows
+    after the step's own, up to the layout's, have another sequence (`InputPacker.clear`).
 
     Online softmax by some blocks at a time (Milakov & Gimelshein 2018). A tile's cost depends on its own context, or on
     its window."""
@@ -60,7 +61,7 @@ def tile_attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
         planes, inputs = spec.take_planes(rest), rest.pop(0)
         # the rows are the only GLOBAL axis (each is one command of a worker): codegen cannot put a loop whose length is
         # data into a LOOP axis that the length depends on
-        axis = body.grid(spec.layout.num_tokens)
+        axis = body.grid(tokens)
 
         def row(index: UOp) -> Row:
             return Row(spec, index, inputs, rest, spec.read_parts, with_sinks=True)
@@ -68,7 +69,7 @@ def tile_attention_kernel(spec: CpuAttentionSpec) -> KernelFn:
         head = body.loop(spec.num_kv_heads)
         tile = _Tile.starting_at(spec, axis, inputs)
         stores = _Attention(body, tile, row, head, planes).store(out)
-        return finish_attention(spec, stores.end(head, axis))
+        return finish_attention(spec, tokens, stores.end(head, axis))
 
     return kernel
 

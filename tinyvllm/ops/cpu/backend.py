@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ from tinyvllm.ops.cpu.sharded import Activation, Sharded, sharded, tensors_of, w
 from tinyvllm.ops.cpu.whole_norm import WholeNormSpec, whole_norm_kernel
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import HALF, PANEL, Matrix, join_shards, pack, reads_dots
-from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.kernel.body import Body, KernelFn, cached_kernel, empty, finish, run_kernel, run_row_kernel
 from tinyvllm.ops.kernel.tuning import choose
 from tinyvllm.ops.latent_spec import LatentLayer, LatentSpec
 from tinyvllm.ops.recurrent_spec import RecurrentLayer
@@ -252,7 +253,8 @@ class CpuBackend(DeviceSampling):
                 scale=scale,
                 layout=table.layout,
             )
-            outs.append(self._embed(spec, core, [self._first_columns[a, core], *sources], table))
+            begins = [self._first_columns[a, core]] if spec.has_part else []
+            outs.append(self._embed(spec, core, [*begins, *sources], table))
             widths.append(cols)
         return sharded(outs, widths)
 
@@ -263,7 +265,9 @@ class CpuBackend(DeviceSampling):
             shards = table.shards[first : first + at_once]
             own = replace(spec, shards=(first, first + len(shards)))
             read = [*sources, *([] if out is None else [out]), *[plane for shard in shards for plane in shard.planes]]
-            (out,) = run_kernel(embed_kernel(own), [empty(own.num_tokens * own.num_cols, device=core)], read)
+            new = empty(own.num_tokens * own.num_cols, device=core)
+            shared = [tensor for tensor in read if tensor is not out]
+            (out,) = run_row_kernel(partial(_embed_rows, own), own.num_tokens, [new], read, shared)
         assert out is not None
         return out
 
@@ -358,7 +362,7 @@ class CpuBackend(DeviceSampling):
                 cols += widths_of(part, part_cols)[i * size : (i + 1) * size]
             spec = CpuAttentionSpec.of(
                 layer,
-                step.layout,
+                step.layout.widest,
                 pool.num_blocks[layer.pool_layer],
                 num_heads=(b - a) * group,
                 num_kv_heads=b - a,
@@ -502,7 +506,8 @@ class CpuBackend(DeviceSampling):
         if not isinstance(logits, Sharded):
             return logits
         joined = empty(layout.num_seqs * stride, device=self.device.name)
-        return run_kernel(join_kernel(layout.num_seqs, logits.widths), [joined], logits.tensors)[0]
+        widths = logits.widths
+        return run_row_kernel(lambda rows: join_kernel(rows, widths), layout.num_seqs, [joined], logits.tensors)[0]
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 
@@ -601,15 +606,19 @@ class CpuBackend(DeviceSampling):
 
         if spec.fused_write:
             out = output(spec, cores[0])
-            return [(run_kernel(attention_kernel(spec), [out, *pool], [*read, *qkv])[0], spec.num_heads)]
+            make = partial(attention_kernel, spec)
+            out = run_row_kernel(make, step.num_tokens, [out, *pool], [*read, *qkv], shared=[*pool, *read])[0]
+            return [(out, spec.num_heads)]
         if spec.writes_kv:
-            written = [step.inputs, *layer.key_tables, *qkv[spec.kv_parts]]
-            pool = run_kernel(write_kv_kernel(spec), pool, written)
+            written, rows = [step.inputs, *layer.key_tables], qkv[spec.kv_parts]
+            make = partial(write_kv_kernel, spec)
+            pool = run_row_kernel(make, step.num_tokens, pool, [*written, *rows], shared=[*pool, *written])
         outs = []
         for (first, end), core in share(spec.num_heads, cores) if len(cores) > 1 else [((0, spec.num_heads), cores[0])]:
             own = spec if len(cores) == 1 else spec.with_queries(first, end)
             kernel = attention_kernel if step.is_decode or tile_rows(own) == 1 else tile_attention_kernel
-            (out,) = run_kernel(kernel(own), [output(own, core)], [*pool, *read, *qkv[own.query_parts]])
+            operands, shared = [*pool, *read, *qkv[own.query_parts]], [*pool, *read]
+            (out,) = run_row_kernel(partial(kernel, own), step.num_tokens, [output(own, core)], operands, shared)
             outs.append((out, own.num_heads))
         return outs
 
@@ -634,6 +643,10 @@ def _require_panels(num_rows: int) -> None:
     """The rows of gate and up are interleaved in halves of panels."""
     if num_rows % PANEL:
         raise UnsupportedModelError(f"the feed-forward has {num_rows} columns, which is not a multiple of {PANEL}")
+
+
+def _embed_rows(spec: EmbedSpec, num_tokens: int) -> KernelFn:
+    return embed_kernel(replace(spec, num_tokens=num_tokens))
 
 
 @cached_kernel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinygrad import Tensor, dtypes
 
@@ -12,7 +12,7 @@ from tinyvllm.ops.cpu.linear import rms_norm_kernel
 from tinyvllm.ops.cpu.product import STAGED_ROWS, NormSpec
 from tinyvllm.ops.cpu.sharded import Activation, tensors_of, widths_of
 from tinyvllm.ops.formats.matrix import Matrix
-from tinyvllm.ops.kernel.body import empty, run_kernel
+from tinyvllm.ops.kernel.body import KernelFn, empty, run_kernel, run_row_kernel
 
 
 @dataclass(frozen=True)
@@ -76,4 +76,9 @@ class Inputs:
 
     def _norm_rows(self, core: int) -> tuple[Tensor, ...]:
         out = empty(self._shape[0] * self._shape[1], device=self._cores[core])
-        return tuple(run_kernel(rms_norm_kernel(self._spec()), [out], self._read()))
+        spec, read = self._spec(), self._read()
+
+        def make(num_rows: int) -> KernelFn:
+            return rms_norm_kernel(replace(spec, num_tokens=num_rows))
+
+        return tuple(run_row_kernel(make, spec.num_tokens, [out], read, shared=read[-1:]))

@@ -145,7 +145,7 @@ def rms_norm_kernel(spec: NormSpec) -> KernelFn:
         body, cols, operands = Body(), spec.num_cols, list(rest)
         x = take_shards(operands, spec.x_cols, cols)
         weight = operands.pop(0)
-        token = body.loop(spec.num_tokens)
+        token = body.grid(spec.num_tokens)
         scale = rms_scale(body, x, token, spec)
         stores = []
         for shard in x:
@@ -331,18 +331,23 @@ class EmbedSpec:
     scale: float = 1.0
     layout: str = "panel"  # of the table
 
+    @property
+    def has_part(self) -> bool:
+        return self.num_cols < self.table_cols
+
 
 @cached_kernel
 def embed_kernel(spec: EmbedSpec) -> KernelFn:
-    """fn(out (T, columns), first column (1,) int32, inputs[, previous_output][, out of the shards before], *planes of
-    each shard). A token id beyond the table reads its last row."""
+    """fn(out (T, columns)[, first column (1,) int32, of a part], inputs[, previous_output][, out of the shards before],
+    *planes of each shard). A token id beyond the table reads its last row."""
 
-    def kernel(out: UOp, start: UOp, inputs: UOp, *rest: UOp) -> UOp:
+    def kernel(out: UOp, *operands: UOp) -> UOp:
+        begins, (inputs, *rest) = (operands[0], operands[1:]) if spec.has_part else (None, operands)
         previous, planes = (rest[0], rest[1:]) if spec.is_fed else (None, rest)
         body, count = Body(), Planes.count(spec.format)
-        token, col = body.loop(spec.num_tokens), body.loop(spec.num_cols)
+        token, col = body.grid(spec.num_tokens), body.loop(spec.num_cols)
         row = token_id(inputs[spec.token_offset + token].load(), previous, sum(spec.shard_rows))
-        first_col = clamp(start[0].load(), 0, spec.table_cols - spec.num_cols)
+        first_col = 0 if begins is None else clamp(begins[0].load(), 0, spec.table_cols - spec.num_cols)
         first, end = spec.shards
         value, start = None, sum(spec.shard_rows[:first])
         if first:
@@ -369,10 +374,11 @@ def join_kernel(num_rows: int, shard_cols: tuple[int, ...]) -> KernelFn:
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         body, cols, stores = Body(), sum(shard_cols), []
+        row = body.grid(num_rows)
         for shard in take_shards(list(rest), shard_cols, cols):
-            row, col = body.loop(num_rows), body.loop(shard.width)
+            col = body.loop(shard.width)
             value = shard.buffer[shard.at(row, col)].load()
-            stores.append(out[row * cols + shard.start + col].store(value).end(col, row))
-        return finish(stores, f"join_{num_rows}x{cols}", nbytes=8 * num_rows * cols)
+            stores.append(out[row * cols + shard.start + col].store(value).end(col))
+        return finish(UOp.group(*stores).end(row), f"join_{num_rows}x{cols}", nbytes=8 * num_rows * cols)
 
     return kernel

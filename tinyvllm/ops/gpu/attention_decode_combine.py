@@ -9,7 +9,8 @@ from tinygrad import UOp
 from tinyvllm.ops.gpu.attention_decode_row import Buffers, DecodeSpec, Row, Threadgroup
 from tinyvllm.ops.gpu.attention_fused import RUN
 from tinyvllm.ops.gpu.attention_split import NOTHING, arrive
-from tinyvllm.ops.kernel.body import F32, balanced
+from tinyvllm.ops.kernel.body import F32, I32, balanced
+from tinyvllm.ops.kernel.hopper import hidden
 from tinyvllm.ops.kernel.lanes import carry
 
 
@@ -128,23 +129,30 @@ class _Splits:
         return [*results, reset]
 
     def _add_up(self, indices: list[UOp], is_last: UOp, seen: UOp) -> list[list[UOp]]:
-        """(maximum, sum, sum of values) over the splits in use, for each element; no loop unless `is_last`."""
+        """(maximum, sum, sum of values) over the splits in use, for each element; nothing is read unless `is_last`."""
         spec, group, dim = self.spec, self.group, self.spec.head_dim
         values, sums = self.values.after(seen), self.sums.after(seen)
 
-        def step(number: UOp | int, old: list[UOp]) -> list[UOp]:
+        def read(number: int, index: UOp) -> tuple[UOp, UOp]:
+            # a split that is not in use counts nothing, but is read, so that no load waits for another
+            place = (self.used - 1).minimum(number) * spec.layout.num_tokens + group.row
+            head = place * spec.num_heads + group.heads * spec.tile_heads + index // dim
+            lse = (self.used > number).where(sums[head].load(), NOTHING)
+            return lse, values[head * dim + index % dim].load()
+
+        def once(_: UOp | int, old: list[UOp]) -> list[UOp]:
             new = []
-            for i, index in enumerate(indices):
-                best, total, acc = old[3 * i : 3 * i + 3]
-                head = (number * spec.layout.num_tokens + group.row) * spec.num_heads + group.heads * spec.tile_heads
-                here = sums[head + index // dim].load()
-                top = best.maximum(here)
-                before, now = (best - top).exp2(), (here - top).exp2()
-                new += [top, total * before + now, acc * before + now * values[head * dim + index].load()]
+            for index in indices:
+                splits = [read(number, index) for number in range(spec.num_splits)]
+                top = balanced([lse for lse, _ in splits], lambda a, b: a.maximum(b))
+                factors = [(lse - top).exp2() for lse, _ in splits]
+                total = balanced(f * value for f, (_, value) in zip(factors, splits, strict=True))
+                new += [top, balanced(factors), total]
             return new
 
         init = [UOp.const(v, F32) for _ in indices for v in (NOTHING, 0.0, 0.0)]
-        last = carry(group.body, init, is_last.where(self.used, 0), group.axes, step)
+        count = hidden(is_last.cast(I32))  # a branch: tinygrad has none
+        last = carry(group.body, init, count, group.axes, once)
         return [last[i : i + 3] for i in range(0, len(last), 3)]
 
 

@@ -323,15 +323,20 @@ class Threadgroup:
         return is_first & self.split.eq(0) if isinstance(self.split, UOp) else is_first
 
     def elements(self) -> list[tuple[UOp, UOp | None]]:
-        """(element of the G * D outputs of the G heads, whether it exists) for each that the thread writes. None:
-        always."""
+        """(element of the G * D outputs of the G heads, whether it exists) for each that the thread writes, neighbors
+        where it has several. None: always."""
         spec = self.spec
         size, threads = spec.tile_heads * spec.head_dim, spec.num_warps * LANES
+        width = 1
+        while width < 4 and width * threads < size:
+            width *= 2
+        assert spec.head_dim % width == 0
         elements: list[tuple[UOp, UOp | None]] = []
-        for start in range(0, size, threads):
-            index, is_inside = start + self.thread, start + self.thread < size
-            is_whole = start + threads <= size
-            elements.append((index, None) if is_whole else (is_inside.where(index, 0), is_inside))
+        for start in range(0, size // width, threads):
+            run = start + self.thread
+            is_inside = None if (start + threads) * width <= size else run < size // width
+            run = run if is_inside is None else is_inside.where(run, 0)
+            elements += [(run * width + i, is_inside) for i in range(width)]
         return elements
 
 

@@ -1,8 +1,8 @@
 """Attention over a context that is split between threadgroups, and how the splits are combined (flash-decoding).
 
 The splits of a single row are read by the projection that follows, or combined by a kernel (`combine_kernel`). Those of
-several rows are combined on CUDA by the threadgroup that finishes last: a counter tells it that it is the last
-(`arrive`), and fences make the others' results visible to it. METAL has no such order between threadgroups, and needs
+several rows are combined on CUDA by the threadgroup that finishes last: a counter tells it that it is the last, and
+makes the others' results visible to it (`arrive`). METAL has no such order between threadgroups, and needs
 none: several rows fill such a device.
 """
 
@@ -109,8 +109,12 @@ class SplitOperands:
 
 # -- combining them ----------------------------------------------------------------------------------------------------
 
-ARRIVE = "if ({0} && threadIdx.x == 0 && threadIdx.y == 0) {{ __threadfence(); *({1}) = atomicAdd({2}, 1); }}"
-SEE = "if ({0}) __threadfence();"
+# Releases what the threadgroup has stored, which the barrier before has ordered ahead of this thread, and acquires what
+# the others have released. With __threadfence on both sides instead, arriving took 0.3 us longer on an H200
+ARRIVE = (
+    "if ({0} && threadIdx.x == 0 && threadIdx.y == 0) "
+    'asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(*({1})) : "l"({2}) : "memory");'
+)
 
 
 def arrive(body: Body, arrivals: UOp, at: UOp, is_shared: UOp, count: UOp, *stores: UOp) -> tuple[UOp, UOp]:
@@ -122,9 +126,7 @@ def arrive(body: Body, arrivals: UOp, at: UOp, is_shared: UOp, count: UOp, *stor
     stored = UOp(Ops.BARRIER, src=(UOp.group(*stores),))
     src = (is_shared, number.after(stored)[0], arrivals.after(stored)[at])
     arrived = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=src, arg=ARRIVE),))
-    is_last = is_shared & number.after(arrived)[0].load().eq(count.cast(I32) - 1)
-    seen = UOp(Ops.BARRIER, src=(UOp(Ops.CUSTOM, dtypes.void, src=(is_last,), arg=SEE),))
-    return is_last, seen
+    return is_shared & number.after(arrived)[0].load().eq(count.cast(I32) - 1), arrived
 
 
 @cached_kernel

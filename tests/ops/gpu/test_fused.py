@@ -72,9 +72,12 @@ from tinyvllm.device.replay import make_replay
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm, Step, pool_groups
 from tinyvllm.ops.gpu.attention_decode import existing_tile
+from tinyvllm.ops.gpu.attention_decode_hopper import StreamedAttentionSpec
+from tinyvllm.ops.gpu.attention_decode_row import DecodeSpec
 from tinyvllm.ops.gpu.fused import FusedGpuBackend, Summed
 from tinyvllm.ops.gpu.matrix import MatrixSpec
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector
+from tinyvllm.ops.kernel.hopper import MULTIPROCESSORS
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates, current
 from tinyvllm.ops.reference import ReferenceBackend
@@ -253,6 +256,47 @@ def test_a_split_without_tokens_reads_a_whole_tile_of_the_context(low: int, high
     start = first.simplify().arg
     assert start % 16 == 0 and start < max(1, high)
     assert start == low or low >= high
+
+
+def decode_spec(heads: int, kv_heads: int, dim: int, context: int, tokens: int = 1) -> DecodeSpec:
+    layout, mma = StepLayout(tokens, tokens, context // 16, 16), Mma("CUDA", dtypes.half)
+    shape: dict[str, Any] = dict(num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, num_blocks=9)
+    own: dict[str, Any] = dict(qkv_cols=((heads + 2 * kv_heads) * dim,), qkv_partials=(1,))
+    return DecodeSpec(lanes=Lanes("CUDA", (dtypes.half,), True), mma=mma, layout=layout, **shape, **own)
+
+
+@pytest.mark.parametrize("context", [1024, 32768])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 8), (28, 4), (8, 4), (32, 32), (64, 8), (128, 128)])
+def test_the_parts_of_a_rows_context_take_one_turn(heads: int, kv_heads: int, context: int) -> None:
+    spec = decode_spec(heads, kv_heads, 128, context)
+    assert 1 <= spec.num_splits * spec.head_groups <= MULTIPROCESSORS
+    assert 2 * spec.num_splits * spec.head_groups > MULTIPROCESSORS or spec.num_splits == (8 if context == 1024 else 32)
+
+
+@pytest.mark.parametrize(
+    ("dim", "context", "is_ahead"), [(64, 4096, True), (128, 4096, True), (128, 1024, False), (96, 4096, False)]
+)
+def test_keys_of_long_contexts_are_fetched_a_pass_ahead(dim: int, context: int, is_ahead: bool) -> None:
+    spec = decode_spec(8, 2, dim, context)
+    assert spec.fetches_ahead == spec.in_words(spec.kv.keys) == is_ahead
+    assert spec.knobs().get("fetches_ahead", (0,)) == ((0,) if dim == 96 else (0, 1))
+    for one in candidates(spec):
+        assert one.num_warps * one.tile_heads * (dim + 2) * 4 <= one.lanes.shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("rows", "kv_heads", "dim", "is_streamed"),
+    [(8, 8, 128, False), (64, 8, 128, False), (128, 8, 128, True), (256, 8, 64, False), (8, 4, 256, True)],
+)
+def test_many_threadgroups_or_wide_heads_stream_long_contexts(
+    rows: int, kv_heads: int, dim: int, is_streamed: bool
+) -> None:
+    spec = decode_spec(4 * kv_heads, kv_heads, dim, 8192, rows)
+    fields = ("lanes", "mma", "layout", "num_heads", "num_kv_heads", "head_dim", "num_blocks", "qkv_cols")
+    stream = StreamedAttentionSpec(qkv_partials=(1,), **{name: getattr(spec, name) for name in fields})
+    assert stream.is_worthwhile == is_streamed
+    assert spec.fetches_ahead == (rows <= 64 and dim < 256)
+    assert not replace(stream, layout=StepLayout(rows, rows, 64, 16)).is_worthwhile
 
 
 def test_attention_reads_qkv_after_its_epilogue() -> None:

@@ -77,7 +77,8 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
             state, passes = softmax.add(early, state), (passes - 1).maximum(0)
         skipped = int(bool(early))
         writes = [] if own is None else own.writes
-        writes_first = spec.is_wide or spec.packs(spec.kv.keys) or spec.packs(spec.kv.values)  # frees their registers
+        has_words = spec.in_words(spec.kv.keys) or spec.in_words(spec.kv.values)
+        writes_first = spec.is_wide or has_words  # frees their registers
         outer = (*group.axes, *writes) if writes_first else group.axes
         if spec.fetches_ahead:
             state = _walk_ahead(softmax, context, state, passes, skipped, outer)
@@ -279,14 +280,14 @@ class _Context:
         size = spec.layout.block_size
         block = clamp(row.inputs[row.table + first // size].load(), 0, spec.num_blocks - 1)
         slot = block * size + first % size
-        tile = _Tile(first, is_used, self._load_keys(slot), [], slot)
+        tile = _Tile(first, is_used, self._load_keys(slot, is_used), [], slot)
         return tile if spec.is_wide else replace(tile, values=self.load_values(tile))
 
-    def _load_keys(self, slot: UOp) -> list[Runs] | list[list[UOp]]:
+    def _load_keys(self, slot: UOp, is_used: UOp) -> list[Runs] | list[list[UOp]]:
         """The lane's keys of a tile whose first token is in `slot`."""
         spec, mma, lane, keys = self.row.spec, self.row.spec.mma, self.row.group.lane, self.buffers.keys
-        if spec.packs(keys.form):
-            return [load_keys(self.row, keys, slot, half) for half in range(2)]
+        if spec.in_words(keys.form):
+            return [load_keys(self.row, keys, slot, half, is_used) for half in range(2)]
         places = [(lane // 4, lane % 4)] if mma.kind == "CUDA" else mma.row_runs(lane)
 
         def chunk(n: int, c: int) -> list[list[UOp]]:
@@ -309,8 +310,8 @@ class _Context:
             tokens = [row.head, row.head, row.head + HALF_TILE, row.head + HALF_TILE]
             columns = [row.column + e for _ in range(2) for e in range(2)]
         tokens = [token.minimum(last) for token in tokens]
-        if spec.packs(values.form):
-            return load_values(row, values, tile.slot, tokens)
+        if spec.in_words(values.form):
+            return load_values(row, values, tile.slot, tokens, tile.is_used)
         size = spec.head_dim // RUN
         most = size // 2 if values.form.bits == 4 else size  # neighbors
         return [
@@ -333,7 +334,7 @@ class _Context:
 
     def value_operands(self, tile: _Tile) -> list[list[UOp]]:
         """By the lane's dimensions, the tile's values of its tokens, or words of those of two tokens."""
-        if self.row.spec.packs(self.buffers.values.form):
+        if self.row.spec.in_words(self.buffers.values.form):
             return value_words(self.row, self.buffers.values, tile.values)
         return [list(values) for values in zip(*tile.values, strict=True)]
 
@@ -344,7 +345,7 @@ class _Softmax:
 
     def __init__(self, row: Row, context: _Context, query: Runs, own: _OwnToken | None) -> None:
         self.row, self.context, self.query, self.own = row, context, query, own
-        self.packed_query = query_words(row, query) if row.spec.packs(row.spec.kv.keys) else []
+        self.packed_query = query_words(row, query) if row.spec.in_words(row.spec.kv.keys) else []
 
     def start(self) -> list[UOp]:
         """The state before the context: the row's own token and the head's sink in one warp, nothing in the others."""
@@ -378,7 +379,7 @@ class _Softmax:
         zero = UOp.const(0.0, F32)
         weights = [[(v > NOTHING / 10).where((v - new_best).exp2(), zero) for v in pair] for pair in scores]
         new_total = total * decay + balanced([w for pair in weights for w in pair])
-        if spec.packs(spec.kv.values):
+        if spec.in_words(spec.kv.values):
             rounded = [[pack_words(*pair)] for pair in weights]
         else:
             rounded = [[w.cast(spec.mma.dtype) for w in pair] for pair in weights]
@@ -410,7 +411,7 @@ class _Softmax:
     def _products(self, tile: _Tile, half: int) -> list[UOp]:
         """q . k of the lane's head and two tokens of half a tile."""
         row, keys = self.row, self.context.buffers.keys
-        if not row.spec.packs(keys.form):
+        if not row.spec.in_words(keys.form):
             return _multiply_keys(row.spec, self.query, tile.keys[half])
         words = key_words(row, keys, tile.keys[half])
         left, right = ([word for chunk in chunks for word in chunk] for chunks in (self.packed_query, words))
@@ -445,7 +446,7 @@ def _multiply_keys(spec: DecodeSpec, query: Runs, keys: Runs) -> list[UOp]:
 def _add_values(spec: DecodeSpec, weights: list[list[UOp]], values: list[UOp], sums: list[UOp]) -> list[UOp]:
     """sums + weights (8 heads x 16 tokens) @ values. A lane's scores are placed as the operand needs its weights."""
     mma = spec.mma
-    if spec.packs(spec.kv.values):
+    if spec.in_words(spec.kv.values):
         return multiply_heads([word for (word,) in weights], values, sums)
     zero = UOp.const(0.0, mma.dtype)
     if mma.kind == "METAL":

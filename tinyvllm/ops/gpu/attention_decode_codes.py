@@ -27,6 +27,7 @@ from tinyvllm.ops.gpu.kv_codes import (
 )
 from tinyvllm.ops.kernel.body import F32, U16, U32
 from tinyvllm.ops.kernel.kv_format import Q4_ZERO
+from tinyvllm.ops.kernel.lanes import load_cuda_words_if
 from tinyvllm.ops.kernel.tiles import FLOATS, pack_words
 
 HALF_TILE = TILE_TOKENS // 2  # tokens that one instruction of the matrix unit scores
@@ -69,12 +70,15 @@ def _in_order(row: Row, quads: list[list[UOp]]) -> list[UOp]:
     return [pack_words(quad[a], quad[b]) for quad in quads for a, b in ends]
 
 
-def load_keys(row: Row, heads: StoredHeads, slot: UOp, half: int) -> list[UOp]:
+def load_keys(row: Row, heads: StoredHeads, slot: UOp, half: int, is_used: UOp) -> list[UOp]:
     """The lane's codes, and then their scales, of the eight keys that one instruction scores. `slot`: of the tile's
     first token."""
     spec, lane = row.spec, row.group.lane
     place = heads.head(slot + half * HALF_TILE + lane // 4, row.group.kv_head)
     dims = [spec.run_dim(lane % 4, c) for c in range(0, spec.chunks, spec.runs_at_once)]
+    if not heads.form.is_quantized:
+        starts = [place * spec.head_dim + dim for dim in dims]
+        return [word for at in starts for word in load_cuda_words_if(is_used, heads.codes, at, spec.key_words)]
     words = [word for dim in dims for word in heads.words(place, dim, spec.key_words)]
     scales = [heads.scale(place, dim) for dim in dims]
     return words + [scale for scale in scales if scale is not None]
@@ -83,6 +87,8 @@ def load_keys(row: Row, heads: StoredHeads, slot: UOp, half: int) -> list[UOp]:
 def key_words(row: Row, heads: StoredHeads, loaded: list[UOp]) -> list[list[UOp]]:
     """What `load_keys` loaded as operands, by chunk."""
     spec, form = row.spec, heads.form
+    if not form.is_quantized:
+        return [loaded[i : i + spec.key_words] for i in range(0, len(loaded), spec.key_words)]
     loads = spec.chunks // spec.runs_at_once
     scales = loaded[loads * spec.key_words :]
     chunks: list[list[UOp]] = []
@@ -112,12 +118,15 @@ def _nibbles(row: Row, word: UOp, factor: UOp, *, is_high: bool) -> list[UOp]:
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def load_values(row: Row, heads: StoredHeads, slot: UOp, tokens: Sequence[UOp]) -> list[list[UOp]]:
+def load_values(row: Row, heads: StoredHeads, slot: UOp, tokens: Sequence[UOp], is_used: UOp) -> list[list[UOp]]:
     """By token, the lane's codes and then their scale."""
     spec, column, loaded = row.spec, row.group.lane // 4, []
     dim = spec.value_dim(column, 0)
     for token in tokens:
         place = heads.head(slot + token, row.group.kv_head)
+        if not heads.form.is_quantized:
+            loaded.append(load_cuda_words_if(is_used, heads.codes, place * spec.head_dim + dim, spec.value_words))
+            continue
         scale = heads.scale(place, dim)
         loaded.append(heads.words(place, dim, spec.value_words) + ([] if scale is None else [scale]))
     return loaded
@@ -137,6 +146,8 @@ def _of_two(row: Row, heads: StoredHeads, loaded: list[list[UOp]]) -> list[UOp]:
         low, high = (one[count].bitcast(U16).cast(U32) for one in loaded)
         factor = low | high << 16
     pairs = list(zip(loaded[0][:count], loaded[1][:count], strict=True))
+    if not form.is_quantized:
+        return [_permuted(a, b, places) for a, b in pairs for places in HALVES_OF_TWO]
     if form.bits == 8:
         quads = [_permuted(a, b, places) for a, b in pairs for places in BYTES_OF_TWO]
         return [word for quad in quads for (word,) in quad_pairs(form, quad, factor, spec.lanes, spec.mma)]

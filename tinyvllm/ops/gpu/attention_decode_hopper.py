@@ -18,6 +18,7 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import Step
+from tinyvllm.ops.gpu.attention_decode_row import GROUPS_AHEAD, LONG_CONTEXT, WIDE_HEAD
 from tinyvllm.ops.gpu.attention_prefill_hopper import (
     score_blocks,
     swizzled_place,
@@ -76,7 +77,6 @@ MAX_SPLITS = 64
 MAX_STAGES = 6
 FULL_WAVES = 0.9  # the share of threadgroups that must have work at any time, if splits can achieve it
 WORTHWHILE_BYTES = 250 << 20
-LONG_CONTEXT = 2048  # tokens
 # where rows share keys: on an H200, 5 rows at 300 tokens take 11.1 us and not 8.1, 8 at 2,000 14.8 and not 15.4, and
 # 5 at 8,192 20.5 and not 50.1
 LONG_SHARED = 4096
@@ -105,14 +105,17 @@ class StreamedAttentionSpec(PrefillSpec):
 
     @property
     def is_worthwhile(self) -> bool:
-        """Whether contexts are long and there is much to read: only then does a second kernel pay off (by 4 to 10 % of
-        attention on an H200; with 256 rows of 128 tokens it takes 59 us and not 44)."""
+        """Whether contexts may be long, and if rows do not share keys, whether there is much to read that
+        `decode_kernel` reads more slowly: heads that are too wide for a lane's registers, or more threadgroups than
+        fetch ahead. With heads of 64 it is faster with any number (H200, 256 rows of 2,000 tokens: 250 us, not 278)."""
         longest = self.layout.max_blocks * self.layout.block_size
         longest = min(longest, self.window or longest)
         if self.shares_keys:
             return self.layout.num_tokens > 1 and longest >= LONG_SHARED
+        has_many = self.layout.num_tokens * self.num_kv_heads > GROUPS_AHEAD
+        suits = self.head_dim >= WIDE_HEAD or (self.head_dim > 64 and has_many)
         nbytes = self.layout.num_tokens * longest * self.slot_elements * 4
-        return self.layout.num_tokens > 1 and longest >= LONG_CONTEXT and nbytes >= WORTHWHILE_BYTES
+        return suits and self.layout.num_tokens > 1 and longest >= LONG_CONTEXT and nbytes >= WORTHWHILE_BYTES
 
     @property
     def groups(self) -> int:

@@ -13,6 +13,7 @@ from tinyvllm.ops.gpu.attention_fused import RUN, FusedAttentionSpec
 from tinyvllm.ops.gpu.attention_split import SHORTEST_SPAN, TILE_TOKENS, SplitHeads
 from tinyvllm.ops.gpu.kv_codes import StoredHeads
 from tinyvllm.ops.kernel.body import Body, balanced, clamp
+from tinyvllm.ops.kernel.hopper import MULTIPROCESSORS
 from tinyvllm.ops.kernel.lanes import (
     LANES,
     SHARED_BYTES,
@@ -28,6 +29,9 @@ from tinyvllm.ops.kernel.tuning import Tunable
 MAX_SPLITS = 16
 GROUPS_WANTED = 256  # threadgroups that fill a large GPU
 FEW_GROUPS = 64  # threadgroups that leave half of a large GPU's cores idle: each takes more warps
+# Threadgroups of float16 up to which a warp fetches its next tile ahead: with more, an H200 is faster with more of them
+# at a time, or with those that stream (attention_decode_hopper.py)
+GROUPS_AHEAD = 512
 RESIDENT_WARPS = 132 * 10  # that the registers of a large GPU hold
 LONG_CONTEXT = 2048  # tokens
 TILE_HEADS = 8  # query heads that are rows of a matrix tile
@@ -54,6 +58,8 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
         knobs: dict[str, tuple[int, ...]] = {"num_warps": (1, 2, 4, 8, 16), "tiles_ahead": (1, 2)}
         if self.lanes.kind == "CUDA" and (self.is_long or self.layout.num_tokens == 1):
             knobs["num_splits"] = (1, 2, 4, 8, 16, 32)
+        if self._holds_halves:
+            knobs["fetches_ahead"] = (0, 1)
         if self.packs(self.kv.keys) or self.packs(self.kv.values):
             knobs |= {"resident": (0, 2, 3, 4), "early": (0, 1), "fetches_ahead": (0, 1)}
             knobs["num_warps"] = (1, 2, 4, 6, 8, 16)
@@ -94,8 +100,19 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
     # -- dimensions in the order of codes (attention_decode_codes.py) --------------------------------------------------
 
     def packs(self, form: KVFormat) -> bool:
-        """Whether operands are made of words of two numbers, which inline PTX multiplies."""
+        """Whether numbers are codes, of which words are made."""
         return form.is_quantized and self.mma.kind == "CUDA"
+
+    def in_words(self, form: KVFormat) -> bool:
+        """Whether operands are made of words of two numbers, which inline PTX multiplies."""
+        return self.packs(form) or (self._holds_halves and self.fetches_ahead > 0)
+
+    @property
+    def _holds_halves(self) -> bool:
+        """Whether keys and values are float16 of which a lane can load 16 bytes at once, and has registers for two
+        tiles."""
+        is_float16 = self.mma.kind == "CUDA" and not self.kv.is_quantized
+        return is_float16 and self.head_dim % (RUN * RUN) == 0 and not self.is_wide
 
     @property
     def runs_at_once(self) -> int:
@@ -162,7 +179,12 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
         on CUDA only, and only if contexts may be long."""
         splits, is_cuda = MAX_SPLITS, self.lanes.kind == "CUDA"
         if self.layout.num_tokens == 1:
-            return self.knob("num_splits", splits // 2 if is_cuda and not self.is_long else splits)
+            if is_cuda:
+                # a multiprocessor has registers for one threadgroup: those that wait for a second turn, even to find
+                # that they have no tokens, cost more than more splits gain
+                most = MULTIPROCESSORS // self.head_groups
+                splits = min(2 * MAX_SPLITS if self.is_long else MAX_SPLITS // 2, 1 << max(0, most.bit_length() - 1))
+            return self.knob("num_splits", splits)
         groups = self.layout.num_tokens * self.head_groups
         while splits > 1 and splits * groups > GROUPS_WANTED:
             splits //= 2
@@ -223,8 +245,10 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
 
     @property
     def fetches_ahead(self) -> int:
-        """1 if a warp loads the codes of a pass while it attends to those of the pass before."""
-        return self.knob("fetches_ahead", int(self._packs_both and self.is_long and not self.is_wide))
+        """1 if a warp loads the keys and values of a pass while it attends to those of the pass before."""
+        is_worth_it = self._holds_halves and self.layout.num_tokens * self.head_groups <= GROUPS_AHEAD
+        is_worth_it = is_worth_it or (self._packs_both and not self.is_wide)
+        return self.knob("fetches_ahead", int(is_worth_it and self.is_long))
 
     @property
     def _packs_both(self) -> bool:

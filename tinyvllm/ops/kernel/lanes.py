@@ -56,6 +56,7 @@ WORDS = VectorType(20, 128, "uint4", None)  # four words of two halves
 TWO_WORDS = VectorType(20, 64, "uint2", None)
 LOAD_WORDS = "*((uint4*)({0}))"
 LOAD_TWO = "*((uint2*)({0}))"
+LOAD_WORDS_IF = "({1} ? *((uint4*)({0})) : make_uint4(0u, 0u, 0u, 0u))"
 PERMUTE = "__byte_perm({0}, %#x, %#x)"
 PERMUTE_BY = "__byte_perm({0}, {1}, {2})"  # nibbles of {2}, without their highest bits, choose among eight bytes
 FUSE = (
@@ -427,6 +428,14 @@ def load_cuda_vectors(buffer: UOp, at: UOp, count: int) -> list[UOp]:
     # the zero is not rendered: it makes tinygrad include the header that declares the buffer's type
     zero, per_load = UOp.const(0.0, buffer.dtype), 16 // buffer.dtype.itemsize
     return [UOp(Ops.CUSTOM, WORDS, src=(buffer[at + i], zero), arg=LOAD_WORDS) for i in range(0, count, per_load)]
+
+
+def load_cuda_words_if(is_wanted: UOp, buffer: UOp, at: UOp, count: int) -> list[UOp]:
+    """The `count` words of neighbors from `at` on, a multiple of 16 bytes, in an aligned buffer; zeros unless
+    `is_wanted`."""
+    zero, size = UOp.const(0.0, buffer.dtype), buffer.dtype.itemsize  # zero: as in `load_cuda_vectors`
+    places = [buffer[at + i] for i in range(0, count * 4 // size, 16 // size)]
+    return _words_of([UOp(Ops.CUSTOM, WORDS, src=(place, is_wanted, zero), arg=LOAD_WORDS_IF) for place in places], 4)
 
 
 def floats_of_vectors(loads: Sequence[UOp], dtype: DType) -> list[UOp]:

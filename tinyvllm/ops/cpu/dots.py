@@ -195,11 +195,13 @@ class DotProduct:
         stores = []
         for r, row in enumerate(self.rows):
             at = r * PANEL + lane
-            # in C, because tinygrad does not order a load of its own after a statement
-            dot = UOp(Ops.CUSTOM, I32, src=(sums[at], statement), arg="(*{0})").cast(F32)
-            value = acc[at].load() + dot * (scale * x.factor(row, group, 0))
+            # in C, because tinygrad does not order a load of its own after a statement, and would multiply in another
+            # order than the statement of many rows (unpacked_dots.py), so that a row would depend on its neighbors
+            operands = (sums[at], statement, scale, x.factor(row, group, 0), acc[at].load())
+            value = UOp(Ops.CUSTOM, F32, src=operands, arg="({4} + (float)(*{0}) * ({2} * {3}))")
             if of_total is not None:
-                value = value + of_total * x.factor(row, group, 1)
+                total = x.factor(row, group, 1)
+                value = UOp(Ops.CUSTOM, F32, src=(value, of_total, total), arg="({0} + ({1}) * {2})")
             stores.append(acc[at].store(value))
         return UOp.group(*stores).end(lane, group)
 

@@ -156,6 +156,7 @@ def test_https_over_handed_over_connections(tmp_path: Path) -> None:
         server.stop()
 
 
+@pytest.mark.sweep
 def test_a_unix_socket_is_shared_too(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with running_server(uds=path) as server:
@@ -244,6 +245,7 @@ def test_a_dead_engine_ends_the_server_with_an_error() -> None:
         assert "engine 0 was killed by SIGKILL" in server.events[-1]["text"]
 
 
+@pytest.mark.sweep
 def test_clients_hear_of_a_dead_engine_whose_children_live_on() -> None:
     with running_server(num_front_ends=1, load="forks") as server:
         server.wait_until_ready()
@@ -253,6 +255,7 @@ def test_clients_hear_of_a_dead_engine_whose_children_live_on() -> None:
         assert server.wait() == 1
 
 
+@pytest.mark.sweep
 def test_an_engine_that_dies_during_the_drain_decides_the_exit_code() -> None:
     with running_server(num_front_ends=1) as server:
         server.wait_until_ready()
@@ -370,6 +373,7 @@ def test_a_stop_while_the_engine_loads_is_clean() -> None:
         assert not server.run_dir.exists()
 
 
+@pytest.mark.sweep
 def test_a_stop_does_not_wait_for_the_threads_of_a_front_end() -> None:
     with running_server(num_front_ends=1, config={"served_model_name": "slow"}) as server:
         server.wait_until_ready()
@@ -378,6 +382,7 @@ def test_a_stop_does_not_wait_for_the_threads_of_a_front_end() -> None:
         assert time.monotonic() - start_s < 15  # its thread sleeps for 20
 
 
+@pytest.mark.sweep
 def test_a_second_signal_does_not_wait_long_for_a_front_end_that_stands_still() -> None:
     with running_server(num_front_ends=1) as server:
         server.wait_until_ready()

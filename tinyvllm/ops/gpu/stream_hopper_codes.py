@@ -60,7 +60,7 @@ MAX_ROW_TILE = 256
 WARP_ROWS = 16
 # what a product costs, in ns (measured on an H200)
 # Of the tensor cores, for a group of warps: a stage's eight wgmma take 4 cycles for each token, and about 19 each in
-# addition, to fetch the weights from registers
+# addition, while groups unpack
 TOKEN_TIME, PRODUCT_TIME = 2.3, 85.0
 FEW_GROUPS_TIME = 1.1  # times as long where at most two groups take turns
 CHAIN_TIME = 400.0  # of a stage, at least: reading codes, two batches of products, and scaling their sums

@@ -21,12 +21,12 @@ from tinyvllm.ops.formats.matrix import Matrix, pack
 from tinyvllm.ops.gpu import plane_ring
 from tinyvllm.ops.gpu.fused import plane_sizes
 from tinyvllm.ops.gpu.plane_ring import CHUNK_COLS, TILE_ROWS
-from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, streamed_vector_kernel
+from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, make_stream_place, streamed_vector_kernel
 from tinyvllm.ops.gpu.quantized_stream_floats import StreamedFloatSpec, streamed_float_kernel
 from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS, StreamedMatrixSpec, streamed_matrix_kernel
 from tinyvllm.ops.kernel.body import F16, F32, KernelFn, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, allows_wgmma, declared_bytes
-from tinyvllm.ops.kernel.lanes import Lanes, Mma
+from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 
 Streamed = StreamedVectorSpec | StreamedMatrixSpec
@@ -101,6 +101,18 @@ def test_kernels_have_the_memory_that_they_say(fmt: str, tokens: int, rows: int,
     assert declared_bytes(source.encode()) == spec.dynamic_bytes <= HOPPER_SHARED_BYTES
     assert source.count("{") == source.count("}")
     assert "cp.async.bulk.shared" in source
+
+
+@pytest.mark.parametrize("fmt", ["Q4_K", "FP8-float32"])
+def test_the_warp_that_fetches_reads_nothing_else(fmt: str) -> None:
+    """It leaves before the others meet, and what is loaded before that exists for it too."""
+    spec = streamed(fmt, 1, 6144, 4096)
+    assert isinstance(spec, StreamedVectorSpec)
+    assert make_stream_place(spec).thread.vmax == spec.warps * LANES - 1
+    source = to_program(render(spec), make_renderer("CUDA sm_90")).src[2].arg
+    fetching, others = source.split("#define __syncthreads()")
+    assert f"threadIdx.y == {spec.warps}" in fetching and "return;" in fetching
+    assert "__syncthreads" not in fetching and f"bar.sync 1, {spec.warps * LANES};" in others
 
 
 def test_products_that_streams_cover_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +190,7 @@ def test_one_row_is_multiplied_by_e4m3() -> None:
         if activation:
             gate, up = expected[:, : rows // 2], expected[:, rows // 2 :]
             expected = gate / (1 + np.exp(-gate)) * up
-        for chosen in ((), (("block", 1),), (("parts", cols // 1024),), (("stages", 3), ("early", 0))):
+        for chosen in ((), (("block", 1),), (("parts", cols // 1024),), (("stages", 3), ("stages_ahead", 2))):
             result = product(streamed("FP8-float32", 1, rows, cols, activation=activation, chosen=chosen), matrix, x)[0]
             np.testing.assert_allclose(result, expected, atol=1e-3 * np.abs(expected).max())
 

@@ -31,11 +31,20 @@ MOST = 127 << 8  # of which the rounded upper byte is a signed one
 LEAST = 1e-30  # keeps columns of zeros from being divided by zero
 PLANE_WORDS = PANEL // 4  # words of a run in one plane
 RUN_WORDS = 2 * PLANE_WORDS + 4  # from one run to the next: eight lanes' vectors lie in different banks
-MAGNITUDE = 0x7FFFFFFF  # the bits of a float32 but its sign: they are in the order of the values, and of NaN above them
-LARGEST = "__uint_as_float(__reduce_max_sync(0xffffffffu, {0}))"
-RECIPROCAL, RECIPROCAL_ROOT = "__fdividef(1.0f, {0})", "rsqrtf({0})"
-# {0} * {1}, rounded to an integer: the sum of a number below 2^22 and 1.5 * 2^23 has the integer as its lowest bits
-ROUND = "(__float_as_int(__fmaf_rn({0}, {1}, 12582912.0f)) - 0x4B400000)"
+# The larger magnitude of two; NaN if one is
+LARGER = (
+    '[](float a, float b) {{ float c; asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(fabsf(a)), "f"(fabsf(b)));'
+    " return c; }}({0}, {1})"
+)
+# the bits of magnitudes are in their order, and those of NaN above them
+LARGEST = "__uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint({0})))"
+RECIPROCAL = '[](float a) {{ float b; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(b) : "f"(a)); return b; }}({0})'
+RECIPROCAL_ROOT = "rsqrtf({0})"
+# The integer nearest to {0} * {1}, plus a constant, as the lowest 16 bits: of a number below 2^22, the sum with
+# 1.5 * 2^23 has it as its lowest bits
+ROUND = "__float_as_uint(__fmaf_rn({0}, {1}, %.1ff))"
+ROUNDED, TO_UPPER = ROUND % (3 << 22), ROUND % ((3 << 22) + 128)
+SUM_BYTES = "__dp4a((int){0}, 0x01010101, {1})"
 FOUR_BYTES = "__byte_perm(__byte_perm({0}, {1}, 0x%d%d), __byte_perm({2}, {3}, 0x%d%d), 0x5410)"
 
 
@@ -69,7 +78,7 @@ def stage_fixed_row(
 ) -> FixedRow:
     """Wait for the previous kernels, and bring x into threadgroup memory, as `stage_row`; begin the walk meanwhile."""
     source = RowSource(spec, operands, place, [walk.begun])
-    loaded, stores, squares = source.read_before(walk.begin_rest), [], None
+    loaded, stores, squares = source.read_before(walk.hurry), [], None
     if x_out is not None:
         loaded = finish_sum(spec, place, source, loaded)
         stores = store_sum(spec, place, source, loaded, x_out)
@@ -94,18 +103,22 @@ def _store(
             both = condition if ok is None else ok if condition is None else condition & ok
             return index if both is None else index.valid(both)
 
-        bits = balanced([value.bitcast(U32) & MAGNITUDE for value in values], UOp.maximum)
-        largest = UOp(Ops.CUSTOM, F32, src=(bits,), arg=LARGEST).maximum(LEAST)
+        largest = balanced(values, lambda one, other: UOp(Ops.CUSTOM, F32, src=(one, other), arg=LARGER))
+        largest = UOp(Ops.CUSTOM, F32, src=(largest,), arg=LARGEST).maximum(LEAST)
         per_unit = UOp(Ops.CUSTOM, F32, src=(largest,), arg=RECIPROCAL) * float(MOST)
-        numbers = [UOp(Ops.CUSTOM, I32, src=(value, per_unit), arg=ROUND) for value in values]
         run, part = piece // (PANEL // PIECE), piece % (PANEL // PIECE)
-        # the upper byte, rounded, and the lower one
-        for plane, (source_, byte) in enumerate((([number + 128 for number in numbers], 1), (numbers, 0))):
-            start, text = run * RUN_WORDS + plane * PLANE_WORDS + part * 2, FOUR_BYTES % ((byte + 4, byte) * 2)
+        sides = []  # the sum of the upper bytes, rounded, and of the lower ones
+        for plane, (text, byte) in enumerate(((TO_UPPER, 1), (ROUNDED, 0))):
+            numbers = [UOp(Ops.CUSTOM, U32, src=(value, per_unit), arg=text) for value in values]
+            start, side = run * RUN_WORDS + plane * PLANE_WORDS + part * 2, UOp.const(0, I32)
             for i in range(2):
-                word = UOp(Ops.CUSTOM, U32, src=tuple(source_[4 * i : 4 * i + 4]), arg=text)
+                four = FOUR_BYTES % ((byte + 4, byte) * 2)
+                word = UOp(Ops.CUSTOM, U32, src=tuple(numbers[4 * i : 4 * i + 4]), arg=four)
                 stores.append(words[inside(start + i)].store(word))
-        total = spec.lanes.sum(balanced(numbers).cast(F32), (1, 2)[: per_group // 2])  # exact: below 2**24
+                side = UOp(Ops.CUSTOM, I32, src=(word, side), arg=SUM_BYTES)
+            sides.append(side)
+        total = (sides[0] * 256 + sides[1]).cast(F32)  # exact, as those of its lanes: below 2**24
+        total = spec.lanes.sum(total, (1, 2)[: per_group // 2])
         stores.append(sums[inside(piece // per_group, (piece % per_group).eq(0))].store(total))
         at = piece // (UNIT_COLS // PIECE)
         stores.append(units[inside(at, (piece % LANES).eq(0))].store(largest * (1.0 / MOST)))

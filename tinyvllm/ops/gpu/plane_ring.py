@@ -7,8 +7,10 @@ loads, such as of the scales of 32 columns, read threadgroup memory: from device
 the codes.
 
 The copy engine takes about 60 cycles for each copy, so that a stage is copied in a few: whole planes of 16 rows where
-that is possible. The warp that is the last to have read a stage starts the copies that fill it again: a warp that did
-only that would keep registers from the others, and one that waited for the others would be late itself.
+that is possible. Of one row's products, a warp of its own fetches: from before the previous kernel has ended until the
+ring is full, and then what the others have read. Only a few stages are on their way at once, because other loads would
+wait for all of them. Of several rows' products, whose warps need the registers, the warp that is the last to have read
+a stage fills it again.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from tinyvllm.arrays import Format
 from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
 from tinyvllm.ops.formats.runs import PlaneReader
 from tinyvllm.ops.kernel.body import F32, I32, U32, Body
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, declare, make_barriers, statement, wait
-from tinyvllm.ops.kernel.lanes import VectorType
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WAIT_AT, declare, hidden, make_barriers, statement, wait
+from tinyvllm.ops.kernel.lanes import LANES, VectorType
 
 TILE_ROWS = 16
 SLOTS = 8  # runs of a chunk: one for each token of the matrix unit's tile
@@ -67,7 +69,8 @@ FETCH = """auto fetch = [&](int unit) {{{{
   __syncwarp();
 }}}};
 if (threadIdx.y == 0 && threadIdx.x < {stages}) ((int*)(shared_memory + {counts}))[threadIdx.x] = 0;"""
-BEGIN = "if (threadIdx.y == 0) for (int unit = {first}; unit < {end}; unit++) fetch(unit);"
+MEET_ALL = 'asm volatile("bar.sync 0;" ::: "memory");'
+BEGIN = "if (threadIdx.y == 0) for (int unit = 0; unit < {stages}; unit++) fetch(unit);"
 # The warp that is the last to have read a stage fills it again
 RELEASE = """{{{{
   int unit = {{0}}, turn = 0;
@@ -76,6 +79,22 @@ RELEASE = """{{{{
   turn = __shfl_sync(0xffffffffu, turn, 0);
   if (turn == {warps} * (unit / {stages} + 1) - 1) fetch(unit + {stages});
 }}}}"""
+# The warp after the others keeps the ring full. The threads that meet from here on are the others
+KEEP_FULL = """if (threadIdx.y == {warps}) {{{{
+  for (int unit = 0; unit < (int)({{0}}); unit++) {{{{
+    if (unit >= {stages}) {drained}
+    int ahead = *((volatile int*)(shared_memory + {counts})) ? {ahead} : {early};
+    if (unit >= ahead) {arrived}
+    fetch(unit);
+  }}}}
+  return;
+}}}}
+#define __syncthreads() asm volatile("bar.sync 1, {threads};" ::: "memory")"""
+HURRY = "if (threadIdx.x == 0 && threadIdx.y == 0) *((volatile int*)(shared_memory + {counts})) = 1;"
+ARRIVE = (
+    "__syncwarp();\nif (threadIdx.x == 0) "
+    'asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared + {0}) : "memory");'
+)
 LOAD = "*((%s*)(shared_memory + {0}))"
 NAMES: Mapping[DType, str] = {
     dtypes.uint: "unsigned int",
@@ -126,6 +145,11 @@ class Ring:
     stages: int
     groups: int  # threadgroups of a split
     warps: int
+    teams: int = 1  # of warps, which take the tiles in turn
+
+    @property
+    def team_warps(self) -> int:
+        return self.warps // self.teams
 
     @property
     def out_tile(self) -> int:
@@ -257,11 +281,12 @@ class RingWalk:
         split: UOp | int,
         planes: Sequence[UOp],
         total: int,
-        early: int | None = None,
+        ahead: tuple[int, int] | None = None,
+        team: UOp | int = 0,
     ) -> None:
-        """`total`: bytes of dynamic threadgroup memory. `early`: how many stages it fetches at once, and the others by
-        `begin_rest`; None: all of them."""
-        self.ring, self.format, self.body, self.split = ring, fmt, body, split
+        """`total`: bytes of dynamic threadgroup memory. `ahead`: if given, the threadgroup has one more warp, which
+        does nothing but fetch, with so many stages on their way before `hurry`, and after it. `team`: of the warp."""
+        self.ring, self.format, self.body, self.split, self.team = ring, fmt, body, split, team
         tiles, groups = ring.out_tiles, ring.groups
         # how many tiles it has
         self.tiles: UOp | int = tiles // groups if tiles % groups == 0 else (tiles - 1 - number_) // groups + 1
@@ -285,15 +310,35 @@ class RingWalk:
         )
         first_part = number(split * ring.parts)
         fetch = statement(text, number(number_), units, first_part, *[plane[0] for plane in planes], memory)
-        barriers = make_barriers(ring.barriers_at, ring.stages, 1, ring.warps, memory)
-        ready = UOp(Ops.BARRIER, src=(fetch, barriers))
-        self._early = ring.stages if early is None else early
-        self.begun = statement(BEGIN.format(first=0, end=self._early), ready) if self._early else ready
+        barriers = make_barriers(ring.barriers_at, ring.stages, 1, ring.team_warps, memory)
+        ready = statement(MEET_ALL, fetch, barriers)
+        self._has_fetcher = ahead is not None
+        if ahead is not None:
+            self.begun = statement(self._keep_full(ahead), units, ready)
+        else:
+            self.begun = statement(BEGIN.format(stages=ring.stages), ready)
 
-    def begin_rest(self, after: Sequence[UOp]) -> UOp:
-        """Fetch the stages that are not fetched yet, after some loads: these would wait for what is fetched before."""
-        if self._early < self.ring.stages:
-            self.begun = statement(BEGIN.format(first=self._early, end=self.ring.stages), self.begun, *after)
+    def _keep_full(self, ahead: tuple[int, int]) -> str:
+        ring = self.ring
+        drained = f"shared + {ring.done_at} + unit % {ring.stages} * 8", f"(unit / {ring.stages} - 1) & 1"
+        before = "(unit - ahead)"
+        arrived = f"shared + {ring.barriers_at} + {before} % {ring.stages} * 8", f"{before} / {ring.stages} & 1"
+        waits = [WAIT_AT.format(*one).replace("{", "{{").replace("}", "}}") for one in (drained, arrived)]
+        return KEEP_FULL.format(
+            warps=ring.warps,
+            stages=ring.stages,
+            early=ahead[0],
+            ahead=ahead[1],
+            counts=ring.counts_at,
+            drained=waits[0],
+            arrived=waits[1],
+            threads=ring.warps * LANES,
+        )
+
+    def hurry(self, after: Sequence[UOp]) -> UOp:
+        """Let as many stages be on their way as are wanted, after some loads: these would wait for what is fetched
+        before."""
+        self.begun = statement(HURRY.format(counts=self.ring.counts_at), self.begun, *after)
         return self.begun
 
     def _copies(self) -> list[str]:
@@ -318,7 +363,11 @@ class RingWalk:
         return lines
 
     def loop(self) -> tuple[UOp | None, UOp | int]:
-        """A loop over the tiles, if there are several, and the tile's number in it."""
+        """A loop over the tiles of the warp's team, if there are several, and the tile's number in it."""
+        if self.ring.teams > 1:
+            turns = number((self.tiles - self.team + self.ring.teams - 1) // self.ring.teams)
+            loop = self.body.fold_while(hidden(turns))  # there may be only one
+            return loop, loop.cast(dtypes.weakint) * self.ring.teams + self.team
         if isinstance(self.tiles, int):
             loop = self.body.fold(self.tiles) if self.tiles > 1 else None
             return loop, 0 if loop is None else loop
@@ -335,8 +384,11 @@ class RingWalk:
         full = slot * 8 + ring.barriers_at
         waited = wait(full, unit // ring.stages % 2, self.begun, *after, *old)
         new = add(Stage(slot, number(tile), part, waited))
-        text = RELEASE.format(counts=ring.counts_at, stages=ring.stages, warps=ring.warps)
-        released = statement(text, unit, *new)
+        if self._has_fetcher:
+            released = statement(ARRIVE, slot * 8 + ring.done_at, *new)
+        else:
+            text = RELEASE.format(counts=ring.counts_at, stages=ring.stages, warps=ring.warps)
+            released = statement(text, unit, *new)
         return [UOp(Ops.CUSTOM, F32, src=(value, released), arg="{0}") for value in new]
 
     def planes(self, stage: Stage, row: UOp) -> Planes:

@@ -17,20 +17,20 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, TypeVar
 
-from tinygrad import UOp, dtypes
+from tinygrad import UOp
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.ops.formats.code_bytes import byte_forms, read_bytes, takes_bytes
-from tinyvllm.ops.formats.matrix import Planes
+from tinyvllm.ops.formats.code_bytes import IN_PLACE, byte_forms, read_bytes, takes_bytes
+from tinyvllm.ops.formats.matrix import Planes, high_bits
 from tinyvllm.ops.gpu.chunk_scales import LaneScales
 from tinyvllm.ops.gpu.fixed_row import PLANE_WORDS, RUN_WORDS, FixedRow, fixed_words, stage_fixed_row
 from tinyvllm.ops.gpu.plane_ring import (
     CHUNK_COLS,
     LEAST_BYTES,
+    MAX_STAGES,
     MAX_WARPS,
     MIN_WARPS,
-    RING_BYTES,
     SLOTS,
     TILE_ROWS,
     Ring,
@@ -40,17 +40,19 @@ from tinyvllm.ops.gpu.plane_ring import (
     chunks_of_warp,
     number,
     plane_copies,
-    wanted_parts,
     wanted_warps,
 )
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, RowPlace, StagedRow
 from tinyvllm.ops.gpu.vector import RowOperands
 from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, balanced, cached_kernel
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, statement
-from tinyvllm.ops.kernel.lanes import LANES, carry, load_cuda_words, multiply_bytes, warps, zeros
+from tinyvllm.ops.kernel.lanes import LANES, carry, load_cuda_words, multiply_bytes, zeros
 from tinyvllm.ops.kernel.tiles import together
 
 ROW_MASKS = (1, 2)  # connect the lanes that hold one row's sums
+X_BYTES, OTHER_BYTES = 2.7, 10_000  # of threadgroup memory for a column of x, and for sums and barriers
+FEWEST_STAGES = 3
+EARLY_BYTES, BYTES_AHEAD = 40_000, 80_000  # on their way to a multiprocessor
 STATIC_BYTES = 48 << 10
 HELD_CHUNKS = 2  # of x, that a warp's registers hold
 Staged = TypeVar("Staged", bound=FixedRow | StagedRow)
@@ -68,14 +70,25 @@ class StreamedVectorSpec(QuantizedVectorSpec):
         return takes_bytes(self.format) and not any(scales.has_multiplier for scales in self.format.scales)
 
     @property
+    def num_tiles(self) -> int:
+        return self.out_rows // (TILE_ROWS // 2 if self.activation is not None else TILE_ROWS)
+
+    @property
     def num_groups(self) -> int:
-        tiles = self.out_rows // (TILE_ROWS // 2 if self.activation is not None else TILE_ROWS)
-        return min(tiles, MULTIPROCESSORS)
+        return min(self.num_tiles, MULTIPROCESSORS)
 
     @property
     def parts(self) -> int:
-        """Parts of the columns: a stage holds one of a tile's rows."""
-        return self.knob("parts", wanted_parts(self.planes, self.num_cols))
+        """Parts of the columns: a stage holds one of a tile's rows. The fewest with which some stages fit beside x, if
+        each of the fewest warps still has a chunk."""
+        chunks, best = self.num_cols // CHUNK_COLS, 1
+        room = HOPPER_SHARED_BYTES - X_BYTES * self.num_cols - OTHER_BYTES
+        tile = TILE_ROWS * sum(size for _, size in self.planes) * self.num_cols
+        for parts in (parts for parts in range(1, chunks // MIN_WARPS + 1) if chunks % parts == 0):
+            best = parts
+            if (FEWEST_STAGES if self.num_tiles > self.num_groups else 2) * tile / parts <= room:
+                break
+        return self.knob("parts", best)
 
     @property
     def part_chunks(self) -> int:
@@ -83,8 +96,20 @@ class StreamedVectorSpec(QuantizedVectorSpec):
 
     @property
     def warps(self) -> int:
-        """Warps, which split a stage's blocks: as many as there can be whose shares are equal."""
-        return self.knob("warps", wanted_warps(self.part_blocks))
+        """Warps, of which each team splits a stage's blocks: as many as there can be whose shares are equal."""
+        return self.knob("warps", wanted_warps(self.part_blocks) * self.teams)
+
+    @property
+    def teams(self) -> int:
+        """Teams of warps, which take the tiles in turn: two, if there are tiles for them, and warps. (NVIDIA H200, a
+        step of Llama-3.1-8B in Q6_K, 8 layers: one 553 us, two 574.)"""
+        is_short = self.format.bits <= IN_PLACE and not high_bits(self.format)
+        has_two = self.num_tiles > self.num_groups and 2 * wanted_warps(self.part_blocks) <= MAX_WARPS
+        return self.knob("teams", 2 if is_short and has_two else 1)
+
+    @property
+    def team_warps(self) -> int:
+        return self.warps // self.teams
 
     @property
     def block(self) -> int:
@@ -97,7 +122,7 @@ class StreamedVectorSpec(QuantizedVectorSpec):
 
     @property
     def _may_hold_x(self) -> bool:
-        return self.parts == 1 and -(-self.part_blocks // self.warps) * self.block <= HELD_CHUNKS
+        return self.parts == 1 and -(-self.part_blocks // self.team_warps) * self.block <= HELD_CHUNKS
 
     @property
     def is_resident(self) -> bool:
@@ -114,11 +139,19 @@ class StreamedVectorSpec(QuantizedVectorSpec):
         return self.ring.stages
 
     @property
+    def stages_ahead(self) -> int:
+        """Stages that are on their way at once, from when x has been asked for. (NVIDIA H200, a step of Llama-3.1-8B in
+        Q4_K, 8 layers: two 411 us, one 426.)"""
+        return self.knob("stages_ahead", self._stages_of(BYTES_AHEAD))
+
+    @property
     def early(self) -> int:
-        """Stages that are fetched before the previous kernel has ended. The loads of x, and of a norm's weights, wait
-        until they have come. (NVIDIA H200, a step of Llama-3.1-8B in Q4_K: all of them 1,562 us, one 1,450, none for
-        products of normed rows 1,500.)"""
-        return self.knob("early", 1)
+        """The same before: the loads of x, and of a norm's weights, wait until they have come."""
+        return min(self._stages_of(EARLY_BYTES), self.stages_ahead)
+
+    def _stages_of(self, num_bytes: int) -> int:
+        size = TILE_ROWS * sum(size for _, size in self.planes) * self.num_cols / self.parts
+        return min(self.stages, max(1, int(num_bytes / size)))
 
     @cached_property
     def ring(self) -> Ring:
@@ -131,21 +164,30 @@ class StreamedVectorSpec(QuantizedVectorSpec):
             stages=1,
             groups=self.num_groups,
             warps=self.warps,
+            teams=self.teams,
         )
-        return replace(ring, stages=self.knob("stages", ring.wanted_stages(RING_BYTES)))
+        room = HOPPER_SHARED_BYTES - self.shared_bytes - self._sum_bytes(ring)
+        most = min(MAX_STAGES, max(2, ring.most_tiles * ring.parts))
+        fitting = (n for n in range(most, 2, -1) if replace(ring, stages=n).bytes <= room)
+        return replace(ring, stages=self.knob("stages", next(fitting, 2)))
+
+    def _sum_bytes(self, ring: Ring) -> int:
+        """Of the warps' sums of all tiles."""
+        return ring.most_tiles * self.team_warps * TILE_ROWS * 4
 
     @property
     def dynamic_bytes(self) -> int:
-        return max(LEAST_BYTES, self.ring.bytes + self.ring.most_tiles * self.warps * TILE_ROWS * 4)
+        return max(LEAST_BYTES, self.ring.bytes + self._sum_bytes(self.ring))
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         return {
             "parts": (1, 2, 4, 7, 8),
-            "warps": (4, 7, 8, 14, 16),
-            "stages": (2, 3, 4, 6),
+            "warps": (7, 8, 14, 16),
+            "stages": (2, 3, 4, 5),
             "holds_x": (0, 1),
             "block": (1, 2),
-            "early": (0, 1, 2),
+            "stages_ahead": (1, 2),
+            "teams": (1, 2),
         }
 
     def is_possible(self) -> bool:
@@ -154,16 +196,29 @@ class StreamedVectorSpec(QuantizedVectorSpec):
             self.num_cols % CHUNK_COLS == 0
             and chunks % self.parts == 0
             and self.part_chunks % self.block == 0
-            and 1 < self.warps <= min(MAX_WARPS, self.part_blocks)
+            and 1 < self.team_warps <= self.part_blocks
+            and self.warps <= MAX_WARPS
+            and self.warps % self.teams == 0
+            and self._teams_follow
             and self.out_rows % TILE_ROWS == 0
             and self.takes_format
-            and self.early <= self.stages
+            and 1 <= self.stages_ahead <= self.stages
             and self.experts is None
             and self.split is None
             and self.ring.is_possible
             and self.shared_bytes <= STATIC_BYTES
             and self.shared_bytes + self.dynamic_bytes <= HOPPER_SHARED_BYTES
         )
+
+    @property
+    def _teams_follow(self) -> bool:
+        """Whether a team that waits for a stage's next phase knows that the one before has ended. It knows that of the
+        stages before those that were on their way with the last one that it waited for."""
+        tiles, between = self.ring.most_tiles, (self.teams - 1) * self.parts
+        if self.teams == 1 or tiles * self.parts <= self.stages:
+            return tiles >= self.teams
+        turn = between if tiles > self.teams else 0
+        return self.stages > between and self.stages > turn + self.stages_ahead
 
     def _shared_bytes(self, staged_run: int) -> int:
         """Of x, its sums, and sums of the warps."""
@@ -179,14 +234,25 @@ def streamed_vector_kernel(spec: StreamedVectorSpec) -> KernelFn:
         x_out = buffers.pop(0) if spec.sum is not None else None
         planes = [buffers.pop(0) for _ in range(Planes.count(spec.format))]
         operands = RowOperands.take(spec, buffers)
-        body = Body()
-        group, lane = body.grid(spec.num_groups), body.threads(LANES)
-        place = RowPlace(body, 0, group, lane, warps(body, spec.warps))
-        walk = RingWalk(spec.ring, spec.format, body, group, 0, planes, spec.dynamic_bytes, spec.early)
+        place = make_stream_place(spec)
+        walk = begin_walk(spec, place, planes)
         row = _ByteRow(spec, place, walk, stage_fixed_row(spec, place, operands, x_out, walk))
         return spec.finish(row.staged.stores + row.finish(row.multiply(), out), place.axes)
 
     return kernel
+
+
+def make_stream_place(spec: StreamedVectorSpec) -> RowPlace:
+    """The place of a thread; one more warp fetches."""
+    body = Body()
+    group, lane, warp = body.grid(spec.num_groups), body.threads(LANES), body.threads(spec.warps + 1)
+    # the fetching warp leaves early, but what is loaded before must exist
+    return RowPlace(body, 0, group, lane, warp.minimum(spec.warps - 1), warp)
+
+
+def begin_walk(spec: StreamedVectorSpec, place: RowPlace, planes: list[UOp]) -> RingWalk:
+    ahead, team = (spec.early, spec.stages_ahead), place.warp // spec.team_warps
+    return RingWalk(spec.ring, spec.format, place.body, place.group, 0, planes, spec.dynamic_bytes, ahead, team)
 
 
 class StreamedRow(ABC, Generic[Staged]):
@@ -214,7 +280,8 @@ class StreamedRow(ABC, Generic[Staged]):
         stores = []
         for half, total in enumerate(totals):
             total = spec.lanes.sum(total, ROW_MASKS)
-            at = ((tile * spec.warps + place.warp) * TILE_ROWS + place.lane // 4 + 8 * half) * 4 + spec.ring.bytes
+            warp = place.warp % spec.team_warps
+            at = ((tile * spec.team_warps + warp) * TILE_ROWS + place.lane // 4 + 8 * half) * 4 + spec.ring.bytes
             stores.append(statement(KEEP, (place.lane % 4).eq(0), number(at), total))
         done = together(*stores)
         return UOp(Ops.BARRIER, src=(done if loop is None else done.end(loop),))
@@ -226,7 +293,7 @@ class StreamedRow(ABC, Generic[Staged]):
         def add(block: UOp | int, before: list[UOp]) -> list[UOp]:
             return self._add_block(stage, block, before)
 
-        return chunks_of_warp(spec.part_blocks, spec.warps, self.place.warp, old, add)
+        return chunks_of_warp(spec.part_blocks, spec.team_warps, self.place.warp % spec.team_warps, old, add)
 
     def _results(self) -> list[tuple[UOp, UOp, UOp, UOp]]:
         """The thread's results: the number of the tile in the threadgroup, the row in it, the row of the output, and
@@ -253,7 +320,8 @@ class StreamedRow(ABC, Generic[Staged]):
         for tile, row, target, inside in self._results():
 
             def total(row: UOp, tile: UOp = tile) -> UOp:
-                value = balanced(sums.at((tile * spec.warps + w) * TILE_ROWS + row) for w in range(spec.warps))
+                count = spec.team_warps
+                value = balanced(sums.at((tile * count + w) * TILE_ROWS + row) for w in range(count))
                 return value if factor is None else value * factor
 
             if spec.activation is not None:
@@ -319,9 +387,7 @@ class _ByteRow(StreamedRow[FixedRow]):
     def _words_of_x(self, stage: Stage, run: UOp) -> list[UOp]:
         """The lane's words of a run of x: of the plane of its token, if that belongs to the run's slot. Read before the
         loop, they stay in registers."""
-        spec, token, words = self.spec, self.place.lane // 4, self.staged.words
-        if not spec.holds_x:
-            words = words.after(UOp(Ops.NOOP, dtypes.void, src=(stage.waited,)))
+        spec, token, after = self.spec, self.place.lane // 4, () if self.spec.holds_x else (stage.waited,)
         is_own = (token // 2).eq(self.place.lane % 4)
         at = is_own.where(run * RUN_WORDS + token % 2 * PLANE_WORDS, spec.num_runs * RUN_WORDS)
-        return load_cuda_words(words, at, PLANE_WORDS)
+        return load_cuda_words(self.staged.words, at, PLANE_WORDS, *after)

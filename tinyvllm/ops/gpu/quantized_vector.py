@@ -274,10 +274,11 @@ class RowPlace:
     group: UOp
     lane: UOp
     warp: UOp | int
+    all_warps: UOp | int | None = None  # the axis of the warps, if others than those that multiply are among them
 
     @property
     def axes(self) -> tuple[UOp, ...]:
-        return axes_of(self.slot, self.group, self.lane, self.warp)
+        return axes_of(self.slot, self.group, self.lane, self.warp if self.all_warps is None else self.all_warps)
 
     @property
     def thread(self) -> UOp:

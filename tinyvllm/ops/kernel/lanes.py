@@ -448,13 +448,13 @@ def floats_of_vectors(loads: Sequence[UOp], dtype: DType) -> list[UOp]:
     return [half.cast(F32) for half in _in_halves(words)]
 
 
-def load_cuda_words(buffer: UOp, at: UOp, count: int) -> list[UOp]:
-    """`count` neighboring words of an aligned buffer, by one load of two or a few of four. tinygrad would load each
-    by itself."""
+def load_cuda_words(buffer: UOp, at: UOp, count: int, *after: UOp) -> list[UOp]:
+    """`count` neighboring words of an aligned buffer, by one load of two or a few of four, after some statements.
+    tinygrad would load each by itself."""
     if count == 1:
         return [buffer[at].load()]
     size, kind, text = (4, WORDS, LOAD_WORDS) if count % 4 == 0 else (2, TWO_WORDS, LOAD_TWO)
-    loads = [UOp(Ops.CUSTOM, kind, src=(buffer[at + i],), arg=text) for i in range(0, count, size)]
+    loads = [UOp(Ops.CUSTOM, kind, src=(buffer[at + i], *after), arg=text) for i in range(0, count, size)]
     return _words_of(loads, size)
 
 

@@ -134,6 +134,10 @@ def test_products_that_streams_cover_take_them(monkeypatch: pytest.MonkeyPatch) 
     assert kinds("FP8-float32", 64, 14 * CHUNK_COLS) == usual  # too small
     monkeypatch.setattr(plane_ring, "FEWEST_FLOATS_OF_A_ROW", 0)
     assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == ["StreamedVectorSpec", "StreamedMatrixSpec", "MatrixSpec"]
+    assert kinds("affine4_g64-float16", 64, 14 * CHUNK_COLS)[1] == "MatrixSpec"
+    monkeypatch.setattr(plane_ring, "LEAST_SIDE", 0)
+    assert kinds("affine4_g64-float16", 64, 14 * CHUNK_COLS)[1] == "StreamedMatrixSpec"
+    assert kinds("affine4_g64-float16", 64, 10 * CHUNK_COLS)[1] == "MatrixSpec"
     assert kinds("Q6_K", 64, 2 * CHUNK_COLS) == ["StreamedVectorSpec", "MatrixSpec", "MatrixSpec"]
     assert kinds("Q4_0", 64, 7 * CHUNK_COLS) == ["StreamedVectorSpec", "MatrixSpec", "MatrixSpec"]
     assert kinds("Q4_0", 64, 6 * CHUNK_COLS) == usual  # less than a chunk a warp
@@ -155,7 +159,7 @@ def test_a_threadgroup_may_have_a_single_tile(tokens: int, rows: int, cols: int)
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 2, 8])
-@pytest.mark.parametrize("fmt", ["Q4_K"])  # of those that `is_worth_streaming` lets stream
+@pytest.mark.parametrize("fmt", ["Q4_K", "affine4_g64-float16"])  # of those that `is_worth_streaming` lets stream
 def test_streams_compute_what_the_values_give(fmt: str, tokens: int) -> None:
     """In Q4_K by every choice of the knobs; a row's result does not depend on the others."""
     device = open_device()

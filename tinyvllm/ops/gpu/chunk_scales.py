@@ -38,6 +38,15 @@ class ChunkScales:
 
         return self._factor(entry)
 
+    def at_group(self, group: UOp) -> UOp:
+        """The scale of a group of the chunk, whose number is data."""
+
+        def entry(plane: SharedPlane, span: int, *, is_number: bool = False) -> UOp:
+            value = plane.at(self.chunk * (CHUNK_COLS // span) + group // (span // self.format.group))
+            return value.cast(I32).cast(F32) if is_number else value
+
+        return self._factor(entry)
+
     def _factor(self, entry: Callable[..., UOp]) -> UOp:
         if self.common is not None:
             return entry(self.scales.steps, self.format.group, is_number=True)
@@ -114,6 +123,10 @@ class Scaled:
     def add(self, value: UOp, factor: UOp) -> None:
         product = value * factor
         self.total = product if self.total is None else self.total + product
+
+    def add_weighed(self, value: UOp) -> None:
+        """Add products of scales."""
+        self.total = value if self.total is None else self.total + value
 
     def added_to(self, total: UOp) -> UOp:
         if self.total is None:

@@ -35,6 +35,7 @@ CHUNK_COLS = SLOTS * PANEL
 MAX_WARPS = 16
 MAX_STAGES = 8
 MAX_BITS, FEWEST_CODES = 4, 1 << 23  # of a matrix that is worth a ring
+LEAST_SIDE = 4096  # of its rows and columns, unless scales are bytes
 FEWEST_CODES_OF_A_ROW = 1 << 21  # the same for one row, unless scales are bytes
 FEWEST_FLOATS_OF_A_ROW = 20 << 20  # the same of e4m3
 BARRIER_BYTES = 256
@@ -433,9 +434,17 @@ def is_worth_streaming_row(fmt: Format, num_rows: int, num_cols: int) -> bool:
 
 def is_worth_streaming(fmt: Format, num_rows: int, num_cols: int) -> bool:
     """Whether a product of a few rows is faster with a ring than with loads into registers: of codes up to 4 bits with
-    scales and minimums of a byte, which are many small loads (K quants), and where a multiprocessor has some tiles."""
-    has_small_scales = fmt.minimum is not None and fmt.minimum.has_steps
-    return has_small_scales and fmt.bits <= MAX_BITS and num_rows * num_cols >= FEWEST_CODES
+    minimums, whose scales and minimums are many small loads. In steps of a byte (K quants), where a multiprocessor has
+    some tiles; others (MLX), where each of at least 14 warps has a chunk of a large matrix as well.
+
+    NVIDIA H200, 8B in MLX's 4 bits, a step with 4 layers: 368 us instead of 408 at 8 rows, 346 instead of 365 at 3. 1B
+    with 6 layers: 236 instead of 219."""
+    if fmt.minimum is None or fmt.bits > MAX_BITS:
+        return False
+    if fmt.minimum.has_steps:
+        return num_rows * num_cols >= FEWEST_CODES
+    chunks = num_cols // CHUNK_COLS
+    return min(num_rows, num_cols) >= LEAST_SIDE and any(chunks % warps == 0 for warps in (14, MAX_WARPS))
 
 
 def wanted_warps(chunks: int) -> int:

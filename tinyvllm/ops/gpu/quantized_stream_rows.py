@@ -1,13 +1,15 @@
 """A few token rows (2 to 8) times a quantized matrix on Hopper: codes stream through threadgroup memory.
 
 All warps multiply each stage: they split its columns into chunks of 256. Each group of columns has sums of its own,
-which are multiplied by the group's scale: for so few rows, that takes fewer instructions than scaling the weights. The
-warps' sums of a tile are added up through threadgroup memory while the next tile is multiplied.
+which are multiplied by the group's scale: for so few rows, that takes fewer instructions than scaling the weights.
+Minimums of 16 bits times the sums of x over the groups are a product as well, of a few columns: in tf32, in which they
+are exact, and sums have two parts. Minimums in steps of a byte (K quants) are multiplied one by one: 1 % faster.
+The warps' sums of a tile are added up through threadgroup memory while the next tile is multiplied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -41,7 +43,18 @@ from tinyvllm.ops.gpu.plane_ring import (
 from tinyvllm.ops.gpu.quantized_vector import RowPlace
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, statement, wait
-from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma, await_previous, axes_of, carry, grid, warps, zeros
+from tinyvllm.ops.kernel.lanes import (
+    LANES,
+    Lanes,
+    Mma,
+    await_previous,
+    axes_of,
+    carry,
+    grid,
+    multiply_tf32,
+    warps,
+    zeros,
+)
 from tinyvllm.ops.kernel.tuning import Tunable
 
 TOKENS = 8  # of a tile of the matrix unit
@@ -50,6 +63,9 @@ PAIRED_BYTES = 112 << 10  # of threadgroup memory, of which two threadgroups fit
 FEW_ROWS, FEW_BYTES, MANY_BYTES = 8192, 60 << 10, 136 << 10
 PIECE = 8  # sums of a tile that a warp adds up at once, each by four lanes
 PIECE_LANES, PIECE_MASKS = LANES // PIECE, (8, 16)
+TERMS = 8  # columns of a product in tf32
+SEEN_BITS = 0xFFFFE000  # of a float32 in tf32
+EXACT_SCALES = ("float16", "bfloat16")  # in tf32
 ARRIVE = (
     "__syncwarp();\nif (threadIdx.x == 0) "
     'asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared + {0}) : "memory");'
@@ -95,6 +111,12 @@ class StreamedMatrixSpec(Tunable):
         possible = [s for s in (1, 2, 4, 8) if self.num_cols // CHUNK_COLS % s == 0 and not (self.is_gated and s > 1)]
         splits = next((s for s in possible if size // s <= most), possible[-1])
         return self.knob("splits", splits)
+
+    @property
+    def has_one_chunk(self) -> bool:
+        """Whether a warp's only chunk of x stays in registers. Others would fill them if they were read before the
+        loop over tiles."""
+        return self.parts == 1 and self.warps == self.part_chunks and self.token_tiles == 1
 
     @property
     def token_tiles(self) -> int:
@@ -207,6 +229,12 @@ class StreamedMatrixSpec(Tunable):
             and self.ring.is_possible
             and self.dynamic_bytes <= HOPPER_SHARED_BYTES
         )
+
+    @property
+    def weighs_minimums(self) -> bool:
+        """Whether minimums are multiplied by the matrix unit, in tf32."""
+        form = self.format.minimum
+        return form is not None and not form.has_steps and form.dtype in EXACT_SCALES
 
 
 @cached_kernel
@@ -330,11 +358,10 @@ class _StreamedRows:
         rows = [self.walk.planes(stage, lane // 4 + 8 * half) for half in range(2)]
         form = pair_forms(spec.format, spec.mma)[0]
         scales = [ChunkScales(planes.scale, spec.format, local, form.unit) for planes in rows]
-        minima = [
-            None if planes.minimum is None else ChunkScales(planes.minimum, spec.format, local) for planes in rows
-        ]
+        minima = [ChunkScales(planes.minimum, spec.format, local) for planes in rows if planes.minimum is not None]
+        single = [] if spec.weighs_minimums else minima  # multiplied one by one
         scaled = [Scaled(scales[i // 2 % 2]) for i in range(len(old))]
-        shifted = [Scaled(minima[i // 2 % 2] or scales[i // 2 % 2]) for i in range(len(old))]
+        shifted = [Scaled((single or scales)[i // 2 % 2]) for i in range(len(old))]
         for run in range(SLOTS):
             codes = [read_quarter(planes, local * SLOTS + run, lane % 4, spec.mma) for planes in rows]
             for tile in range(spec.token_tiles):
@@ -347,9 +374,37 @@ class _StreamedRows:
                     )
                     for e, value in enumerate(acc):
                         scaled[4 * tile + e].add(value, scales[e // 2].of_run(run, g))
-                        if (minimum := minima[e // 2]) is not None:
-                            shifted[4 * tile + e].add(x.sums(g)[e % 2], minimum.of_run(run, g))
-        return [shifted[i].added_to(scaled[i].added_to(value)) for i, value in enumerate(old)]
+                        if single:
+                            shifted[4 * tile + e].add(x.sums(g)[e % 2], single[e // 2].of_run(run, g))
+        new = [shifted[i].added_to(scaled[i].added_to(value)) for i, value in enumerate(old)]
+        return self._add_minima(minima, stage, staged, chunk, new) if spec.weighs_minimums else new
+
+    def _add_minima(
+        self, minima: Sequence[ChunkScales], stage: Stage, staged: UOp, chunk: UOp, old: list[UOp]
+    ) -> list[UOp]:
+        """A lane's sums after a chunk's minimums, of its two rows, times sums of x over the groups."""
+        spec, lane, new = self.spec, self.place.lane, list(old)
+        sums = SharedPlane(F32, UOp.const(spec.sums_at, I32), staged if spec.has_one_chunk else stage.waited)
+        count = SLOTS * spec.groups
+        for tile in range(spec.token_tiles):
+            products = zeros(4)
+            for first in range(0, count, TERMS):
+                columns = [lane % 4 + first + half for half in (0, TERMS // 2)]
+                groups = [column * (PANEL // spec.groups) // spec.format.group for column in columns]
+                weights = [[minimum.at_group(group).bitcast(U32) for group in groups] for minimum in minima]
+                values = [
+                    sums.at((chunk * count + column) * spec.held_tokens + tile * TOKENS + lane // 4)
+                    for column in columns
+                ]
+                upper = [value.bitcast(U32) & SEEN_BITS for value in values]
+                lower = [(v - high.bitcast(F32)).bitcast(U32) for v, high in zip(values, upper, strict=True)]
+                for right in (upper, lower):
+                    products = multiply_tf32(self.place.body, weights, right, products)
+            for e, product in enumerate(products):
+                total = Scaled(minima[e // 2])
+                total.add_weighed(product)
+                new[4 * tile + e] = total.added_to(new[4 * tile + e])
+        return new
 
     def _store(self, out: UOp, tile: UOp, kept: UOp, exists: UOp | None) -> list[UOp]:
         """Add up the warps' sums of a tile: a warp adds eight neighbors, with four lanes for each."""
@@ -393,10 +448,10 @@ class _TileOfX:
 
     def __init__(self, spec: StreamedMatrixSpec, stage: Stage, staged: UOp, lane: UOp, tile: int, run: UOp) -> None:
         self.spec, self.run, self.first_token = spec, run, tile * TOKENS + lane % 4 * 2
-        # a warp's only chunk of x stays in registers; others would fill them if they were read before the loop
-        has_one = spec.parts == 1 and spec.warps == spec.part_chunks and spec.token_tiles == 1
         token = (tile * TOKENS + lane // 4).minimum(spec.num_tokens - 1)
-        x = SharedPlane(U32, number(spec.ring.bytes + token * spec.token_bytes), staged if has_one else stage.waited)
+        x = SharedPlane(
+            U32, number(spec.ring.bytes + token * spec.token_bytes), staged if spec.has_one_chunk else stage.waited
+        )
         self.words = x.words(run * (PANEL // 2) + lane % 4 * 4, 4)
         self._sums, self._starts = (
             SharedPlane(U32, UOp.const(at, I32), stage.waited) for at in (spec.sums_at, spec.starts_at)

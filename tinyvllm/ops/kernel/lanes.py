@@ -307,6 +307,12 @@ def multiply_bytes(body: Body, w: list[list[UOp]], x: list[UOp], start: Sequence
     return _multiply_inline(body, "m16n8k32.row.col.s32.u8.s8.s32", I32, w, x, start)
 
 
+def multiply_tf32(body: Body, w: list[list[UOp]], x: list[UOp], start: Sequence[UOp]) -> list[UOp]:
+    """As `Mma.multiply_words` on CUDA, of words of float32, of which the matrix unit ignores the lowest 13 bits. A
+    lane's words of w are in columns 4 apart."""
+    return _multiply_inline(body, "m16n8k8.row.col.f32.tf32.tf32.f32", F32, w, x, start)
+
+
 def _multiply_inline(
     body: Body, kind: str, dtype: DType, w: list[list[UOp]], x: list[UOp], start: Sequence[UOp]
 ) -> list[UOp]:

@@ -99,10 +99,7 @@ class InputPacker:
             self._pack_tables(index, plan.requests[index], plan.starts[index] + 1)
         views["draw"][:num] += starts - views["positions"][:num]
         views["positions"][:num] = starts
-        views["token_ids"][:num] = [
-            -1 - request.flight_row if request.num_in_flight == 1 else request.output_ids[-1]
-            for request in plan.requests
-        ]
+        views["token_ids"][:num] = [latest_token(request) for request in plan.requests]
         for _, (slots, tables) in self._groups:
             slots[:num] = tables[self._rows[:num], starts // size] * size + starts % size
         if self.layout.has_states:
@@ -343,11 +340,16 @@ def sampled_rows(plan: StepPlan) -> tuple[list[Request], Sequence[int], list[int
 def single_token(entry: Scheduled) -> int:
     """The id of an entry's only token, or the reference to a token in flight."""
     request = entry.request
-    if entry.samples and request.num_in_flight == 1:
-        return -1 - request.flight_row
-    if entry.samples and not request.num_in_flight:
-        return request.output_ids[-1] if request.output_ids else request.prompt_ids[-1]
+    if entry.samples and request.num_in_flight <= 1:
+        return latest_token(request)
     return known_or_fed(request, entry.start, entry.start + 1)[0]
+
+
+def latest_token(request: Request) -> int:
+    """The id of the last token of a request with at most one in flight, or the reference to that one."""
+    if request.num_in_flight:
+        return -1 - request.flight_row
+    return request.output_ids[-1] if request.output_ids else request.prompt_ids[-1]
 
 
 def known_or_fed(request: Request, start: int, stop: int) -> list[int]:

@@ -337,8 +337,9 @@ def test_a_prompt_uses_hoppers_matrix_unit_whatever_the_size_of_the_quantized_ma
     epilogue = Epilogue(activation="silu") if rows > cols else PLAIN
     out = run_product(backend, x, matrix, tokens, epilogue=epilogue)
     names = [kernel.arg.name for kernel in kernels_of([backend.whole(out)])]
-    in_stages, first = [f"test_Q4_K_{tokens}x{rows}x{cols}"], [f"unpack_Q4_K_{rows}x{cols}"]
-    expected = in_stages if tokens == 128 else [*first, f"test_float16_{tokens}x{rows}x{cols}"]
+    in_registers = [f"order_{tokens}x{cols}", f"test_Q4_K_{tokens}x{rows}x{cols}"]
+    first = [f"unpack_Q4_K_{rows}x{cols}", f"test_float16_{tokens}x{rows}x{cols}"]
+    expected = in_registers if tokens == 128 else first
     assert names[: len(expected)] == expected
 
 

@@ -21,7 +21,7 @@ from tinyvllm.ops.backend import Epilogue, Norm
 from tinyvllm.ops.formats.matrix import Matrix, pack
 from tinyvllm.ops.gpu import quantized_wgmma
 from tinyvllm.ops.gpu.fused import FusedGpuBackend, plane_sizes
-from tinyvllm.ops.gpu.quantized_wgmma import MAX_TOKENS, QuantizedWgmmaSpec, quantized_wgmma_kernel
+from tinyvllm.ops.gpu.quantized_wgmma import MAX_TOKENS, QuantizedWgmmaSpec, paired_row, quantized_wgmma_kernel
 from tinyvllm.ops.gpu.token_order import (
     CHUNK_COLS,
     order_rows_kernel,
@@ -66,7 +66,17 @@ def test_an_instruction_takes_columns_of_runs_whose_codes_share_a_word() -> None
             assert [col - first for col in cols] == [0, 2, 1, 3] and first % 4 == 0 and first // 32 == lane
 
 
-@pytest.mark.parametrize(("fmt", "tokens"), [("Q4_K", MAX_TOKENS), ("Q6_K", 9), ("Q4_0", 64), ("MXFP4-e8m0", 33)])
+def test_results_that_a_lane_stores_at_once_are_neighbors() -> None:
+    """A warp's rows of two blocks are 32 bytes of each token."""
+    assert sorted(map(paired_row, range(CHUNK_COLS))) == list(range(CHUNK_COLS))
+    for group in range(2):
+        for warp in range(4):
+            slots = [((group * 2 + block) * 4 + warp) * 8 + row for row in range(8) for block in range(2)]
+            places = [ordered_place(paired_row(slot)) for slot in slots]
+            assert places == [*range(places[0], places[0] + 16)] and places[0] % 16 == 0
+
+
+@pytest.mark.parametrize(("fmt", "tokens"), [("Q4_K", 512), ("Q6_K", 9), ("Q4_0", 64), ("MXFP4-e8m0", 33)])
 def test_a_ring_holds_each_stage_and_its_scales_until_they_are_read(fmt: str, tokens: int) -> None:
     for rows, cols in SHAPES:
         for spec in filter(QuantizedWgmmaSpec.is_possible, candidates(quantized(fmt, tokens, rows, cols))):
@@ -85,9 +95,9 @@ def test_a_ring_holds_each_stage_and_its_scales_until_they_are_read(fmt: str, to
 
 
 def render(spec: QuantizedWgmmaSpec) -> UOp:
-    sizes = [(spec.splits * spec.token_cols * spec.out_rows, F16 if spec.activation else F32)]
+    sizes = [(spec.splits * spec.all_tokens * spec.out_rows, F16 if spec.activation else F32)]
     sizes += [(int(spec.num_rows * spec.num_cols * size) // dtype.itemsize, dtype) for dtype, size in spec.planes]
-    sizes.append((spec.token_cols * spec.num_cols, F16))
+    sizes.append((spec.all_tokens * spec.num_cols, F16))
     return quantized_wgmma_kernel(spec)(
         *[UOp.placeholder((size,), dtype, slot) for slot, (size, dtype) in enumerate(sizes)]
     )
@@ -95,7 +105,12 @@ def render(spec: QuantizedWgmmaSpec) -> UOp:
 
 @pytest.mark.parametrize(
     ("fmt", "tokens", "rows", "cols", "activation"),
-    [("Q4_K", 64, 4096, 14336, None), ("Q6_K", 13, 6144, 4096, "silu"), ("Q8_0", 40, 512, 4096, "silu")],
+    [
+        ("Q4_K", 64, 4096, 14336, None),
+        ("Q6_K", 13, 6144, 4096, "silu"),
+        ("Q8_0", 40, 512, 4096, "silu"),
+        ("Q4_K", 500, 28672, 4096, "silu"),
+    ],
 )
 def test_kernels_have_the_memory_that_they_say(
     fmt: str, tokens: int, rows: int, cols: int, activation: str | None
@@ -109,9 +124,23 @@ def test_kernels_have_the_memory_that_they_say(
     assert f"wgmma.mma_async.sync.aligned.m64n{spec.token_cols}k16" in source
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(512, 4096), (512, 6144), (128, 4096), (40, 4096)])
+def test_only_the_warps_that_multiply_reach_the_products(tokens: int, rows: int) -> None:
+    """Also where a threadgroup has one tile (512 x 4,096): the warps that copy would wait for their own copies."""
+    spec = quantized("Q4_K", tokens, rows, 4096)
+    source = to_program(render(spec), make_renderer("CUDA sm_90")).src[2].arg
+    before = source[: source.index("wgmma.mma_async")]
+    assert f"<{spec.multipliers})?" in before
+    # only ranges that begin after the condition are open there
+    loops = [line for line in before[: before.index(f"<{spec.multipliers})?")].splitlines() if "for (int Ridx" in line]
+    assert not loops, loops
+
+
 def test_large_matrices_of_some_rows_take_them() -> None:
     assert [quantized("Q4_K", tokens, 4096, 14336).is_wanted for tokens in (8, 9, 64)] == [False, True, True]
     assert [quantized("Q4_K", tokens, 4096, 4096).is_wanted for tokens in (16, 17)] == [False, True]
+    assert [quantized("Q4_K", tokens, 4096, 4096).is_wanted for tokens in (64, 65, MAX_TOKENS)] == [True] * 3
+    assert [quantized("Q4_K", tokens, 8192, 2048).is_wanted for tokens in (64, 65, MAX_TOKENS)] == [True, False, False]
     assert not quantized("Q4_K", MAX_TOKENS + 1, 4096, 4096).is_possible()
     assert not quantized("Q4_K", 64, 4096, 4096 + 32).is_possible()
 
@@ -149,7 +178,10 @@ def test_rows_in_another_order_are_put_back_for_what_else_reads_them() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize(("tokens", "rows", "cols"), [(64, 512, 2048), (13, 416, 3072), (40, 20000, 1024)])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "cols"),
+    [(64, 512, 2048), (13, 416, 3072), (40, 20000, 1024), (128, 512, 2048), (500, 768, 1024)],
+)
 def test_products_are_those_of_the_reference(fmt: str, tokens: int, rows: int, cols: int) -> None:
     device = open_device()
     if not allows_wgmma(device.name):
@@ -165,3 +197,26 @@ def test_products_are_those_of_the_reference(fmt: str, tokens: int, rows: int, c
         (out,) = run_kernel(quantized_wgmma_kernel(chosen), [out], [*matrix.planes, ordered])
         got = out.numpy().reshape(chosen.splits, tokens, rows).astype(np.float64).sum(0)
         assert np.abs(got - want).max() <= 2e-3 * np.abs(want).max(), chosen.chosen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [64, 500])
+def test_hidden_values_are_those_of_the_reference(tokens: int) -> None:
+    """Gate and up, with the result in the order in which the next product reads it."""
+    device, rows, cols = open_device(), 768, 1024
+    if not allows_wgmma(device.name):
+        pytest.skip("this device has no wgmma")
+    host, lanes = make_host("Q4_K", rows, cols, seed=1), Lanes("CUDA", (F16,))
+    matrix, x = pack(host, "row", None, device.name), normal(tokens, cols, seed=2).astype(np.float16)
+    ordered = empty(token_cols(tokens) * cols, F16, device.name)
+    (ordered,) = run_kernel(order_rows_kernel(lanes, tokens, cols, False), [ordered], [device.upload(x.reshape(-1))])
+    gate, up = np.split(x.astype(np.float64) @ to_float32(host).astype(np.float64).T, 2, axis=1)
+    want = gate / (1 + np.exp(-gate)) * up
+    spec = quantized("Q4_K", tokens, rows, cols, activation="silu", orders_result=True)
+    for chosen in candidates(replace(spec, lanes=lanes)):
+        out = empty(chosen.all_tokens * chosen.out_rows, F16, device.name)
+        (out,) = run_kernel(quantized_wgmma_kernel(chosen), [out], [*matrix.planes, ordered])
+        plain = empty(tokens * chosen.out_rows, F16, device.name)
+        (plain,) = run_kernel(order_rows_kernel(lanes, tokens, chosen.out_rows, True), [plain], [out])
+        got = plain.numpy().reshape(tokens, chosen.out_rows).astype(np.float64)
+        assert np.abs(got - want).max() <= 3e-3 * np.abs(want).max(), chosen.chosen

@@ -639,7 +639,7 @@ class FusedGpuBackend(GpuBackend):
 
     def _ordered_product(self, spec: QuantizedWgmmaSpec, x: Tensor, matrix: Matrix, epilogue: Epilogue) -> Tensor:
         """As `_many_rows`, of rows in the order of token_order.py. Hidden values stay in it if `down` takes them so."""
-        tokens, rows = spec.num_tokens, spec.token_cols
+        tokens, rows = spec.num_tokens, spec.all_tokens
         if isinstance(x, Ordered) and not x.is_written:
             ordered = x.ordered
         else:

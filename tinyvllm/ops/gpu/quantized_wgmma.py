@@ -1,7 +1,8 @@
 """Products of several token rows with quantized weights on Hopper: wgmma takes the weights from registers.
 
 The weights are the instruction's left operand, 64 rows for four warps, so codes are unpacked where they are multiplied:
-no float16 weights pass through threadgroup memory. The tokens are its right operand, 8 to 128 of them.
+no float16 weights pass through memory of any kind. The tokens are its right operand, 8 to 256 of them; of more, each
+tile unpacks the weights again, while the tensor cores multiply.
 
 A lane reads whole runs of 32 codes, one of four neighboring runs in each of its two rows. So a group's scale is
 computed by the lane that needs it, and by no other. The columns are therefore multiplied in the order of
@@ -11,10 +12,11 @@ from before the previous kernel ends.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 
 from tinygrad import UOp
 from tinygrad.dtype import DType
@@ -27,12 +29,13 @@ from tinyvllm.ops.formats.pairs import read_placed
 from tinyvllm.ops.gpu.gemm_hopper import HOPPER_ARITHMETIC
 from tinyvllm.ops.gpu.plane_ring import SharedPlane
 from tinyvllm.ops.gpu.stream_hopper import MEMORY_RATE
-from tinyvllm.ops.gpu.token_order import CHUNK_COLS, token_cols, token_place
+from tinyvllm.ops.gpu.token_order import CHUNK_COLS, Number, token_cols, token_place
 from tinyvllm.ops.kernel.body import F16, F32, I32, Body, KernelFn, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import (
     GROUP_WARPS,
     HOPPER_SHARED_BYTES,
     MULTIPROCESSORS,
+    SHARE_REGISTERS,
     WAIT_AT,
     WGMMA_COLS,
     WGMMA_TOKENS,
@@ -44,26 +47,34 @@ from tinyvllm.ops.kernel.hopper import (
     read_sums,
     start_rows,
     statement,
+    take_registers,
     uniform,
     wait,
 )
 from tinyvllm.ops.kernel.lanes import CHAIN, LANES, Lanes, Mma, axes_of
-from tinyvllm.ops.kernel.tiles import PTX_NAMES, together
+from tinyvllm.ops.kernel.tiles import PTX_NAMES, pack_words, together
 from tinyvllm.ops.kernel.tuning import Tunable
 
 GROUP_ROWS = WGMMA_TOKENS  # of one instruction
-MIN_TOKENS, MAX_TOKENS = 9, 64
+MIN_TOKENS, MAX_TOKENS = 9, 512
+MAX_TILE = 256  # tokens of an instruction
+MAX_SUMS = 128  # registers of a lane that hold sums
+FEW_SUMS, MORE_SUMS = 64, 104  # up to which a block's weights of a chunk, or half of them, fit beside them, twice
 # codes of the smallest matrices that are worth it, and those of a step of few rows
 MIN_CODES, MIN_CODES_OF_FEW, FEW_TOKENS = 2 << 20, 24 << 20, 16
+MIN_SIDE = 4096  # the least rows and columns for more tokens than FEW_COLS: of smaller ones, steps were not compared
+CUT = ("row_tile", "splits", "token_tiles")  # what a product is cut by
 SPAN_COLS = 1024  # columns whose scales are copied at once, so that copies are sectors of memory or more
 MAX_STAGES = 12
 PIECE = 16  # bytes of a copy
-ROW_TILES, SPLITS = (64, 128, 256), (1, 2, 4, 8)
+ROW_TILES, SPLITS = (64, 128, 192, 256), (1, 2, 4, 8)
 BARRIER_BYTES = 256
+FEW_COLS = 64  # tokens of a tile
 # what a product costs, in ns and in bytes per ns (measured on an H200)
 CACHE_RATE = 5200.0  # from the L2 cache to all multiprocessors
 BLOCK_TIME, TOKEN_TIME = 160.0, 1.0  # of 64 rows and a chunk of columns, and in addition of each token
-GROUP_TIMES = {64: 1.6, 128: 1.0, 256: 1.12}  # one group has no other one's products beside its unpacking
+GROUP_TIMES = {64: 1.6, 128: 1.0, 192: 1.0, 256: 1.12}  # one group has no other one's products beside its unpacking
+MANY_TOKEN_TIME = 3.1  # of a token and 64 rows in tiles of more tokens than FEW_COLS
 FIRST_TIME, TURN_TIME = 3000.0, 700.0  # of the first tile and of each other one
 
 
@@ -120,8 +131,24 @@ class QuantizedWgmmaSpec(Tunable):
         return self.num_rows // 2 if self.is_gated else self.num_rows
 
     @property
-    def token_cols(self) -> int:
+    def token_tiles(self) -> int:
+        """Tiles that the tokens are cut into."""
+        return self.knob("token_tiles", self._cut[2])
+
+    @property
+    def all_tokens(self) -> int:
+        """Tokens of x in memory."""
         return token_cols(self.num_tokens)
+
+    @property
+    def token_cols(self) -> int:
+        """Tokens of a tile."""
+        return token_cols(-(-self.num_tokens // self.token_tiles))
+
+    @property
+    def token_groups(self) -> int:
+        """Tiles of tokens."""
+        return -(-self.all_tokens // self.token_cols)
 
     @property
     def row_tile(self) -> int:
@@ -134,27 +161,28 @@ class QuantizedWgmmaSpec(Tunable):
         return self.knob("splits", self._cut[1])
 
     @cached_property
-    def _cut(self) -> tuple[int, int]:
-        """(rows of the matrix in a tile, splits of K) by the rule."""
+    def _cut(self) -> tuple[int, int, int]:
+        """(rows of the matrix in a tile, splits of K, tiles of tokens) by the rule."""
         chosen = dict(self.chosen)
-        if "row_tile" in chosen and "splits" in chosen:  # as below
-            return chosen["row_tile"], chosen["splits"]
-        specs = [
-            replace(self, chosen=(*self.chosen, ("row_tile", rows), ("splits", splits)))
-            for rows in ROW_TILES
-            for splits in ((1,) if self.is_gated else SPLITS)
-        ]
-        best = min(specs, key=lambda spec: (not spec.is_possible(), spec.nanoseconds))
-        return best.row_tile, best.splits
+        if len(cut := [chosen[name] for name in CUT if name in chosen]) == len(CUT):
+            return cut[0], cut[1], cut[2]
+        return best_cut(self)
 
     @property
     def out_tile(self) -> int:
         return self.row_tile // 2 if self.is_gated else self.row_tile
 
     @property
+    def pairs_results(self) -> bool:
+        """Whether the rows of a lane's two blocks have results that are neighbors in the order of x. It then stores two
+        at once, and eight lanes 32 bytes."""
+        is_chunk = self.out_tile == CHUNK_COLS and self.out_rows % CHUNK_COLS == 0
+        return self.orders_result and is_chunk and self.blocks == 2
+
+    @property
     def groups(self) -> int:
-        """Groups of four warps that multiply."""
-        return min(2, self.row_tile // GROUP_ROWS)
+        """Groups of four warps that multiply. Three keep the tensor cores busy while they unpack."""
+        return 3 if self.row_tile == 3 * GROUP_ROWS else min(2, self.row_tile // GROUP_ROWS)
 
     @property
     def blocks(self) -> int:
@@ -177,7 +205,7 @@ class QuantizedWgmmaSpec(Tunable):
 
     @property
     def num_tiles(self) -> int:
-        return self.splits * self.row_groups
+        return self.splits * self.row_groups * self.token_groups
 
     @property
     def units(self) -> int:
@@ -188,7 +216,29 @@ class QuantizedWgmmaSpec(Tunable):
     def chunks(self) -> int:
         """Chunks of 128 columns of a stage. The registers of one product's weights are filled while the product before
         is computed: so a stage has two products for each group, be it of two blocks or of two chunks."""
-        return 2 if self.blocks == 1 and self.num_cols // CHUNK_COLS // self.splits % 2 == 0 else 1
+        is_even = self.num_cols // CHUNK_COLS // self.splits % 2 == 0
+        return 2 if self.blocks == 1 and is_even and self.token_cols <= FEW_COLS else 1
+
+    @property
+    def num_sums(self) -> int:
+        """Of a lane."""
+        return self.blocks * self.token_cols // 2
+
+    @property
+    def parts(self) -> int:
+        """Products that a block's chunk is cut into, so that registers hold fewer weights at once. A stage has two or
+        more for each group."""
+        if self.num_sums <= FEW_SUMS and self.chunks * self.blocks > 1:
+            return 1
+        return 2 if self.num_sums <= MORE_SUMS else 4
+
+    @property
+    def registers(self) -> tuple[int, int] | None:
+        """Of a lane that multiplies, and of one that copies; None: equally many. Together they are those of a launch
+        (PTX ISA, "setmaxnreg"): a kernel that asks for more waits forever."""
+        if self.groups == 3:
+            return 152, 56
+        return (224, 56) if self.groups == 2 and self.num_sums > FEW_SUMS else None
 
     @property
     def stage_cols(self) -> int:
@@ -232,9 +282,7 @@ class QuantizedWgmmaSpec(Tunable):
 
     def _fits(self, copy: _PlaneCopy) -> bool:
         """Whether the copying lanes have whole rows, each the same ones of gate and up."""
-        lanes, pieces = self.copiers * LANES, self.pieces_of(copy)
-        rows = self.rows_at_once(copy)
-        return lanes % pieces == 0 and (self.out_tile % rows == 0 or rows % self.row_tile == 0)
+        return self.copiers * LANES % self.pieces_of(copy) == 0
 
     def rows_at_once(self, copy: _PlaneCopy) -> int:
         """Rows that the lanes copy at once."""
@@ -302,9 +350,13 @@ class QuantizedWgmmaSpec(Tunable):
         codes and tokens from the L2 cache, and unpacking and multiplying them. In addition, partial sums are written
         and read."""
         codes, tokens = self.row_tile * CHUNK_COLS * self.format.code_bits / 8, self.token_cols * CHUNK_COLS * 2
-        own = self.row_tile // GROUP_ROWS * (BLOCK_TIME + self.token_cols * TOKEN_TIME) * GROUP_TIMES[self.row_tile]
+        own, cached = self.token_cols * MANY_TOKEN_TIME, 0.0
+        if self.token_cols <= FEW_COLS:
+            own, cached = BLOCK_TIME + self.token_cols * TOKEN_TIME, (codes + tokens) / CACHE_RATE
+        own *= self.row_tile // GROUP_ROWS * GROUP_TIMES[self.row_tile]
+        read = codes / self.token_groups / MEMORY_RATE  # by those that have the same rows, once
         turns = [min(self.num_tiles - first, self.units) for first in range(0, self.num_tiles, self.units)]
-        chunks = sum(max(active * codes / MEMORY_RATE, active * (codes + tokens) / CACHE_RATE, own) for active in turns)
+        chunks = sum(max(active * read, active * cached, own) for active in turns)
         added = 0.0 if self.is_gated else 12 * self.splits * self.num_tokens * self.num_rows / MEMORY_RATE
         return self.steps * self.chunks * chunks + FIRST_TIME + (len(turns) - 1) * TURN_TIME + added
 
@@ -312,12 +364,15 @@ class QuantizedWgmmaSpec(Tunable):
         return {
             "row_tile": ROW_TILES,
             "splits": () if self.is_gated else SPLITS,
-            "copiers": (1, 4),
+            "token_tiles": tuple(token_tiles(self.num_tokens)) if self.num_tokens > FEW_COLS else (),
         }
 
     @property
     def is_wanted(self) -> bool:
-        """Whether this kernel is faster than `matrix_kernel`: with few rows, that one begins sooner."""
+        """Whether this kernel is faster than others: with few rows, `matrix_kernel` begins sooner; with many, unpacking
+        the whole matrix first costs less than unpacking it for each tile of tokens."""
+        if self.num_tokens > FEW_COLS and min(self.num_rows, self.num_cols) < MIN_SIDE:
+            return False
         least = MIN_CODES if self.num_tokens > FEW_TOKENS else MIN_CODES_OF_FEW
         return self.num_tokens >= MIN_TOKENS and self.num_rows * self.num_cols >= least
 
@@ -341,9 +396,25 @@ class QuantizedWgmmaSpec(Tunable):
             and self.row_tile in ROW_TILES
             and self.out_rows % (8 * GROUP_WARPS) == 0
             and self.units >= 2
-            and self.blocks * self.token_cols <= 128
+            and self.num_sums <= MAX_SUMS
+            and (self.groups < 3 or FEW_COLS < self.token_cols <= 2 * FEW_SUMS)
             and self.shared_bytes <= HOPPER_SHARED_BYTES
         )
+
+
+def token_tiles(num_tokens: int) -> range:
+    """Numbers of tiles that tokens may be cut into."""
+    return range(-(-num_tokens // MAX_TILE), max(1, num_tokens // FEW_COLS) + 1)
+
+
+@cache
+def best_cut(spec: QuantizedWgmmaSpec) -> tuple[int, int, int]:
+    """The fastest (rows of the matrix in a tile, splits of K, tiles of tokens) by `nanoseconds`."""
+    cuts = itertools.product(ROW_TILES, (1,) if spec.is_gated else SPLITS, token_tiles(spec.num_tokens))
+    specs = [replace(spec, chosen=(*spec.chosen, *zip(CUT, cut, strict=True))) for cut in cuts]
+    specs.sort(key=lambda one: one.nanoseconds)
+    best = next((one for one in specs if one.is_possible()), specs[0])
+    return best.row_tile, best.splits, best.token_tiles
 
 
 @cached_kernel
@@ -368,19 +439,24 @@ def quantized_wgmma_kernel(spec: QuantizedWgmmaSpec) -> KernelFn:
 
 # The warps that copy. $0: the threadgroup's number; $1: x; $2 and so on: the planes
 COPY = """if (threadIdx.y >= %(multipliers)d) {
+  %(registers)s
   int lane = (threadIdx.y - %(multipliers)d) * 32 + threadIdx.x, number = 0, spans = 0;
   bool has_waited = false;
-  auto fetch_tokens = [&](int stage, int number) {
+  auto fetch_tokens = [&](int tile, int step, int number) {
+    int stage = tile / %(token_groups)d / %(row_groups)d * %(steps)d + step;
+    int token = min(tile %% %(token_groups)d * %(token_tile)d, %(last_token)d);
     unsigned slot = number %% %(stages)d;
     unsigned full = shared + %(full_at)d + slot * 8, to = shared + slot * %(stage_bytes)d;
-    const char* from = (const char*)($1) + (long long)stage * %(token_bytes)d;
+    const char* from = (const char*)($1) + ((long long)stage * %(panels)d * %(all_tokens)d + token) * 128;
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%%0], %(token_bytes)d;" :: "r"(full) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%%0], [%%1], %(token_bytes)d, [%%2];" :: "r"(to), "l"(from), "r"(full) : "memory");
+    for (int i = 0; i < %(copies)d; i++)
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%%0], [%%1], %(copy_bytes)d, [%%2];"
+        :: "r"(to + i * %(copy_bytes)d), "l"(from + i * %(all_tokens)d * 128), "r"(full) : "memory");
   };
   for (int tile = $0; tile < %(tiles)d; tile += %(units)d) {
-    int split = tile / %(row_groups)d;
-    long long first = min(tile %% %(row_groups)d * %(out_tile)d, %(last_first)d);
+    int split = tile / %(token_groups)d / %(row_groups)d;
+    long long first = min(tile / %(token_groups)d %% %(row_groups)d * %(out_tile)d, %(last_first)d);
 %(sources)s
     for (int step = 0; step < %(steps)d; step++, number++) {
       unsigned slot = number %% %(stages)d;
@@ -396,12 +472,12 @@ COPY = """if (threadIdx.y >= %(multipliers)d) {
       }
 %(code_copies)s
       asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%%0];" :: "r"(full) : "memory");
-      if (has_waited && lane == 0) fetch_tokens(split * %(steps)d + step, number);
+      if (has_waited && lane == 0) fetch_tokens(tile, step, number);
       if (!has_waited && (number == %(early)d || tile + %(units)d >= %(tiles)d && step == %(last_step)d)) {
         has_waited = true;
         %(chain)s
         if (lane == 0) for (int i = 0; i <= number; i++)
-          fetch_tokens(($0 + i / %(steps)d * %(units)d) / %(row_groups)d * %(steps)d + i %% %(steps)d, i);
+          fetch_tokens($0 + i / %(steps)d * %(units)d, i %% %(steps)d, i);
       }
     }
   }
@@ -414,6 +490,19 @@ COPY_PIECE = (
     '%(condition)sasm volatile("cp.async.%(cache)s.shared.global [%%0], [%%1], %(piece)d;" :: "r"(%(to)s),'
     ' "l"(%(source)s) : "memory");'
 )
+
+
+STORE_PAIR = "*((unsigned int*)({0})) = {1};"
+
+
+# Where the bits of a row's number among those of a chunk go, if results are paired: a warp's rows of two blocks are
+# then 16 neighbors in the order of x
+PAIRED_BITS = (5, 6, 0, 4, 2, 1, 3)
+
+
+def paired_row(row: Number) -> Number:
+    """The output's row that a row of the tile's two blocks has: their bits in another order."""
+    return sum((row // (1 << i) % 2 * (1 << bit) for i, bit in enumerate(PAIRED_BITS)), start=row * 0)
 
 
 class _QuantizedWork:
@@ -430,6 +519,7 @@ class _QuantizedWork:
         # for the conditions of stores: if they told tinygrad the warp, it would simplify the loops around the stores by
         # it, and so make second loops
         self.multiplier = clamp(self.role, 0, spec.multipliers - 1)
+        self.group = self.multiplier // GROUP_WARPS
         self.turns = (spec.num_tiles - 1 - self.unit) // spec.units + 1
 
     def prepare(self) -> UOp:
@@ -452,6 +542,14 @@ class _QuantizedWork:
             stages=spec.stages,
             stage_bytes=spec.stage_bytes,
             token_bytes=spec.token_bytes,
+            registers="" if spec.registers is None else SHARE_REGISTERS % ("dec", spec.registers[1]),
+            token_groups=spec.token_groups,
+            token_tile=spec.token_cols,
+            last_token=spec.all_tokens - spec.token_cols,
+            all_tokens=spec.all_tokens,
+            panels=spec.stage_cols // WGMMA_COLS,
+            copies=1 if spec.token_groups == 1 else spec.stage_cols // WGMMA_COLS,
+            copy_bytes=spec.token_bytes if spec.token_groups == 1 else spec.token_cols * WGMMA_COLS * 2,
             tiles=spec.num_tiles,
             units=spec.units,
             row_groups=spec.row_groups,
@@ -481,8 +579,8 @@ class _QuantizedWork:
         """The text of where a lane's pieces of a plane's rows begin in memory, in a tile."""
         spec, pieces = self.spec, self.spec.pieces_of(copy)
         row = f"lane / {pieces}"
-        if spec.is_gated and spec.rows_at_once(copy) > spec.out_tile:
-            row += f" + (lane / {pieces} >= {spec.out_tile} ? {spec.out_rows - spec.out_tile} : 0)"
+        if spec.pairs_results:
+            row = " + ".join(f"(lane / {pieces} >> {i} & 1) * {1 << bit}" for i, bit in enumerate(PAIRED_BITS))
         return SOURCE % dict(
             index=index,
             row=row,
@@ -502,22 +600,31 @@ class _QuantizedWork:
             at_once = spec.rows_at_once(copy)
             if first and spec.steps % spec.span_steps:
                 conditions.append(f"lane % {pieces} * {copy.piece} < cols * {size.numerator} / {size.denominator}")
-            if at_once > spec.row_tile:
-                conditions.append(f"lane / {pieces} < {spec.row_tile}")
-            condition = f"if ({' && '.join(conditions)}) " if conditions else ""
             own = f"lane / {pieces} * {copy.pitch} + lane % {copy.pieces} * {copy.piece}"
             if pieces > copy.pieces:  # a chunk's rows follow those of the chunk before
                 own += f" + lane % {pieces} / {copy.pieces} * {spec.row_tile * copy.pitch}"
             done = f"step * {spec.stage_cols} * {size.numerator} / {size.denominator}"
             for row in range(0, spec.row_tile, at_once):
-                # of gate and up, the rows of up are elsewhere
-                source = row + (spec.out_rows - spec.out_tile if spec.is_gated and row >= spec.out_tile else 0)
+                inside = [f"lane / {pieces} < {spec.row_tile - row}"] if row + at_once > spec.row_tile else []
+                condition = f"if ({' && '.join(conditions + inside)}) " if conditions + inside else ""
                 values = dict(condition=condition, cache="cg" if copy.piece == PIECE else "ca", piece=copy.piece)
                 values |= dict(to=f"{to} + {place + row * copy.pitch} + {own}")
-                values |= dict(source=f"from_{index} + {done} + {source * copy.row_bytes}ll")
+                values |= dict(source=f"from_{index} + {done} + {self._row_bytes(copy, row)}")
                 lines.append(COPY_PIECE % values)
             place += spec.row_tile * copy.pitch * (pieces // copy.pieces)
         return [" " * (8 if first else 6) + line for line in lines]
+
+    def _row_bytes(self, copy: _PlaneCopy, row: int) -> str:
+        """The text of the bytes between a lane's first row and its one of those from `row` of the tile on."""
+        spec, pieces = self.spec, self.spec.pieces_of(copy)
+        if not spec.is_gated:
+            return f"{row * copy.row_bytes}ll"
+        if row < spec.out_tile < row + spec.rows_at_once(copy):  # some lanes have rows of up, which are elsewhere
+            up = f"(lane / {pieces} < {spec.out_tile - row} ? 0 : {(spec.out_rows - spec.out_tile) * copy.row_bytes}ll)"
+            return f"{row * copy.row_bytes}ll + {up}"
+        own = row % spec.out_tile
+        own = paired_row(own) if spec.pairs_results else own
+        return f"{(own + (spec.out_rows if row >= spec.out_tile else 0)) * copy.row_bytes}ll"
 
     # -- the warps that multiply ---------------------------------------------------------------------------------------
 
@@ -526,8 +633,14 @@ class _QuantizedWork:
         spec = self.spec
         count = spec.token_cols // 2
         chain = f"if (threadIdx.y < {spec.multipliers}) {{{{ {CHAIN} }}}}" if spec.lanes.is_chained else ""
-        begun = statement(chain, ready)
-        loop = self.body.fold_while(uniform((self.role < spec.multipliers).where(self.turns, 0)))
+        begun, multiplies = statement(chain, ready), self.role < spec.multipliers
+        branches, turns = [], multiplies.where(self.turns, 0)
+        if spec.registers is not None:
+            # the compiler uses more registers only inside of a branch that has asked for them, and all that follows
+            # has to depend on it: otherwise it is rendered before the branch, for the warps that copy, too
+            branches, turns = [self.body.fold_while(uniform(multiplies.where(UOp.const(1, I32), 0)))], self.turns
+            begun = take_registers(spec.registers[0], *branches, begun)
+        loop = self.body.fold_while(uniform(turns))
         turn = clamp(loop, 0, max(2, -(-spec.num_tiles // spec.units)) - 1)  # never a single one, as in stream_hopper
         sums = [self.body.registers(count) for _ in range(spec.blocks)]
         zero = UOp.const(0.0, F32)
@@ -541,8 +654,8 @@ class _QuantizedWork:
             last = finish_wgmma(array, last)
         released = self._release(turn * spec.steps + (spec.steps - 1), None, last)
         results = [read_sums(array, released) for array in sums]
-        stores = [store for i, values in enumerate(results) for store in self._stores(turn, i, values)]
-        return UOp.group(*stores).end(loop)
+        stores = self._paired_stores(turn, results) if spec.pairs_results else self._stores(turn, results)
+        return stores.end(loop, *branches)
 
     def _stage(self, number: UOp) -> tuple[UOp, UOp, UOp, UOp]:
         """(stage, full barrier, empty barrier, parity of the phase) of the stage of that number since the beginning.
@@ -560,17 +673,21 @@ class _QuantizedWork:
         stride = spec.token_cols * WGMMA_COLS * 2
         for chunk in range(spec.chunks):
             for block, array in enumerate(sums):
-                # read after the product before has started: then its predecessor, which may have used the same
-                # registers, is done
-                rows = [self._weights(turn, step, chunk, place, row, last) for row in self._rows(block)]
-                words = [rows[i % 2][s * 2 + i // 2] for s in range(CHUNK_COLS // 16) for i in range(4)]
-                right = place + chunk * (spec.token_cols * CHUNK_COLS * 2)
-                started = start_rows(PTX_NAMES[spec.mma.dtype], words, right, array, True, last, stride=stride)
-                last = finish_wgmma(array, started) if spec.chunks * spec.blocks == 1 else await_earlier(1, started)
-                statements.append(last)
-                if len(statements) == 1:
-                    last = self._release((number - 1).maximum(0), step > 0, last)
+                scaled = last  # after which scales are read: once for all parts
+                for first in range(0, CHUNK_COLS, CHUNK_COLS // spec.parts):
+                    # read after the product before has started: then its predecessor, which may have used the same
+                    # registers, is done
+                    rows = [self._weights(turn, step, chunk, place, row, last, scaled) for row in self._rows(block)]
+                    steps = range(first // 16, (first + CHUNK_COLS // spec.parts) // 16)
+                    words = [rows[i % 2][s * 2 + i // 2] for s in steps for i in range(4)]
+                    panel = chunk * (CHUNK_COLS // WGMMA_COLS) + first // WGMMA_COLS
+                    right = place + (panel * stride + first % WGMMA_COLS * 2)
+                    last = start_rows(PTX_NAMES[spec.mma.dtype], words, right, array, True, last, stride=stride)
+                    last = await_earlier(1, last)
                     statements.append(last)
+                    if len(statements) == 1:
+                        last = self._release((number - 1).maximum(0), step > 0, last)
+                        statements.append(last)
         return together(*statements)
 
     def _release(self, number: UOp, condition: UOp | None, *after: UOp) -> UOp:
@@ -581,7 +698,7 @@ class _QuantizedWork:
     def _rows(self, block: int) -> list[UOp]:
         """A lane's two rows of the tile in one of its group's blocks; of gate and up, the same row of both."""
         spec = self.spec
-        group, warp = self.multiplier // GROUP_WARPS, self.multiplier % GROUP_WARPS
+        group, warp = self.group, self.multiplier % GROUP_WARPS
         first = (group * spec.blocks + block) * GROUP_WARPS + warp
         if spec.is_gated:
             row = first * 8 + self.lane // 4
@@ -589,8 +706,9 @@ class _QuantizedWork:
         row = first * 16 + self.lane // 4
         return [row, row + 8]
 
-    def _weights(self, turn: UOp, step: UOp, chunk: int, place: UOp, row: UOp, after: UOp) -> list[UOp]:
-        """A lane's weights in one of its rows: of a run of a chunk of the stage."""
+    def _weights(self, turn: UOp, step: UOp, chunk: int, place: UOp, row: UOp, after: UOp, scaled: UOp) -> list[UOp]:
+        """A lane's weights in one of its rows: of a run of a chunk of the stage. Codes are read after one statement,
+        and scales after another one."""
         spec, planes = self.spec, []
         at = place + spec.token_bytes
         for copy in spec.codes:
@@ -600,33 +718,56 @@ class _QuantizedWork:
         span = turn * spec.spans + step // spec.span_steps
         at = span % spec.slots * spec.span_bytes + spec.spans_at
         for copy in spec.scales:
-            planes.append(SharedPlane(copy.dtype, at + row * copy.pitch, after))
+            planes.append(SharedPlane(copy.dtype, at + row * copy.pitch, scaled))
             at = at + spec.row_tile * copy.pitch
         run = (step % spec.span_steps * spec.chunks + chunk) * (CHUNK_COLS // PANEL) + self.lane % 4
         return read_placed(Planes(spec.format, planes), self.lane % 4, run, spec.mma)
 
-    def _stores(self, turn: UOp, block: int, values: list[UOp]) -> list[UOp]:
-        """Store a block's results: each lane has two neighboring tokens of every eight, in two rows."""
+    def _tile(self, turn: UOp) -> tuple[UOp, UOp, UOp]:
+        """(first row of the output, first token, split) of a tile. The last tiles end with the last row or token."""
         spec = self.spec
         number = (turn * spec.units + self.unit).minimum(spec.num_tiles - 1)
-        split = number // spec.row_groups
-        # the last tile ends with the last row
-        first = (number % spec.row_groups * spec.out_tile).minimum(spec.out_rows - spec.out_tile)
+        first = (number // spec.token_groups % spec.row_groups * spec.out_tile).minimum(spec.out_rows - spec.out_tile)
+        first_token = (number % spec.token_groups * spec.token_cols).minimum(spec.all_tokens - spec.token_cols)
+        return first, first_token, number // spec.token_groups // spec.row_groups
+
+    def _stores(self, turn: UOp, blocks: Sequence[list[UOp]]) -> UOp:
+        """Store the results: a lane has two neighboring tokens of every eight, in two rows of each block."""
+        spec, stores = self.spec, []
+        first, first_token, split = self._tile(turn)
+        has_more = spec.all_tokens > spec.num_tokens  # in the last eight tokens, which are in the last tile
+        for block, values in enumerate(blocks):
+            for row, found in zip(self._rows(block), self._results(values), strict=False):
+                for i, value in enumerate(found):
+                    token = first_token + self._token(i)
+                    at = (split * spec.num_tokens + token) * spec.out_rows + first + row
+                    if spec.orders_result:
+                        at = token_place(token, first + row, spec.all_tokens)
+                    if has_more and (spec.token_groups > 1 or i // 2 * 8 + 8 > spec.num_tokens):
+                        at = at.valid(token < spec.num_tokens)
+                    stores.append(self.out[at].store(value.cast(self.out.dtype)))
+        return UOp.group(*stores)
+
+    def _paired_stores(self, turn: UOp, blocks: Sequence[list[UOp]]) -> UOp:
+        """The same if `pairs_results`. Tokens after the last have places of their own."""
+        spec, stores = self.spec, []
+        first, first_token, _ = self._tile(turn)
+        row = first + paired_row(self._rows(0)[0])
+        pairs = zip(*[self._results(values)[0] for values in blocks], strict=True)
+        for i, pair in enumerate(pairs):
+            at = self.out[token_place(first_token + self._token(i), row, spec.all_tokens)]
+            stores.append(statement(STORE_PAIR, at, pack_words(*pair)))
+        return together(*stores)
+
+    def _results(self, values: list[UOp]) -> list[list[UOp]]:
+        """A block's results in each of a lane's rows."""
         lower, upper = (
             [values[i + j] for i in range(0, len(values), 4) for j in range(2)] for values in (values, values[2:])
         )
-        rows = self._rows(block)
-        results = [(rows[0], lower), (rows[1], upper)]
-        if spec.activation is not None:
-            results = [(rows[0], gated(spec.activation, lower, upper, HOPPER_ARITHMETIC))]
-        stores = []
-        for row, found in results:
-            for i, value in enumerate(found):
-                token = i // 2 * 8 + self.lane % 4 * 2 + i % 2
-                at = (split * spec.num_tokens + token) * spec.out_rows + first + row
-                if spec.orders_result:
-                    at = token_place(token, first + row, spec.token_cols)
-                if i // 2 * 8 + 8 > spec.num_tokens:
-                    at = at.valid(token < spec.num_tokens)
-                stores.append(self.out[at].store(value.cast(self.out.dtype)))
-        return stores
+        if self.spec.activation is None:
+            return [lower, upper]
+        return [gated(self.spec.activation, lower, upper, HOPPER_ARITHMETIC)]
+
+    def _token(self, number: int) -> UOp:
+        """The token of a lane's results of that number, in the tile."""
+        return number // 2 * 8 + self.lane % 4 * 2 + number % 2

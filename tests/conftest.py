@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ REFERENCE = Path(__file__).parent / "data" / "smollm2_reference.json"
 
 
 def pytest_report_header() -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in SHOWN_VERSIONS)
+    installed = {distribution.name for distribution in distributions()}  # on a GPU machine perhaps not all are
+    versions = ", ".join(f"{name} {version(name)}" for name in SHOWN_VERSIONS if name in installed)
     return f"device {os.environ['DEV']}, Python {platform.python_version()}, {versions}"
 
 

@@ -106,13 +106,14 @@ class StreamedAttentionSpec(PrefillSpec):
     @property
     def is_worthwhile(self) -> bool:
         """Whether contexts may be long, and if rows do not share keys, whether there is much to read that
-        `decode_kernel` reads more slowly: heads that are too wide for a lane's registers, or more threadgroups than
-        fetch ahead. With heads of 64 it is faster with any number (H200, 256 rows of 2,000 tokens: 250 us, not 278)."""
+        `decode_kernel` reads more slowly: heads that are too wide for a lane's registers, or as many threadgroups as
+        fetch ahead. (512 of them are 2 to 6 us faster alone, but whole steps of 64 rows of 8B's shape were slower.)
+        With heads of 64 it is faster with any number (H200, 256 rows of 2,000 tokens: 250 us, not 278)."""
         longest = self.layout.max_blocks * self.layout.block_size
         longest = min(longest, self.window or longest)
         if self.shares_keys:
             return self.layout.num_tokens > 1 and longest >= LONG_SHARED
-        has_many = self.layout.num_tokens * self.num_kv_heads > GROUPS_AHEAD
+        has_many = self.layout.num_tokens * self.num_kv_heads >= GROUPS_AHEAD
         suits = self.head_dim >= WIDE_HEAD or (self.head_dim > 64 and has_many)
         nbytes = self.layout.num_tokens * longest * self.slot_elements * 4
         return suits and self.layout.num_tokens > 1 and longest >= LONG_CONTEXT and nbytes >= WORTHWHILE_BYTES

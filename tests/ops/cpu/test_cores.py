@@ -97,9 +97,11 @@ def test_several_cores_generate_what_one_generates(tmp_path: Path, quant: str | 
     )
     prompts = [[7, 3, 9, 1, 4] * 6, [5], [200, 100, 50, 25]]
     expected, found = (generate(_runner(files, number, kv), prompts, 8) for number in (1, cores))
+    # sums in another order may move a key over the edge between two codes
+    tolerance = 1e-4 if kv == "float32" else 1e-3
     for (tokens, logprobs), (other_tokens, other_logprobs) in zip(expected, found, strict=True):
         assert other_tokens == tokens
-        np.testing.assert_allclose(other_logprobs, logprobs, atol=1e-4)
+        np.testing.assert_allclose(other_logprobs, logprobs, atol=tolerance)
 
 
 def _runner(files: object, cores: int, kv: str) -> ModelRunner:

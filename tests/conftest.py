@@ -60,8 +60,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    from tests import sweeps
     from tests.cpu_seconds import CpuSeconds
 
+    sweeps.is_sweeping = "not sweep" not in config.option.markexpr
     config.stash[STDERR] = os.dup(2)  # where capturing does not reach
     config.pluginmanager.register(CpuSeconds())
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import hypothesis
 import pytest
+
+is_sweeping = False  # set by conftest.py: the run's -m does not leave the sweep out
+
+
+def examples(default: int, full: int) -> Callable[[Any], Any]:
+    """The number of random examples of a test: `default` ones in the default run, `full` in the sweep."""
+
+    def decorate(test: Any) -> Any:
+        if is_sweeping:
+            return pytest.mark.sweep(hypothesis.settings(max_examples=full)(test))
+        return hypothesis.settings(max_examples=default)(test)
+
+    return decorate
 
 
 def swept(cases: Iterable[Any], default: Collection[Any]) -> list[Any]:

@@ -28,13 +28,14 @@ SMALL: dict[str, Any] = {
     "num_gpu_blocks_override": 49,  # 768 tokens, where the prompts and outputs of eight need more: preemption
     "decode_buckets": (1, 8),
     "token_buckets": (64,),
-    "cpu_cores": 2,  # as on a user's machine
+    "cpu_cores": 1,
 }
 
 
-@pytest.fixture(scope="module")
-def llm(smollm2_files: ModelFiles) -> Iterator[LLM]:
-    model = LLM(str(smollm2_files.path), **SMALL)
+# Two cores compile most kernels twice, for two shares: tests/ops/cpu/test_cores.py has them with tiny models.
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.sweep)], ids=["one core", "two cores"])
+def llm(request: pytest.FixtureRequest, smollm2_files: ModelFiles) -> Iterator[LLM]:
+    model = LLM(str(smollm2_files.path), **SMALL | {"cpu_cores": request.param})
     yield model
     model.close()
 
@@ -63,7 +64,7 @@ def test_tokens_equal_the_reference_through_chunks_batches_preemption_and_prefix
 
 
 def test_logprobs_of_chosen_tokens_agree_with_the_reference(llm: LLM, smollm2_reference: dict[str, Any]) -> None:
-    """With the default float16 pool. In float32 every logprob agrees: tests/execution/test_real_model.py."""
+    """With the default float16 pool. In float32 every logprob agrees: tests/execution/test_real_model.py (sweep)."""
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=0)
     cases = smollm2_reference["prompts"][:4]
     outputs = llm.generate([{"prompt_token_ids": case["prompt_ids"]} for case in cases], params)

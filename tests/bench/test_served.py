@@ -127,6 +127,7 @@ def test_bytes_that_are_no_recordings_are_refused() -> None:
         decode_recordings(b"\x01")
 
 
+@pytest.mark.sweep  # by default, a server that runs
 def test_the_command_starts_a_server_of_several_processes(tiny_hf_files: ModelFiles, tmp_path: Path) -> None:
     figures, trace = tmp_path / "served.json", tmp_path / "trace.json"
     flags = "--concurrency 2 --num-prompts 3 --tokens 3 --input-len 8 --api completions --max-num-batched-tokens 16"

@@ -198,6 +198,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
         assert process.wait(timeout=20) == 0
 
 
+@pytest.mark.sweep  # a time of 0 is among the tests above
 def test_what_still_runs_after_the_time_is_aborted(tmp_path: Path) -> None:
     with serving(tmp_path, "--shutdown-timeout", "0.3") as (process, address):
         say(process, "ready")
@@ -229,22 +230,27 @@ def test_keys_of_all_sources_are_asked_for_and_shown_nowhere(tmp_path: Path) -> 
     assert "-key-" not in said + "".join(lines)
 
 
-def test_log_lines_carry_the_requests_id_and_no_content(tmp_path: Path) -> None:
-    for flags, shows_content in (((), False), (("--log-requests", "--host", "0.0.0.0"), True)):
-        with serving(tmp_path, "--log-stats-interval", "0.05", *flags) as (process, address):
-            say(process, "ready")
-            wait_until(address, "/ready", 200)
-            body = {"prompt": "a very secret prompt", "max_tokens": 3}
-            httpx.post(address + "/v1/completions", json=body, headers={"x-request-id": "order-66"})
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=20) == 0
-        log = "".join(lines)
-        assert "[order-66]" in log and "POST /v1/completions" in log
-        assert "/ready" not in log.replace('/ready HTTP/1.1" 503', "")  # successful probes are not logged
-        assert ("secret" in log) is shows_content
-        assert "Engine 000: Avg prompt throughput: " in log
-        assert ("is open to everyone who can reach it" in log) is ("0.0.0.0" in flags)
-        assert ("cmpl-order-66-" in log) is shows_content
+@pytest.mark.parametrize(
+    ("flags", "shows_content"),
+    [((), False), pytest.param(("--log-requests", "--host", "0.0.0.0"), True, marks=pytest.mark.sweep)],
+)
+def test_log_lines_carry_the_requests_id_and_no_content(
+    tmp_path: Path, flags: tuple[str, ...], shows_content: bool
+) -> None:
+    with serving(tmp_path, "--log-stats-interval", "0.05", *flags) as (process, address):
+        say(process, "ready")
+        wait_until(address, "/ready", 200)
+        body = {"prompt": "a very secret prompt", "max_tokens": 3}
+        httpx.post(address + "/v1/completions", json=body, headers={"x-request-id": "order-66"})
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+    log = "".join(lines)
+    assert "[order-66]" in log and "POST /v1/completions" in log
+    assert "/ready" not in log.replace('/ready HTTP/1.1" 503', "")  # successful probes are not logged
+    assert ("secret" in log) is shows_content
+    assert "Engine 000: Avg prompt throughput: " in log
+    assert ("is open to everyone who can reach it" in log) is ("0.0.0.0" in flags)
+    assert ("cmpl-order-66-" in log) is shows_content
 
 
 def test_a_unix_socket_serves_and_goes_with_the_server(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def test_an_adapter_belongs_to_one_model(files: Path) -> None:
         settings(module.replace("sql", "a"))
 
 
+@pytest.mark.sweep  # by default, with one model and a compiler: tests/server/test_ends.py
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to see which process has ended")
 def test_every_process_ends_with_a_door_that_is_killed(files: Path) -> None:
     a, b = str(files / "a.gguf"), files / "b"

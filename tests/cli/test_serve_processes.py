@@ -76,6 +76,7 @@ def test_it_greets_answers_logs_records_and_stops_cleanly(tmp_path: Path) -> Non
     assert {"engine 0", "front-end 0", "front-end 1"} <= {row.partition(" (")[0] for row in rows}
 
 
+@pytest.mark.sweep  # tests/server/test_supervisor.py has the death and its message
 def test_a_dead_engine_is_an_error_of_the_command(tmp_path: Path) -> None:
     with serving(tmp_path, "--api-server-count", "1") as (process, (greeting, _)):
         text = httpx.get(greeting.split("served on ")[1].split()[0] + "/metrics").text

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.sweeps import examples
 from tinyvllm.door.policy import (
     PATIENCE_S,
     Action,
@@ -279,7 +280,7 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(50, 150)
 @given(st.lists(OPERATIONS, max_size=40), st.integers(2, 3), st.sampled_from([1, 30, 60]))
 def test_no_request_is_forgotten_whatever_happens(
     operations: list[tuple[Any, ...]], max_loaded: int, large: int

@@ -71,6 +71,7 @@ def test_tinyjit_captures_the_recorded_kernels_in_their_order_with_the_same_toke
     assert answers[0] == answers[1]
 
 
+@pytest.mark.sweep  # the kernels and the tokens of both kinds are compared above
 def test_cached_prefixes_scores_and_logprobs_are_the_same(tiny_gguf_files: ModelFiles) -> None:
     answers = []
     for capture in ("replay", "tinyjit"):

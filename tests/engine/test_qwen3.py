@@ -41,7 +41,7 @@ def check(output: Any, case: dict[str, Any]) -> None:
         assert {token: entry.logprob for token, entry in found.items()} == pytest.approx(dict(expected), abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+@pytest.mark.parametrize("kind", ["safetensors", pytest.param("gguf", marks=pytest.mark.sweep)])
 def test_tokens_and_logprobs_are_transformers(tmp_path: Path, reference: list[dict[str, Any]], kind: str) -> None:
     """Alone; in a batch of more prompts than fit at once; again, where the prompts are found in the cache."""
     hf = kind == "safetensors"

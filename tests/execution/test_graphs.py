@@ -26,7 +26,8 @@ from tinyvllm.storage.model_config import read_model_config
 CAPACITY = Capacity(num_blocks=9, block_size=8, max_model_len=64, max_num_seqs=2, max_num_batched_tokens=32)
 
 
-@pytest.fixture(scope="module", params=("llama", "qwen3"))  # whose layers the fused kernels cover
+# whose layers the fused kernels cover
+@pytest.fixture(scope="module", params=("llama", pytest.param("qwen3", marks=pytest.mark.sweep)))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     files = write_tiny_hf_llama(tmp_path_factory.mktemp("models") / request.param, family=request.param)
     config = read_model_config(files)

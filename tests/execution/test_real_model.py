@@ -68,7 +68,7 @@ def test_the_references_are_worth_comparing_with(cases: list[dict[str, Any]]) ->
     assert max(len(case["prompt_ids"]) for case in cases) > 300
 
 
-@pytest.mark.sweep  # tests/test_end_to_end.py compares tokens and their logprobs, and the test below the five likeliest
+@pytest.mark.sweep  # tests/test_end_to_end.py compares tokens and their logprobs
 def test_tokens_and_logprobs_equal_transformers(runner: ModelRunner, cases: list[dict[str, Any]]) -> None:
     requests = make_requests(cases, logprobs=5)
     for request, case in zip(requests, cases, strict=True):
@@ -80,6 +80,7 @@ def test_tokens_and_logprobs_equal_transformers(runner: ModelRunner, cases: list
     check_tokens(requests, cases)
 
 
+@pytest.mark.sweep  # by default, with tiny models of each family: tests/families/test_tiny.py
 def test_in_float32_logprobs_equal_to_a_thousandth(smollm2_files: ModelFiles, cases: list[dict[str, Any]]) -> None:
     """The cache, and products, which otherwise round rows to 16 bits on x86."""
     exact = replace(CONFIG, kv_cache_dtype="float32", dtype="float32")

@@ -34,7 +34,8 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     [
         ("llama", {"kv_cache_dtype_k": "q8_0", "kv_cache_dtype_v": "q4_0"}, 1),
         pytest.param("gemma3", {"kv_cache_dtype": "float32"}, 2, marks=pytest.mark.sweep),
-        ("qwen3_5", {"kv_cache_dtype": "float32", "async_scheduling": True}, 2),
+        # by default, states on a device of integers: test_kv_tiers.py
+        pytest.param("qwen3_5", {"kv_cache_dtype": "float32", "async_scheduling": True}, 2, marks=pytest.mark.sweep),
     ],
 )
 def test_prefixes_from_host_memory_and_from_disk_give_the_same_tokens(

@@ -122,6 +122,7 @@ def facts(step: object) -> tuple[SavedStep, list[bytes]]:
     return dataclasses.replace(step, programs=()), [program.key for program in step.programs]
 
 
+@pytest.mark.sweep  # the test above compares the steps that both leave on the disk
 def test_another_process_traces_what_this_one_would(files: ModelFiles) -> None:
     """The same calls on the same named buffers, and kernels with the same keys."""
     runner = load_runner(files, CONFIG)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.scheduling.fakes import (
@@ -17,6 +17,7 @@ from tests.scheduling.fakes import (
     scheduler_for,
 )
 from tests.scheduling.test_properties import Traffic, check_traffic, prompts
+from tests.sweeps import examples
 from tinyvllm.config import BlockGroup
 from tinyvllm.scheduling.request import Request
 
@@ -37,11 +38,11 @@ def drafter_for(windows: list[int | None], right: float, seed: int = 0) -> Guess
     ("seed", "num_blocks", "right", "num_tokens", "verify_rows", "depth", "num_states", "windows"),
     [
         (1, 9, 0.8, 3, 12, 1, 0, ()),
-        (2, 60, 0.5, 5, 32, 2, 0, ()),
+        pytest.param(2, 60, 0.5, 5, 32, 2, 0, (), marks=pytest.mark.sweep),
         (3, 12, 1.0, 8, 8, 1, 0, ()),
         (4, 30, 0.0, 2, 32, 2, 0, ()),
         (5, 40, 0.7, 4, 16, 1, 0, (BlockGroup(24, 9), BlockGroup(16, 2))),
-        (6, 24, 0.8, 3, 32, 1, 20, ()),
+        pytest.param(6, 24, 0.8, 3, 32, 1, 20, (), marks=pytest.mark.sweep),
         (7, 24, 0.5, 4, 24, 2, 8, (BlockGroup(14, 6),)),
         (8, 12, 0.6, 3, 12, 1, 6, ()),  # at times no slot is left for a state to fall back to
     ],
@@ -78,7 +79,7 @@ def test_random_traffic_with_drafts_keeps_the_pools_and_the_answers(
         assert scheduler.num_preemptions > 0
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(15, 40)
 @given(
     prompts=prompts,
     block_size=st.sampled_from([1, 2, 4]),

@@ -12,6 +12,8 @@ import httpx
 
 from tests.adapters import write_adapter
 from tests.builders import TinyLlama, write_tiny_hf_llama
+from tests.engine.test_adapters import ENGINE as ENGINE_OF_ADAPTERS
+from tests.engine.write_qwen3_reference import NUMBERS
 from tests.server.client import client_of
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.config import EngineConfig, LoraModule
@@ -19,18 +21,8 @@ from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.server.app import make_app
 from tinyvllm.server.settings import ServerSettings
 
-NUMBERS: dict[str, Any] = {"layers": 1, "seed": 3}
-ENGINE: dict[str, Any] = {
-    "max_model_len": 128,
-    "max_num_seqs": 4,
-    "max_num_batched_tokens": 16,
-    "num_gpu_blocks_override": 61,
-    "decode_buckets": (4,),
-    "token_buckets": (16,),
-    "warm_up": "idle",
-    "enable_lora": True,
-    "max_lora_rank": 8,
-}
+# Those of tests/engine/test_adapters.py, whose compiled programs serve here, too.
+ENGINE: dict[str, Any] = {**ENGINE_OF_ADAPTERS, "warm_up": "idle"}
 
 
 @asynccontextmanager
@@ -65,7 +57,7 @@ async def _whole(folder: Path) -> None:
         assert (listed["one"]["parent"], listed["one"]["root"]) == ("tiny", "one") and listed["tiny"]["parent"] is None
         assert (await client.get("/v1/models/one")).json()["parent"] == "tiny"
         await _look_up(client)
-        # two more: with one slot, they take turns
+        # two more: with two slots, they take turns
         for name in ("two", "three"):
             given = {"lora_name": name, "lora_path": str(folder / name)}
             loaded = await client.post("/v1/load_lora_adapter", json=given)
@@ -84,7 +76,7 @@ async def _whole(folder: Path) -> None:
         assert (await client.post("/v1/load_lora_adapter", json=replacing)).status_code == 200
         assert await complete(client, "one") == first[2]
         metrics = (await client.get("/metrics")).text
-        assert 'vllm:lora_requests_info{max_lora="1",running_lora_adapters="",waiting_lora_adapters=""} 1.' in metrics
+        assert 'vllm:lora_requests_info{max_lora="2",running_lora_adapters="",waiting_lora_adapters=""} 1.' in metrics
 
 
 async def _look_up(client: httpx.AsyncClient) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.client import client_of, get, post
@@ -17,6 +17,7 @@ from tests.server.fake_engine import FakeEngine, TagTemplate, serving
 from tests.server.hermes import CALL, THINKING, hermes
 from tests.server.test_harmony import CALL as HARMONY_CALL
 from tests.server.test_harmony import PREAMBLE, THOUGHT, harmony
+from tests.sweeps import examples
 from tinyvllm.engine.output import Delta
 from tinyvllm.server.anthropic.answers import AnswerBuilder, Form
 from tinyvllm.server.anthropic.events import PING, MessageEvents
@@ -163,7 +164,7 @@ def form_of(*, has_tools: bool) -> Form:
     return Form(id="msg_1", model="tiny", format=format, stop_sequences=(), num_prompt_tokens=5)
 
 
-@settings(max_examples=60)
+@examples(20, 60)
 @given(st.sampled_from(REPLIES), st.lists(st.integers(1, 9), max_size=40), st.booleans())
 def test_any_division_of_the_text_gives_the_same_blocks(reply: str, sizes: list[int], has_tools: bool) -> None:
     texts, start = [], 0

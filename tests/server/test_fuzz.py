@@ -19,12 +19,13 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
 from tests.server.hermes import CALL, THINKING
 from tests.server.test_response_items import HISTORY, HOSTED, SKIPPED
+from tests.sweeps import examples
 from tinyvllm.server.app import make_app
 from tinyvllm.server.ollama.options import _READERS
 
@@ -383,7 +384,7 @@ def is_reason_to_refuse(message: str) -> bool:
     return any(word in message for word in known)
 
 
-@settings(max_examples=100)
+@examples(30, 100)
 @given(requests, st.sampled_from(REPLIES))
 def test_valid_requests_are_answered(request: tuple[str, Any], reply: str) -> None:
     status, text = asyncio.run(ask(*request, reply))
@@ -392,7 +393,7 @@ def test_valid_requests_are_answered(request: tuple[str, Any], reply: str) -> No
         assert "internal error" not in text, text
 
 
-@settings(max_examples=200)
+@examples(60, 200)
 @given(broken_requests(), st.sampled_from(REPLIES))
 def test_broken_requests_are_answered_or_refused_by_name(request: tuple[str, Any], reply: str) -> None:
     status, text = asyncio.run(ask(*request, reply))

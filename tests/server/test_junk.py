@@ -6,12 +6,13 @@ import asyncio
 import json
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.client import client_of
 from tests.server.fake_engine import FakeEngine
 from tests.server.request_fields import BOTH, CHAT_ONLY, COMPLETION_ONLY, NEUTRAL
+from tests.sweeps import examples
 
 NAMES = sorted(
     {name for body, _ in BOTH + CHAT_ONLY + COMPLETION_ONLY for name in body} | set(NEUTRAL) | {"model", "x"}
@@ -56,13 +57,13 @@ async def check(path: str, content: bytes) -> None:
         assert error["message"] and error["type"] == "invalid_request_error"
 
 
-@settings(max_examples=150, deadline=None)
+@examples(40, 150)
 @given(path=st.sampled_from(["/v1/completions", "/v1/chat/completions"]), body=bodies | values)
 def test_junk_fields_are_answered_or_refused(path: str, body: Any) -> None:
     asyncio.run(check(path, json.dumps(body).encode()))
 
 
-@settings(max_examples=50, deadline=None)
+@examples(15, 50)
 @given(path=st.sampled_from(["/v1/completions", "/v1/chat/completions"]), content=st.binary(max_size=40))
 def test_junk_bytes_are_refused(path: str, content: bytes) -> None:
     asyncio.run(check(path, content))

@@ -154,7 +154,10 @@ def test_a_stop_ends_stalled_bodies_with_an_error(tmp_path: Path) -> None:
         f"{head}Content-Length: 400000\r\n\r\n{{",
         f"{head}Transfer-Encoding: chunked\r\n\r\n5\r\n{{    \r\n",
     )
-    with serving(tmp_path, "answering", has_large_lane=True) as server, contextlib.ExitStack() as stack:
+    with (
+        serving(tmp_path, "answering", has_large_lane=True, num_front_ends=1) as server,
+        contextlib.ExitStack() as stack,
+    ):
         url = urlsplit(server.address)
         socks = [stack.enter_context(socket.create_connection((url.hostname, url.port), timeout=10)) for _ in texts]
         for sock, text in zip(socks, texts, strict=True):
@@ -203,6 +206,7 @@ def test_where_a_request_s_time_went_is_known_at_every_front_end(server: Running
 # ---- Deaths ----
 
 
+@pytest.mark.sweep  # by default, with fake processes: test_supervisor.py
 def test_a_dead_front_end_frees_what_its_requests_held_at_the_engine(tmp_path: Path) -> None:
     with serving(tmp_path, "endless") as server, contextlib.ExitStack() as stack:
         streams = [stack.enter_context(streaming(server)) for _ in range(6)]
@@ -222,7 +226,7 @@ def test_a_dead_front_end_frees_what_its_requests_held_at_the_engine(tmp_path: P
 
 
 def test_a_dead_engine_ends_its_streams_with_an_error_and_comes_back(tmp_path: Path) -> None:
-    with serving(tmp_path, "endless", restart_engine=True) as server:
+    with serving(tmp_path, "endless", restart_engine=True, num_front_ends=1) as server:
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(streaming(server)) for _ in range(4)]
             os.kill(server.pids()["engine 0"], signal.SIGKILL)
@@ -238,6 +242,7 @@ def test_a_dead_engine_ends_its_streams_with_an_error_and_comes_back(tmp_path: P
         server.stop()
 
 
+@pytest.mark.sweep  # by default, with fake processes: test_supervisor.py
 def test_another_engine_takes_over_from_a_dead_one(tmp_path: Path) -> None:
     with serving(tmp_path, "endless", num_engines=2) as server:
         with contextlib.ExitStack() as stack:
@@ -255,6 +260,7 @@ def test_another_engine_takes_over_from_a_dead_one(tmp_path: Path) -> None:
         server.stop()
 
 
+@pytest.mark.sweep  # by default, with fake processes: test_supervisor.py
 def test_a_drain_answers_what_runs_and_a_second_signal_aborts_it(tmp_path: Path) -> None:
     with serving(tmp_path, "endless") as server, contextlib.ExitStack() as stack:
         short = [stack.enter_context(streaming(server, {**LONG, "max_tokens": 40})) for _ in range(2)]

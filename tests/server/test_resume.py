@@ -8,10 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.fake_engine import FakeEngine, serving
+from tests.sweeps import examples
 from tinyvllm.server.resume import ResumeError, Resumption
 
 TEXT = "Grüße, 世界! A longer answer."
@@ -52,7 +53,7 @@ def read(body: bytes) -> tuple[list[str], list[Any], set[str], int]:
     return texts, sorted(reasons), ids, num_ends
 
 
-@settings(max_examples=100, deadline=None)
+@examples(30, 100)
 @given(st.randoms(use_true_random=False))
 def test_text_is_neither_lost_nor_repeated(rng: random.Random) -> None:
     first, second = stream(rng, "one"), stream(rng, "second")

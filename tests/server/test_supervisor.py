@@ -108,7 +108,7 @@ def test_each_process_says_which_it_is_and_keeps_no_secret_where_others_see_it()
     key = "a-key-of-the-test"
     os.environ["TINYVLLM_API_KEY"] = key
     try:
-        with running_server(settings={"api_keys": [key]}) as server:
+        with running_server(num_front_ends=1, settings={"api_keys": [key]}) as server:
             server.wait_until_ready()
             assert httpx.post(server.address + "/v1/completions", json=BODY).status_code == 401
             headers = {"authorization": f"Bearer {key}"}
@@ -205,7 +205,7 @@ def test_a_killed_front_end_loses_its_own_requests_only_and_is_started_again() -
 
 
 def test_a_front_end_that_stands_still_is_started_again() -> None:
-    with running_server(unseen_s=3.0) as server:
+    with running_server(num_front_ends=1, unseen_s=3.0) as server:
         server.wait_until_ready()
         pid = server.pids()["front-end 0"]
         os.kill(pid, signal.SIGSTOP)
@@ -232,7 +232,7 @@ def test_a_front_end_that_dies_again_and_again_ends_the_server() -> None:
 
 
 def test_a_dead_engine_ends_the_server_with_an_error() -> None:
-    with running_server() as server:
+    with running_server(num_front_ends=1) as server:
         server.wait_until_ready()
         with hanging(server) as (_, lines):
             os.kill(server.pids()["engine 0"], signal.SIGKILL)
@@ -284,6 +284,7 @@ def test_a_server_waits_for_an_engine_that_loads_when_another_dies() -> None:
         assert "engine 1 was killed by SIGKILL" in server.events[-1]["text"]
 
 
+@pytest.mark.sweep  # by default, with a real front-end: test_processes.py
 def test_a_dead_engine_is_started_again_if_asked_for() -> None:
     with running_server(restart_engine=True) as server:
         server.wait_until_ready()
@@ -313,14 +314,14 @@ def test_an_engine_that_cannot_load_ends_the_server_with_its_error() -> None:
 
 
 def test_nothing_outlives_a_killed_supervisor() -> None:
-    with running_server(num_front_ends=3, num_engines=2) as server:
+    with running_server(num_front_ends=1) as server:
         server.wait_until_ready()
         pids = list(server.pids().values())
-        assert len(pids) == 6
+        assert len(pids) == 3
         server.process.kill()
         wait_until_gone(pids[1:])
         server.wait()
-    with running_server() as another:  # and the next server removes the directory
+    with running_server(num_front_ends=1) as another:  # and the next server removes the directory
         assert another.run_dir != server.run_dir and not server.run_dir.exists()
         another.stop()
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from tests.sweeps import examples
 from tests.text.vocabularies import byte_level_metadata, make_byte_level, make_spm
 from tinyvllm.config import GRAMMAR_TOO_COMPLEX, GrammarSpec
 from tinyvllm.errors import RequestError
@@ -194,7 +195,7 @@ def deeper(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )  # fmt: skip
 
 
-@hypothesis.settings(max_examples=60)
+@examples(20, 60)
 @hypothesis.given(st.recursive(SCALARS, deeper, max_leaves=8), st.integers(0, 3))
 def test_what_random_schemas_allow_is_valid(schema: dict[str, Any], seed: int) -> None:
     document = json.loads(walk(compiled("json_schema", schema), seed=seed))

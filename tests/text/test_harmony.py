@@ -14,6 +14,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from tests.sweeps import examples
 from tests.text.harmony import TEMPLATE, encode, make_tokenizer, written
 from tests.text.write_harmony_reference import CHATS, DATE, FORMED, MALFORMED, OUTPUT, PIECES, TOOL
 from tinyvllm.config import GrammarSpec
@@ -139,7 +140,7 @@ def test_the_prompt_may_have_begun_the_message() -> None:
     assert read([message], opening="assistant<|channel|>analysis<|message|>") == ("Hm.", "Yes.", [])
 
 
-@hypothesis.settings(max_examples=300)
+@examples(80, 300)
 @hypothesis.given(
     st.one_of(st.sampled_from([*FORMED, *MALFORMED]), st.lists(st.sampled_from(PIECES), max_size=12).map("".join)).map(
         written

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tests.builders import CHATML
+from tests.sweeps import examples
 from tinyvllm.errors import RequestError
 from tinyvllm.text import template_probes
 from tinyvllm.text.chat import ChatTemplate
@@ -375,7 +376,7 @@ def conversation(turns: list[str]) -> list[Message]:
     return chat
 
 
-@hypothesis.settings(max_examples=150, deadline=None)
+@examples(40, 150)
 @hypothesis.given(st.lists(TURN, min_size=1, max_size=9))
 def test_no_conversation_is_refused_and_no_text_is_lost(turns: list[str]) -> None:
     chat = conversation(turns)

@@ -22,6 +22,7 @@ from tests.builders import write_tiny_gguf, write_tiny_hf_llama
 from tests.families.recipe import write_gguf, write_hf
 from tests.families.recipes import RECIPES
 from tests.families.recipes.gemma3 import write_multimodal_hf
+from tests.sweeps import swept
 from tinyvllm.config import ModelFiles
 from tinyvllm.convert import hf_output, safetensors_header, stream
 from tinyvllm.convert.gguf_metadata import ARCHITECTURES
@@ -65,7 +66,8 @@ def test_a_rope_of_larger_heads_than_those_with_a_window_stays_as_it_is(tmp_path
     assert read_model_config(found).rope == read_model_config(source).rope
 
 
-@pytest.mark.parametrize("name", WRITABLE)
+# by default: those that no directory is made of
+@pytest.mark.parametrize("name", swept(WRITABLE, ["qwen2", *[name for name in WRITABLE if name not in DIRECTORIES]]))
 def test_a_gguf_has_llama_cpps_names_rows_and_settings(tmp_path: Path, name: str) -> None:
     """Compared with the file that the gguf package writes of the same weights."""
     recipe = WITHOUT_BIASES if name == "smollm3" else RECIPES[name]

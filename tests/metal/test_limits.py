@@ -39,7 +39,7 @@ def check(graphs: list[GraphFacts]) -> None:
         assert len(graph.programs) >= 5 and graph.kernels >= 5 * 16, f"{graph.name} is no whole step: {graph}"
 
 
-@pytest.mark.sweep  # by default: doctor.programs (test_profile.py), and METAL among the targets of tests/ops
+@pytest.mark.sweep  # by default: METAL among the targets of tests/ops
 def test_no_program_is_over_a_limit_on_an_m1(simulator: Settings) -> None:
     """With weights of 16 GB that take no memory. The computer is then as before. Predictions count what is launched."""
     graphs = graphs_of(simulator, Case("llama-3.1-8b", "Apple7", "float16", (8,), (64,)))
@@ -61,6 +61,7 @@ def test_no_program_is_over_a_limit_without_simdgroup_matrices_and_three_layers_
     assert graphs_of(simulator, case) == graphs
 
 
+@pytest.mark.sweep  # with the tests that share programs
 def test_the_renderer_asks_a_family_for_its_simdgroup_matrices_alone() -> None:
     """Else `share_programs` would hide what is different."""
     from tinygrad import Device, Tensor, dtypes

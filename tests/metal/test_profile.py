@@ -20,6 +20,8 @@ from tinyvllm.scheduling.request import Request
 
 from tinygrad.helpers import Context  # isort: skip  (tinyvllm makes its settings first)
 
+pytestmark = pytest.mark.sweep  # tests/execution/test_profile.py does the like on the CPU
+
 MODEL = TinyLlama()
 PROMPT = 70  # more rows than a decode step has: the kernels for prompts
 
@@ -92,7 +94,6 @@ def test_the_doctor_names_the_family_and_the_limits_and_says_where_graphs_are_mi
     assert programs.status == doctor.GOOD and "threadgroup memory" in programs.value
 
 
-@pytest.mark.sweep  # tests/execution/test_profile.py does the like on the CPU
 def test_a_log_of_debug_2_has_the_kernels_of_a_profile_and_no_graph(
     runner: ModelRunner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.builders import (
     write_tiny_hf_llama,
 )
 from tests.ops.builders import Piece, make_step
+from tests.sweeps import swept
 from tinyvllm.arrays import to_float32
 from tinyvllm.config import ModelFiles
 from tinyvllm.device.handle import open_device
@@ -153,68 +155,67 @@ def weights_of(files: ModelFiles, numbers: Mapping[str, Any]) -> dict[str, np.nd
     return {name: to_float32(checkpoint.take(name, shape)) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize(
-    "numbers",
-    [
-        {},
-        {"tie": False, "kv_heads": 4, "seed": 1},  # an own head, no grouping
-        {"heads": 6, "kv_heads": 2, "hidden": 64, "head_dim": 32, "ffn": 160, "seed": 2},  # H * D is not hidden
-        {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500000.0},
-        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-        {"family": "qwen3", "head_dim": 32, "norm_eps": 1e-6, "rope_theta": 1e6},  # H * D is twice hidden
-        {"family": "qwen3", "tie": False, "seed": 4},
-        {"heads": 4, "kv_heads": 2, "head_dim": 40, "seed": 5},  # 320 rows of q, k and v, 80 of k
-        {"family": "qwen3", "heads": 6, "kv_heads": 3, "head_dim": 16, "seed": 6},  # 192 rows, 48 of k
-        {"heads": 4, "kv_heads": 1, "head_dim": 24, "seed": 7},  # 144 rows, which no panels hold
-    ],
-    ids=[
-        "tied",
-        "untied",
-        "wide heads",
-        "llama3 rope",
-        "linear rope",
-        "qwen3",
-        "qwen3 untied",
-        "heads of 40",
-        "3 KV heads",
-        "a part of a panel",
-    ],
-)
-def test_logits_equal_the_implementation_in_numpy(tmp_path: Path, numbers: dict[str, Any]) -> None:
+SHAPES: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"tie": False, "kv_heads": 4, "seed": 1},  # an own head, no grouping
+    # H * D is not hidden
+    "wide heads": {"heads": 6, "kv_heads": 2, "hidden": 64, "head_dim": 32, "ffn": 160, "seed": 2},
+    "llama3 rope": {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500000.0},
+    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "qwen3": {"family": "qwen3", "head_dim": 32, "norm_eps": 1e-6, "rope_theta": 1e6},  # H * D is twice hidden
+    "qwen3 untied": {"family": "qwen3", "tie": False, "seed": 4},
+    "heads of 40": {"heads": 4, "kv_heads": 2, "head_dim": 40, "seed": 5},  # 320 rows of q, k and v, 80 of k
+    "3 KV heads": {"family": "qwen3", "heads": 6, "kv_heads": 3, "head_dim": 16, "seed": 6},  # 192 rows, 48 of k
+    "a part of a panel": {"heads": 4, "kv_heads": 1, "head_dim": 24, "seed": 7},  # 144 rows, which no panels hold
+}
+
+
+@pytest.mark.parametrize("name", swept(SHAPES, ("untied", "llama3 rope", "linear rope", "qwen3", "a part of a panel")))
+def test_logits_equal_the_implementation_in_numpy(tmp_path: Path, name: str) -> None:
+    numbers = SHAPES[name]
     files = write_tiny_hf_llama(tmp_path, **numbers)
     tiny = TinyLlama(**numbers)
     check(load(files), numpy_llama(tiny, make_weights(tiny), PROMPT))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "family"),
+    swept(product(("float16", "bfloat16"), ("llama", "qwen3")), [("float16", "llama"), ("bfloat16", "qwen3")]),
+)
 def test_half_precision_checkpoints_are_computed_in_float32(tmp_path: Path, dtype: str, family: str) -> None:
     files, numbers = write_tiny_hf_llama(tmp_path, dtype=dtype, family=family), {"family": family}
     check(load(files), numpy_llama(TinyLlama(family=family), weights_of(files, numbers), PROMPT))
 
 
-@pytest.mark.parametrize(
-    ("quant", "quant_of", "numbers"),
-    [
-        ("F32", {}, {"rope_scaling": LLAMA3_SCALING}),
-        ("Q4_1", {"token_embd": "Q8_0"}, {}),
-        ("Q4_K", {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}, WIDE),  # as Q4_K_M mixes them
-        ("Q5_0", {"attn_q.": "Q4_0", "attn_v": "Q5_1"}, {"tie": False}),
-        ("Q4_K", {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}, WIDE | {"family": "qwen3"}),
-        ("Q8_0", {"attn_k.": "Q4_0", "attn_v": "Q5_1"}, {"tie": False, "family": "qwen3", "head_dim": 32}),
-    ],
-    ids=["f32", "q4_1", "q4_k_m", "all different", "qwen3 q4_k_m", "qwen3 all different"],
-)
-def test_quantized_gguf_equals_its_own_values_in_numpy(
-    tmp_path: Path, quant: str, quant_of: dict[str, str], numbers: dict[str, Any]
-) -> None:
+KINDS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "f32": ("F32", {}, {"rope_scaling": LLAMA3_SCALING}),
+    "q4_1": ("Q4_1", {"token_embd": "Q8_0"}, {}),
+    # as Q4_K_M mixes them
+    "q4_k_m": ("Q4_K", {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}, WIDE),
+    "all different": ("Q5_0", {"attn_q.": "Q4_0", "attn_v": "Q5_1"}, {"tie": False}),
+    "qwen3 q4_k_m": (
+        "Q4_K",
+        {"attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"},
+        WIDE | {"family": "qwen3"},
+    ),
+    "qwen3 all different": (
+        "Q8_0",
+        {"attn_k.": "Q4_0", "attn_v": "Q5_1"},
+        {"tie": False, "family": "qwen3", "head_dim": 32},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", swept(KINDS, ("q4_k_m", "all different")))
+def test_quantized_gguf_equals_its_own_values_in_numpy(tmp_path: Path, name: str) -> None:
+    quant, quant_of, numbers = KINDS[name]
     files = write_tiny_gguf(tmp_path / "tiny.gguf", quant=quant, tweaks=GGUFTweaks(quant_of=quant_of), **numbers)
     expected = numpy_llama(TinyLlama(**numbers), weights_of(files, numbers), PROMPT)
     check(load(files), expected)
     check(load(files, lambda device: CpuBackend(device, "float32", dequantize=True)), expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", swept(("llama", "qwen3"), ["llama"]))
 def test_both_formats_give_the_same_logits(tmp_path: Path, family: str) -> None:
     hf = load(write_tiny_hf_llama(tmp_path / "hf", seed=3, family=family))
     gguf = load(write_tiny_gguf(tmp_path / "tiny.gguf", quant="F32", seed=3, family=family))
@@ -222,7 +223,7 @@ def test_both_formats_give_the_same_logits(tmp_path: Path, family: str) -> None:
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", swept(("llama", "qwen3"), ["llama"]))
 def test_the_reference_backend_runs_the_same_model(tmp_path: Path, family: str) -> None:
     tweaks, numbers = GGUFTweaks(quant_of={"attn_v": "Q8_0"}), {"family": family}
     files = write_tiny_gguf(tmp_path / "tiny.gguf", quant="Q4_1", tweaks=tweaks, family=family)

@@ -50,9 +50,7 @@ def check(ops: Backend, reference: ReferenceBackend, case: Case, pieces: list[Pi
         np.testing.assert_array_equal(now[others], then[others])  # padding wrote to the dummy block alone
 
 
-@pytest.mark.parametrize(
-    "case", swept(DECODE, [DECODE[0], DECODE[3], DECODE[4], DECODE[6]]), ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", swept(DECODE, [DECODE[0], DECODE[4], DECODE[6]]), ids=lambda case: case.name)
 def test_decode_equals_the_reference_and_writes_its_slots_alone(
     backend: Backend, reference: ReferenceBackend, case: Case
 ) -> None:
@@ -60,7 +58,7 @@ def test_decode_equals_the_reference_and_writes_its_slots_alone(
         check(backend, reference, case, pieces, seed)
 
 
-@pytest.mark.parametrize("case", swept(MIXED, [MIXED[0], MIXED[1], MIXED[3], MIXED[6]]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", swept(MIXED, [MIXED[0], MIXED[6]]), ids=lambda case: case.name)
 def test_mixed_steps_equal_the_reference_and_write_their_slots_alone(
     backend: Backend, reference: ReferenceBackend, case: Case
 ) -> None:
@@ -68,7 +66,7 @@ def test_mixed_steps_equal_the_reference_and_write_their_slots_alone(
         check(backend, reference, case, pieces, seed)
 
 
-@pytest.mark.parametrize("name", swept(FEATURES, ("gemma", "whole norms", "scaled queries", "all")))
+@pytest.mark.parametrize("name", swept(FEATURES, ("whole norms", "scaled queries", "all")))
 def test_what_other_families_ask_of_attention_equals_the_reference(
     backend: Backend, reference: ReferenceBackend, name: str
 ) -> None:
@@ -127,7 +125,7 @@ def test_the_cpu_says_that_it_has_no_bfloat16_pool(device: DeviceHandle) -> None
     assert cpu.kv_dtype("float32", "bfloat16") == "float32"
 
 
-@pytest.mark.parametrize("case", [DECODE[1], MIXED[2]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", swept([DECODE[1], MIXED[2]], [DECODE[1]]), ids=lambda case: case.name)
 def test_padded_rows_change_nothing(backend: Backend, case: Case) -> None:
     """The same sequences alone and with padding give the same bits."""
     tokens = case.layout.num_tokens
@@ -141,7 +139,7 @@ def test_padded_rows_change_nothing(backend: Backend, case: Case) -> None:
 
 @pytest.mark.parametrize(
     ("case", "bad"),
-    swept(product((DECODE[1], MIXED[2]), (math.nan, math.inf)), [(DECODE[1], math.nan), (MIXED[2], math.inf)]),
+    swept(product((DECODE[1], MIXED[2]), (math.nan, math.inf)), [(MIXED[2], math.nan)]),
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_what_another_request_left_in_a_block_is_not_read(backend: Backend, case: Case, bad: float) -> None:

@@ -57,7 +57,7 @@ def test_a_step_renders_within_the_limits(is_decode: bool) -> None:
 WAYS = [("Q5_1", "Q8_0"), ("bfloat16", "bfloat16"), ("Q4_0", "Q5_0")]  # to store most matrices, and V and down
 
 
-@pytest.mark.parametrize("formats", swept([(way,) for way in WAYS], [(WAYS[0],)]), ids=str)
+@pytest.mark.parametrize("formats", swept([(way,) for way in WAYS], []), ids=str)
 def test_every_way_to_store_weights_renders(formats: tuple[str, str]) -> None:
     backend, layout = gpu_backend("bfloat16" if formats[0] == "bfloat16" else "float16"), StepLayout(2, 2, 2, 16)
     for kernel in kernels_of(plan_layer(backend, layout, formats, is_decode=True, samples=False)):
@@ -83,7 +83,7 @@ def test_general_experts_render_within_the_limits() -> None:
     ("heads", "dtype"),
     swept(
         product([(64, 8, 128), (16, 8, 256), (9, 3, 64)], ("float16", "bfloat16")),
-        [((64, 8, 128), "float16"), ((9, 3, 64), "bfloat16")],
+        [((9, 3, 64), "bfloat16")],
     ),
     ids=str,
 )
@@ -114,6 +114,7 @@ def test_hidden_states_are_stored_one_by_one() -> None:
         assert source.count("(data0_1024+") == 1, source
 
 
+@pytest.mark.sweep
 def test_cuda_devices_are_given_the_same_general_kernels() -> None:
     formats = ("float16", "Q8_0")
     layout = StepLayout(2, 2, 2, 16)
@@ -136,7 +137,7 @@ def test_cpu_kernels_use_neither_threads_nor_double_precision(is_decode: bool) -
         assert buffer_bytes(program, AddrSpace.LOCAL) == 0, kernel.arg.name
 
 
-@pytest.mark.parametrize("vocab", swept((300, 49152), [300]))
+@pytest.mark.parametrize("vocab", swept((300, 49152), []))  # tests/ops/sampling runs them
 def test_cpu_kernels_of_a_step_with_logits_processing_use_neither_threads_nor_double_precision(vocab: int) -> None:
     backend = CpuBackend(DeviceHandle("CPU", has_threads=False, is_unified=True), None)
     for kernel in kernels_of([plan_processed(backend, vocab)]):
@@ -145,7 +146,7 @@ def test_cpu_kernels_of_a_step_with_logits_processing_use_neither_threads_nor_do
         assert buffer_bytes(program, AddrSpace.LOCAL) == 0, kernel.arg.name
 
 
-@pytest.mark.parametrize("tokens", swept((1, 4, 16, 256), (1, 256)))
+@pytest.mark.parametrize("tokens", swept((1, 4, 16, 256), [256]))
 def test_the_stack_holds_a_large_models_tiles(tokens: int) -> None:
     """Llama 3.1 70B's down projection is 28672 wide. The matrix stays virtual: what counts is its shape."""
     backend = CpuBackend(DeviceHandle("CPU", has_threads=False, is_unified=True), None)

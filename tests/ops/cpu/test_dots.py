@@ -14,6 +14,7 @@ from tinygrad import Tensor, UOp, dtypes
 
 from tests.ops.builders import largest_difference, make_host, make_step, make_step_of, normal
 from tests.ops.formats.drawn import BY_NAME, affine
+from tests.sweeps import swept
 from tinyvllm.arrays import CODE_BITS, Format, to_float32
 from tinyvllm.config import LayerKind, count_physical
 from tinyvllm.device.handle import DeviceHandle, has_dot_instructions, open_device
@@ -73,7 +74,8 @@ def test_words_hold_what_a_checkpoint_does(name: str) -> None:
     ("name", "tokens", "bits"),
     [
         *[(name, (1, 6, 17, 5, 80)[i % 5], 16) for i, name in enumerate(USUAL)],
-        *[("Q4_K", 80, 8), ("Q6_K", 5, 8), ("Q4_1", 1, 8), ("Q8_0", 17, 8)],
+        *[("Q4_K", 80, 8), ("Q6_K", 5, 8)],
+        *[pytest.param(name, tokens, 8, marks=pytest.mark.sweep) for name, tokens in (("Q4_1", 1), ("Q8_0", 17))],
         *[
             pytest.param(name, tokens, bits, marks=pytest.mark.sweep)
             for name in DRAWN
@@ -141,11 +143,15 @@ def _in_words(integers: np.ndarray, form: RowForm) -> np.ndarray:
 
 
 TARGETS = ["x86-64", "haswell", "skylake-avx512", "icelake-server", "alderlake"]
+DOT_BITS = [bits for bits in CODE_BITS if has_dots(affine(bits, 64))]
+BOTH_BITS = [(bits, x_bits) for bits in DOT_BITS for x_bits in (16, 8)]
 
 
 @x86
-@pytest.mark.parametrize("x_bits", [16, 8])
-@pytest.mark.parametrize("bits", [bits for bits in CODE_BITS if has_dots(affine(bits, 64))])
+@pytest.mark.parametrize(
+    ("bits", "x_bits"),
+    swept(BOTH_BITS, [(bits, 8 if bits in (2, 4, 6) else 16) for bits in DOT_BITS]),
+)
 def test_every_processors_statements_give_the_same_sums(tmp_path: Path, bits: int, x_bits: int) -> None:
     """Compiled for each; those that this computer can run."""
     fmt, rng = replace(affine(bits, 64), offset=0), np.random.default_rng(bits)

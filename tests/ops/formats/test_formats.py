@@ -53,8 +53,8 @@ from tinyvllm.ops.reference import ReferenceBackend
 COLS = 256
 LANES, HALVES = Lanes("CUDA"), Mma("CUDA", dtypes.half)
 LAYOUTS = ("panel", "row")
-# the default run unpacks every third; the products of CPUs read all
-DEFAULT_FORMATS = [(i, fmt) for i, fmt in enumerate(FORMATS) if i % 3 == 0]
+# the default run unpacks every sixth; the products of CPUs read all
+DEFAULT_FORMATS = [(i, fmt) for i, fmt in enumerate(FORMATS) if i % 6 == 0]
 
 
 def read_values(matrix: Matrix) -> np.ndarray:
@@ -105,7 +105,7 @@ def test_any_format_is_unpacked_to_its_values(fmt: Format, layout: str, seed: in
     assert_close(unpack(matrix).numpy(), host)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(fmt=any_format(), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 99))
 def test_any_format_is_read_value_by_value(fmt: Format, layout: str, seed: int) -> None:
     host = draw_matrix(fmt, 40, COLS, seed)
@@ -160,8 +160,14 @@ def test_the_cpu_multiplies_by_every_format(device: DeviceHandle, fmt: Format, t
     assert largest_difference(multiply(CpuBackend(device, None), host, x), expected_product(host, x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["affine4_g64-float16", "affine3_g64-float16", "MXFP4-e8m0", "FP8-float32"])
-@pytest.mark.parametrize("operation", ["residual", "gated"])
+FOLLOWED = ("affine4_g64-float16", "affine3_g64-float16", "MXFP4-e8m0", "FP8-float32")
+OPERATIONS = ("residual", "gated")
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    swept(product(FOLLOWED, OPERATIONS), [(name, OPERATIONS[i % 2]) for i, name in enumerate(FOLLOWED)]),
+)
 def test_every_epilogue_takes_every_format(
     device: DeviceHandle, reference: ReferenceBackend, name: str, operation: str
 ) -> None:
@@ -181,8 +187,12 @@ def test_every_epilogue_takes_every_format(
     assert largest_difference(run(CpuBackend(device, None)), run(reference)) < 1e-5
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("widths", [(96, 160), (32, 224), (128, 128)])
+WIDTHS = ((96, 160), (32, 224), (128, 128))
+
+
+@pytest.mark.parametrize(
+    ("group", "widths"), swept(product((32, 64, 128), WIDTHS), [*zip((32, 64, 128), WIDTHS, strict=True)])
+)
 def test_cores_may_share_a_row_of_x_inside_a_group(group: int, widths: tuple[int, ...]) -> None:
     """Each core has whole panels of columns, which need not be whole groups. There are so many rows that they
     are not copied together first."""
@@ -247,9 +257,14 @@ def test_no_fused_kernel_can_be_made_for_what_it_does_not_read(kernel: str, fmt:
         run_kernel(fn, [empty(256 * COLS, dtypes.half)], [*matrix.planes, *x])
 
 
-@pytest.mark.parametrize("kind", ["METAL", "CUDA"])
-@pytest.mark.parametrize("tokens", [1, 3, 64])
-@unread
+@pytest.mark.parametrize(
+    ("kind", "tokens", "fmt"),
+    swept(
+        product(("METAL", "CUDA"), (1, 3, 64), UNREAD),
+        [("METAL", 1, UNREAD[0]), ("CUDA", 3, UNREAD[1]), ("CUDA", 64, UNREAD[0])],
+    ),
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_fused_backends_multiply_what_they_do_not_cover_by_the_general_product(
     kind: str, tokens: int, fmt: Format, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -264,7 +279,7 @@ def test_fused_backends_multiply_what_they_do_not_cover_by_the_general_product(
     assert backend.coverage.lines() == [said]
 
 
-@pytest.mark.parametrize(("kind", "tokens"), swept(product(("METAL", "CUDA"), (1, 8)), [("METAL", 8), ("CUDA", 1)]))
+@pytest.mark.parametrize(("kind", "tokens"), swept(product(("METAL", "CUDA"), (1, 8)), [("METAL", 1), ("CUDA", 8)]))
 def test_a_product_reads_the_packed_planes_once_and_nothing_else_of_the_matrix(kind: str, tokens: int) -> None:
     """Whatever the format: no kernel reads or writes unpacked weights."""
     for name in BY_NAME:

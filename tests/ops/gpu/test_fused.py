@@ -93,7 +93,7 @@ LAYER_KERNELS = [(1, 5, 5), (2, 7, 6), (64, 7, 6)]
     ("counts", "kind", "normed"),
     swept(
         product(LAYER_KERNELS, KINDS, (False, True)),
-        {*product(LAYER_KERNELS, ["CUDA"], [False]), *product(LAYER_KERNELS[:2], ["METAL"], [True])},
+        {(LAYER_KERNELS[0], "CUDA", False), (LAYER_KERNELS[2], "CUDA", False), (LAYER_KERNELS[1], "METAL", True)},
     ),
 )
 def test_a_layer_takes_five_kernels_for_one_row_and_seven_for_more(
@@ -147,7 +147,7 @@ DECODING = [(1, ("Q4_K", "Q6_K")), (1, ("bfloat16", "Q4_K")), (3, ("Q8_0", "Q5_0
     ("kind", "case"),
     swept(
         product(KINDS, DECODING),
-        {("METAL", DECODING[2]), ("CUDA", DECODING[0])},
+        [("CUDA", DECODING[0])],  # METAL's run in tests/metal
     ),
 )
 def test_a_decoding_step_renders_within_the_limits(kind: str, case: tuple[int, tuple[str, str]]) -> None:
@@ -182,9 +182,7 @@ CHAINED = [(1, ("Q4_0", "float16")), (2, ("float16", "float16"))]
 
 @pytest.mark.parametrize(
     ("tokens", "formats", "has_post_norm"),
-    swept(
-        [(*case, normed) for case in CHAINED for normed in (False, True)], [(*CHAINED[0], False), (*CHAINED[1], True)]
-    ),
+    swept([(*case, normed) for case in CHAINED for normed in (False, True)], [(*CHAINED[1], True)]),
 )
 def test_a_chained_kernel_waits_before_it_touches_what_the_step_writes(
     tokens: int, formats: tuple[str, str], has_post_norm: bool

@@ -1,4 +1,5 @@
-"""Sampling against NumPy: the right distribution, the right seeds, the right logprobs.
+"""Sampling against NumPy: the right distribution, the right seeds, the right logprobs. Each number of rows and each
+vocabulary compiles kernels of its own, so that tests share them where any would do.
 On a GPU: DEV=CL python -m pytest -m gpu tests/ops"""
 
 from __future__ import annotations
@@ -84,10 +85,10 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(backend: Backend, v
         assert chi_square < freedom + 4 * math.sqrt(2 * freedom), filters
 
 
-@pytest.mark.parametrize("vocab", swept(VOCABULARIES, (5, 1000)))
+@pytest.mark.parametrize("vocab", swept(VOCABULARIES, [1000]))
 def test_tokens_and_logprobs_equal_the_reference(backend: Backend, reference: ReferenceBackend, vocab: int) -> None:
     """Every row asks for something else. The hash is the same bit for bit, so the same tokens win."""
-    seqs = 24
+    seqs = 64
     rng = np.random.default_rng(vocab)
     logits = 3 * normal(seqs, vocab, seed=vocab)
     columns = {
@@ -131,11 +132,11 @@ def test_ties_at_the_edge_of_a_filter_are_all_kept(backend: Backend) -> None:
 
 
 def test_the_same_seed_gives_the_same_tokens_at_any_place_in_any_batch(backend: Backend) -> None:
-    seqs, vocab = 12, 300
+    seqs, vocab = 8, 100
     logits, seeds = 2 * normal(seqs, vocab), np.arange(100, 100 + seqs)
     columns = {"temperature": 1.0, "top_p": 0.95}
     tokens = sample(backend, logits, seed=seeds, draw=5, **columns).tokens
-    for order in (np.arange(seqs)[::-1], np.array([3, 1, 8]), np.array([11])):
+    for order in (np.arange(seqs)[::-1], np.array([3, 1, 7]), np.array([6])):
         moved = sample(backend, logits[order], seed=seeds[order], draw=5, **columns).tokens
         np.testing.assert_array_equal(moved, tokens[order])
 
@@ -166,7 +167,7 @@ def test_a_temperature_of_almost_nothing_is_greedy(backend: Backend) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_suppressed_ids_are_never_drawn_yet_count_in_the_logprobs(backend: Backend, temperature: float) -> None:
-    seqs, vocab = 64, 40
+    seqs, vocab = 256, 40
     logits = np.tile(normal(vocab), (seqs, 1))
     best = np.argsort(-logits[0])
     suppressed = best[:6].tolist()
@@ -194,17 +195,17 @@ def test_likeliest_tokens_come_in_exact_order_ties_by_id(backend: Backend) -> No
 
 
 def test_more_likeliest_tokens_than_there_are_end_in_minus_one(backend: Backend) -> None:
-    got = sample(backend, normal(3, 5), num_logprobs=MAX_LOGPROBS)
+    got = sample(backend, normal(4, 5), num_logprobs=MAX_LOGPROBS)
     assert (np.sort(got.top_ids[:, :5]) == np.arange(5)).all()
     assert (got.top_ids[:, 5:] == -1).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_forced_token_is_reported_with_its_own_logprob_and_rank(backend: Backend, temperature: float) -> None:
-    seqs, vocab = 16, 40
+    seqs, vocab = 256, 40
     logits = normal(seqs, vocab)
     logits[1] = np.round(logits[1])  # many ties: the lower id is ahead
-    forced = np.where(np.arange(seqs) % 3, np.arange(seqs), -1)
+    forced = np.where(np.arange(seqs) % 3, np.arange(seqs) % vocab, -1)
     got = sample(backend, logits, temperature=temperature, forced=forced, num_logprobs=2)
     free = sample(backend, logits, temperature=temperature, num_logprobs=2)
     np.testing.assert_array_equal(got.tokens, np.where(forced >= 0, forced, free.tokens))
@@ -320,7 +321,7 @@ PASSES: list[tuple[dict[str, Any], int]] = [
     ("filters", "most", "spread"),
     swept(
         [(*case, spread) for spread in (0.5, 3.0) for case in PASSES],
-        [(*PASSES[0], 0.5), (*PASSES[2], 3.0), (*PASSES[3], 3.0)],
+        [(*PASSES[0], 0.5), (*PASSES[2], 3.0)],
     ),
     ids=str,
 )

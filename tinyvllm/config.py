@@ -806,14 +806,24 @@ class EngineConfig:
             flag = "--kv-offloading-size" if self.kv_offloading_size else "--kv-disk-cache"
             raise TinyvllmError(f"{flag} keeps cached prefixes: leave out --no-enable-prefix-caching")
 
+    def _check_activation_bits(self) -> None:
+        if self.activation_bits is None:
+            return
+        remedy = None
+        if self.activation_bits not in ACTIVATION_BITS:
+            remedy = "choose 16 or 8"
+        elif self.dtype == "float32":
+            remedy = "leave it out, or --dtype float32, which rounds nothing"
+        elif self.dequantize:
+            remedy = "leave it out, or --dequantize, since only products with quantized weights round"
+        if remedy is not None:
+            raise TinyvllmError(f"--activation-bits is {self.activation_bits!r}: {remedy}")
+
     def _check_limits(self) -> None:
         def refuse(flag: str, value: object, remedy: str) -> None:
             raise TinyvllmError(f"--{flag} is {value!r}: {remedy}")
 
-        if self.activation_bits not in (None, *ACTIVATION_BITS):
-            refuse("activation-bits", self.activation_bits, "choose 16 or 8")
-        if self.activation_bits is not None and self.dtype == "float32":
-            refuse("activation-bits", self.activation_bits, "leave it out, or --dtype float32, which rounds nothing")
+        self._check_activation_bits()
         if self.block_size not in (8, 16, 32, 64):
             refuse("block-size", self.block_size, "choose 8, 16, 32 or 64 tokens")
         if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:

@@ -43,3 +43,5 @@ def test_activation_bits_are_refused_where_nothing_is_rounded() -> None:
         EngineConfig("tiny", activation_bits=4)
     with pytest.raises(TinyvllmError, match=r"--activation-bits is 8: leave it out, or --dtype float32"):
         EngineConfig("tiny", activation_bits=8, dtype="float32")
+    with pytest.raises(TinyvllmError, match=r"--activation-bits is 8: leave it out, or --dequantize"):
+        EngineConfig("tiny", activation_bits=8, dequantize=True)

@@ -273,7 +273,7 @@ class EngineCore:
                 self._launch(plan, schedule_s)
             self._collect_due(plan, outs)
         except Exception as error:
-            outs += self._fail([] if plan is None else [entry.request for entry in plan.entries], error)
+            outs += self._fail([] if plan is None else list(plan.requests), error)
         if not self.has_work:
             self.flush_tiers()
         return outs
@@ -419,7 +419,7 @@ class EngineCore:
     def _fail(self, requests: list[Request], error: Exception) -> list[TokenOut]:
         """End the requests of all steps in flight, and `requests`, of a step that may not have been launched."""
         self._num_failures += 1
-        in_flight = [entry.request for step in self._in_flight for entry in step.plan.entries]
+        in_flight = [request for step in self._in_flight for request in step.plan.requests]
         if self._in_flight:  # the next step's inputs take the place of theirs
             with contextlib.suppress(Exception):  # what failed once may fail again
                 self.runner.wait()

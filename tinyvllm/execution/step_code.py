@@ -23,6 +23,8 @@ from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.step_inputs import StepLayout
 
+LEAST_ROOM = (256, 16)  # (tokens, rows) that inputs have room for at least: a CPU's default limits
+
 
 @dataclass(frozen=True)
 class GraphContext:
@@ -44,12 +46,14 @@ class GraphContext:
         return self.capture == "tinyjit"
 
     def layout(self, bucket: Bucket) -> StepLayout:
-        """A bucket's inputs. On a CPU, where they are not copied, those of all buckets have the same offsets."""
+        """A bucket's inputs. On a CPU, where they are not copied, those of all buckets have the same offsets: of
+        engines with other limits, too, so that they find each other's steps."""
         layout, capacity = bucket.layout(self.capacity), self.capacity
         if not self.backend.device.is_cpu:
             return layout
         seqs = max(capacity.max_num_seqs, capacity.max_verify_rows, bucket.num_seqs)
-        return replace(layout, room=(max(capacity.max_num_batched_tokens, seqs, bucket.num_tokens), seqs))
+        tokens = max(capacity.max_num_batched_tokens, seqs, bucket.num_tokens)
+        return replace(layout, room=(_power_from(max(tokens, LEAST_ROOM[0])), _power_from(max(seqs, LEAST_ROOM[1]))))
 
     @functools.cached_property
     def named(self) -> dict[str, Tensor]:
@@ -170,3 +174,8 @@ def sources_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _power_from(value: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (value - 1).bit_length()

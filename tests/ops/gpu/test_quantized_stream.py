@@ -103,6 +103,18 @@ def test_kernels_have_the_memory_that_they_say(fmt: str, tokens: int, rows: int,
     assert "cp.async.bulk.shared" in source
 
 
+@pytest.mark.parametrize(
+    ("fmt", "rows", "cols", "teams"),
+    [("Q4_K", 28672, 4096, 2), ("Q4_K", 4096, 14336, 2), ("Q4_K", 5120, 14336, 1), ("Q6_K", 28672, 4096, 1)],
+)
+def test_two_teams_of_warps_take_the_tiles_of_4_bits_where_they_have_stages(
+    fmt: str, rows: int, cols: int, teams: int
+) -> None:
+    spec = streamed(fmt, 1, rows, cols)
+    assert isinstance(spec, StreamedVectorSpec)
+    assert spec.is_possible() and spec.teams == teams
+
+
 @pytest.mark.parametrize("fmt", ["Q4_K", "FP8-float32"])
 def test_the_warp_that_fetches_reads_nothing_else(fmt: str) -> None:
     """It leaves before the others meet, and what is loaded before that exists for it too."""

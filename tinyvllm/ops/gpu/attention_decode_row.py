@@ -30,7 +30,7 @@ MAX_SPLITS = 16
 GROUPS_WANTED = 256  # threadgroups that fill a large GPU
 FEW_GROUPS = 64  # threadgroups that leave half of a large GPU's cores idle: each takes more warps
 # Threadgroups of float16 up to which a warp fetches its next tile ahead: with more, an H200 is faster with more of them
-# at a time, or with those that stream (attention_decode_hopper.py)
+# at a time, or, from so many on, with those that stream (attention_decode_hopper.py)
 GROUPS_AHEAD = 512
 RESIDENT_WARPS = 132 * 10  # that the registers of a large GPU hold
 LONG_CONTEXT = 2048  # tokens

@@ -588,9 +588,8 @@ class FusedGpuBackend(GpuBackend):
             packing: dict[str, Any] = dict(mma=half, rescales_input=self.dtype == "bfloat16" and not is_normed)
             kind = StreamedFloatSpec if matrix.format.is_float8 else StreamedVectorSpec
             streamed = kind(planes=plane_sizes(matrix), **packing, **fields)
-            for spec in (streamed, replace(streamed, chosen=(("teams", 1),))):
-                if self._streams_row(matrix) and spec.is_possible():
-                    return choose(spec)
+            if self._streams_row(matrix) and streamed.is_possible():
+                return choose(streamed)
             packed = QuantizedVectorSpec(**packing, **fields)
             if fits_quantized_vector(packed):
                 return choose(packed)

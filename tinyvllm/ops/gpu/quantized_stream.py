@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Generic, TypeVar
 
 from tinygrad import UOp
@@ -101,11 +101,12 @@ class StreamedVectorSpec(QuantizedVectorSpec):
 
     @property
     def teams(self) -> int:
-        """Teams of warps, which take the tiles in turn: two, if there are tiles for them, and warps. (NVIDIA H200, a
-        step of Llama-3.1-8B in Q6_K, 8 layers: one 553 us, two 574.)"""
+        """Teams of warps, which take the tiles in turn: two, if there are tiles, warps and stages for them. (NVIDIA
+        H200, a step of Llama-3.1-8B in Q6_K, 8 layers: one 553 us, two 574.)"""
+        if (chosen := dict(self.chosen).get("teams")) is not None:
+            return chosen
         is_short = self.format.bits <= IN_PLACE and not high_bits(self.format)
-        has_two = self.num_tiles > self.num_groups and 2 * wanted_warps(self.part_blocks) <= MAX_WARPS
-        return self.knob("teams", 2 if is_short and has_two else 1)
+        return 2 if is_short and self.num_tiles > self.num_groups and has_two_teams(self) else 1
 
     @property
     def team_warps(self) -> int:
@@ -223,6 +224,12 @@ class StreamedVectorSpec(QuantizedVectorSpec):
     def _shared_bytes(self, staged_run: int) -> int:
         """Of x, its sums, and sums of the warps."""
         return fixed_words(self) * 4 + self.warps * 4 * (1 + (self.sum is not None))
+
+
+@cache
+def has_two_teams(spec: StreamedVectorSpec) -> bool:
+    """Whether the row's product is possible with two teams of warps."""
+    return replace(spec, chosen=(*spec.chosen, ("teams", 2))).is_possible()
 
 
 @cached_kernel

@@ -69,6 +69,7 @@ MAX_STAGES = 12
 PIECE = 16  # bytes of a copy
 ROW_TILES, SPLITS = (64, 128, 192, 256), (1, 2, 4, 8)
 BARRIER_BYTES = 256
+COPIERS = 4  # warps that copy: `registers` counts on four
 FEW_COLS = 64  # tokens of a tile
 # what a product costs, in ns and in bytes per ns (measured on an H200)
 CACHE_RATE = 5200.0  # from the L2 cache to all multiprocessors
@@ -195,11 +196,6 @@ class QuantizedWgmmaSpec(Tunable):
         return self.groups * GROUP_WARPS
 
     @property
-    def copiers(self) -> int:
-        """Warps that copy."""
-        return self.knob("copiers", 4)
-
-    @property
     def row_groups(self) -> int:
         return -(-self.out_rows // self.out_tile)
 
@@ -282,11 +278,11 @@ class QuantizedWgmmaSpec(Tunable):
 
     def _fits(self, copy: _PlaneCopy) -> bool:
         """Whether the copying lanes have whole rows, each the same ones of gate and up."""
-        return self.copiers * LANES % self.pieces_of(copy) == 0
+        return COPIERS * LANES % self.pieces_of(copy) == 0
 
     def rows_at_once(self, copy: _PlaneCopy) -> int:
         """Rows that the lanes copy at once."""
-        return self.copiers * LANES // self.pieces_of(copy)
+        return COPIERS * LANES // self.pieces_of(copy)
 
     def pieces_of(self, copy: _PlaneCopy) -> int:
         """Pieces of a row that are copied at once."""
@@ -513,7 +509,7 @@ class _QuantizedWork:
         *self.planes, self.x = operands
         body = self.body = Body()
         self.unit = body.grid(spec.units)
-        self.lane, self.warp = body.threads(LANES), body.threads(spec.multipliers + spec.copiers)
+        self.lane, self.warp = body.threads(LANES), body.threads(spec.multipliers + COPIERS)
         self.role = uniform(self.warp)  # the warp's number, without limits that tinygrad knows
         self.axes = axes_of(self.unit, self.lane, self.warp)
         # for the conditions of stores: if they told tinygrad the warp, it would simplify the loops around the stores by
@@ -526,7 +522,7 @@ class _QuantizedWork:
         """The UOp after which memory and barriers are ready."""
         spec = self.spec
         barriers = make_barriers(
-            spec.barriers_at, spec.stages, spec.copiers * LANES + 1, spec.multipliers, declare(spec.shared_bytes)
+            spec.barriers_at, spec.stages, COPIERS * LANES + 1, spec.multipliers, declare(spec.shared_bytes)
         )
         return UOp(Ops.BARRIER, src=(barriers,))
 

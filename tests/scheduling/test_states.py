@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.scheduling.fakes import FakeRunner, Flights, make_request, make_runner, make_scheduler, run, run_alone
+from tests.sweeps import swept
 from tinyvllm.errors import CapacityError, InvariantError
 from tinyvllm.scheduling.block_manager import BlockManager, fixed_states
 from tinyvllm.scheduling.request import Request
@@ -155,7 +156,8 @@ def test_each_turn_of_a_conversation_computes_at_most_one_block_and_the_new_text
 
 
 @pytest.mark.parametrize(
-    ("num_states", "num_blocks", "budget"), [(40, 200, 8), (3, 200, 64), (1, 60, 64), (12, 36, 16), (6, 36, 12)]
+    ("num_states", "num_blocks", "budget"),
+    swept([(40, 200, 8), (3, 200, 64), (1, 60, 64), (12, 36, 16), (6, 36, 12)], [(1, 60, 64), (12, 36, 16)]),
 )
 def test_conversations_under_pressure_answer_as_without_a_cache(num_states: int, num_blocks: int, budget: int) -> None:
     """Five conversations with three choices each turn, of which a random one is continued."""

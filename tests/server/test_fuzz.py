@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from tests.server.fake_engine import FakeEngine, TagTemplate, serving
 from tests.server.hermes import CALL, THINKING
 from tests.server.test_response_items import HISTORY, HOSTED, SKIPPED
-from tests.sweeps import examples
+from tests.sweeps import examples, swept
 from tinyvllm.server.app import make_app
 from tinyvllm.server.ollama.options import _READERS
 
@@ -448,7 +448,7 @@ def extreme_bodies(app: FastAPI, path: str) -> Iterator[dict[str, Any]]:
         yield from ({**MINIMAL[path], "options": {name: value}} for name in _READERS if path.startswith("/api/"))
 
 
-@pytest.mark.parametrize("path", MINIMAL)
+@pytest.mark.parametrize("path", swept(MINIMAL, ["/v1/completions", "/v1/messages", "/api/generate"]))
 def test_no_extreme_of_a_number_is_an_error_of_the_server(path: str) -> None:
     app = shared()[1].app
     for body in extreme_bodies(app, path):  # type: ignore[arg-type]

@@ -8,12 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.server.client import client_of, post
 from tests.server.fake_engine import FakeEngine, TagTemplate
 from tests.server.hermes import CALL, THINKING, hermes
+from tests.sweeps import examples
 from tinyvllm.config import GenerationDefaults
 from tinyvllm.engine.output import Timing
 from tinyvllm.server.ollama.answers import durations
@@ -352,7 +353,7 @@ async def test_a_chat_that_fits_is_left_alone() -> None:
     assert engine.calls[-1].prompt.startswith("<user>000") and len(engine.calls[-1].prompt) > 750
 
 
-@settings(max_examples=40, deadline=None)
+@examples(15, 40)
 @given(st.lists(st.integers(3, 400), min_size=1, max_size=12), st.integers(0, 900), st.integers(-1, 50))
 async def test_whatever_is_sent_fits(lengths: list[int], num_predict: int, num_keep: int) -> None:
     engine = FakeEngine(reply="x")
@@ -442,7 +443,7 @@ async def test_apis_can_be_turned_off() -> None:
 # ---- Durations ----
 
 
-@settings(max_examples=100, deadline=None)
+@examples(30, 100)
 @given(st.lists(st.floats(-5, 1e6), min_size=5, max_size=5), st.booleans())
 def test_durations_add_up(times: list[float], is_sorted: bool) -> None:
     arrival, queued, scheduled, first, last = sorted(times) if is_sorted else times

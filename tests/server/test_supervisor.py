@@ -123,6 +123,7 @@ def test_each_process_says_which_it_is_and_keeps_no_secret_where_others_see_it()
         del os.environ["TINYVLLM_API_KEY"]
 
 
+@pytest.mark.sweep  # by default, at the board that they share: test_board.py
 def test_limits_hold_for_all_front_ends_together() -> None:
     with running_server(settings={"max_num_queued_requests": 2}) as server:  # of 4 sequences at once
         server.wait_until_ready()
@@ -270,6 +271,7 @@ def test_an_engine_that_dies_during_the_drain_decides_the_exit_code() -> None:
         assert not any("Traceback" in line or "while the server stops" in line for line in server.log)
 
 
+@pytest.mark.sweep  # by default, an engine that is ready: the test of other engines
 def test_a_server_waits_for_an_engine_that_loads_when_another_dies() -> None:
     with running_server(num_front_ends=1, num_engines=2, load="slow second") as server:
         server.wait_until_ready()
@@ -367,6 +369,7 @@ def test_what_still_runs_after_the_time_or_a_second_signal_is_aborted(timeout_s:
         assert server.wait() == 0
 
 
+@pytest.mark.sweep  # test_ends.py stops one that compiles
 def test_a_stop_while_the_engine_loads_is_clean() -> None:
     with running_server(num_front_ends=1) as server:
         server.signal()

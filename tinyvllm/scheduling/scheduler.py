@@ -311,8 +311,8 @@ class Scheduler:
                     outs.append(self._append(request, token_id, logprobs))
         else:
             self._commit_entries(plan, output, outs)
-        if self.block_manager.has_windows and not plan.only_decodes:
-            self._give_back(plan)
+            if self.block_manager.has_windows:
+                self._give_back(plan)
         if self.speculator is not None:
             self.speculator.committed(plan, output)
         return outs

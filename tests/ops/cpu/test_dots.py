@@ -144,7 +144,7 @@ def _in_words(integers: np.ndarray, form: RowForm) -> np.ndarray:
 
 TARGETS = ["x86-64", "haswell", "skylake-avx512", "icelake-server", "alderlake"]
 DOT_BITS = [bits for bits in CODE_BITS if has_dots(affine(bits, 64))]
-BOTH_BITS = [(bits, x_bits) for bits in DOT_BITS for x_bits in (16, 8)]
+BOTH_BITS = [(bits, x_bits) for bits in DOT_BITS for x_bits in (16, 8) if x_bits == 16 or bits < 8]  # as RowForm
 
 
 @x86
@@ -156,8 +156,7 @@ def test_every_processors_statements_give_the_same_sums(tmp_path: Path, bits: in
     """Compiled for each; those that this computer can run."""
     fmt, rng = replace(affine(bits, 64), offset=0), np.random.default_rng(bits)
     form = RowForm.of(fmt, x_bits)
-    if form.bits != x_bits:
-        pytest.skip("codes of 8 bits are multiplied with 16")
+    assert form.bits == x_bits
     codes = rng.integers(0, 1 << bits, (32, 64)).astype(np.uint8)
     x = rng.integers(-form.largest, form.largest + 1, (3, 64))
     x[0], x[1] = form.largest, -form.largest  # the largest sums

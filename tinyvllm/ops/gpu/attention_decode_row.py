@@ -32,7 +32,7 @@ FEW_GROUPS = 64  # threadgroups that leave half of a large GPU's cores idle: eac
 # Threadgroups of float16 up to which a warp fetches its next tile ahead: with more, an H200 is faster with more of them
 # at a time, or, from so many on, with those that stream (attention_decode_hopper.py)
 GROUPS_AHEAD = 512
-RESIDENT_WARPS = 132 * 10  # that the registers of a large GPU hold
+RESIDENT_WARPS = MULTIPROCESSORS * 10  # that the registers of a large GPU hold
 LONG_CONTEXT = 2048  # tokens
 TILE_HEADS = 8  # query heads that are rows of a matrix tile
 WIDE_HEAD = 256  # dimensions of heads of which a lane's registers do not hold keys and values of a tile at once

@@ -12,10 +12,10 @@ threadgroup memory and added up at the end. x is staged once on each multiproces
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tinygrad import UOp
 from tinygrad.dtype import DType
@@ -236,14 +236,22 @@ def has_two_teams(spec: StreamedVectorSpec) -> bool:
 def streamed_vector_kernel(spec: StreamedVectorSpec) -> KernelFn:
     """fn(out[, x out], *planes, *RowOperands)."""
 
+    def begin(place: RowPlace, walk: RingWalk, operands: RowOperands, x_out: UOp | None) -> _ByteRow:
+        return _ByteRow(spec, place, walk, stage_fixed_row(spec, place, operands, x_out, walk))
+
+    return row_kernel(spec, begin)
+
+
+def row_kernel(spec: StreamedVectorSpec, begin: Begin) -> KernelFn:
+    """fn(out[, x out], *planes, *RowOperands), of a row that `begin` brings into threadgroup memory."""
+
     def kernel(out: UOp, *rest: UOp) -> UOp:
         buffers = list(rest)
         x_out = buffers.pop(0) if spec.sum is not None else None
         planes = [buffers.pop(0) for _ in range(Planes.count(spec.format))]
         operands = RowOperands.take(spec, buffers)
         place = make_stream_place(spec)
-        walk = begin_walk(spec, place, planes)
-        row = _ByteRow(spec, place, walk, stage_fixed_row(spec, place, operands, x_out, walk))
+        row = begin(place, _begin_walk(spec, place, planes), operands, x_out)
         return spec.finish(row.staged.stores + row.finish(row.multiply(), out), place.axes)
 
     return kernel
@@ -257,7 +265,7 @@ def make_stream_place(spec: StreamedVectorSpec) -> RowPlace:
     return RowPlace(body, 0, group, lane, warp.minimum(spec.warps - 1), warp)
 
 
-def begin_walk(spec: StreamedVectorSpec, place: RowPlace, planes: list[UOp]) -> RingWalk:
+def _begin_walk(spec: StreamedVectorSpec, place: RowPlace, planes: list[UOp]) -> RingWalk:
     ahead, team = (spec.early, spec.stages_ahead), place.warp // spec.team_warps
     return RingWalk(spec.ring, spec.format, place.body, place.group, 0, planes, spec.dynamic_bytes, ahead, team)
 
@@ -337,6 +345,10 @@ class StreamedRow(ABC, Generic[Staged]):
                 value = spec.epilogue(self.staged.operands, total(row), target)
             stores.append(out[target.valid(inside)].store(value.cast(out.dtype)))
         return stores
+
+
+# (place, walk, operands, x out) -> the row, staged
+Begin = Callable[[RowPlace, RingWalk, RowOperands, UOp | None], StreamedRow[Any]]
 
 
 class _ByteRow(StreamedRow[FixedRow]):

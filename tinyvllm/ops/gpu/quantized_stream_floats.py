@@ -14,9 +14,9 @@ from tinygrad import UOp
 from tinyvllm.ops.formats.matrix import PANEL, Planes
 from tinyvllm.ops.formats.pairs import read_pairs
 from tinyvllm.ops.formats.runs import group_of, group_scale
-from tinyvllm.ops.gpu.plane_ring import SLOTS, Stage, number
-from tinyvllm.ops.gpu.quantized_stream import StreamedRow, StreamedVectorSpec, begin_walk, make_stream_place
-from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, StagedRow, stage_row
+from tinyvllm.ops.gpu.plane_ring import SLOTS, RingWalk, Stage, number
+from tinyvllm.ops.gpu.quantized_stream import StreamedRow, StreamedVectorSpec, row_kernel
+from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, RowPlace, StagedRow, stage_row
 from tinyvllm.ops.gpu.vector import RowOperands
 from tinyvllm.ops.kernel.body import KernelFn, cached_kernel
 from tinyvllm.ops.kernel.lanes import load_cuda_words, zeros
@@ -49,17 +49,10 @@ class StreamedFloatSpec(StreamedVectorSpec):
 def streamed_float_kernel(spec: StreamedFloatSpec) -> KernelFn:
     """fn(out[, x out], *planes, *RowOperands)."""
 
-    def kernel(out: UOp, *rest: UOp) -> UOp:
-        buffers = list(rest)
-        x_out = buffers.pop(0) if spec.sum is not None else None
-        planes = [buffers.pop(0) for _ in range(Planes.count(spec.format))]
-        operands = RowOperands.take(spec, buffers)
-        place = make_stream_place(spec)
-        walk = begin_walk(spec, place, planes)
-        row = _FloatRow(spec, place, walk, stage_row(spec, place, operands, x_out, [walk.begun], walk.hurry))
-        return spec.finish(row.staged.stores + row.finish(row.multiply(), out), place.axes)
+    def begin(place: RowPlace, walk: RingWalk, operands: RowOperands, x_out: UOp | None) -> _FloatRow:
+        return _FloatRow(spec, place, walk, stage_row(spec, place, operands, x_out, [walk.begun], walk.hurry))
 
-    return kernel
+    return row_kernel(spec, begin)
 
 
 class _FloatRow(StreamedRow[StagedRow]):

@@ -24,6 +24,7 @@ from tinyvllm.ops.formats.pairs import code_order, pair_forms, read_quarter
 from tinyvllm.ops.formats.runs import groups_in_run
 from tinyvllm.ops.gpu.chunk_scales import ChunkScales, Scaled
 from tinyvllm.ops.gpu.plane_ring import (
+    ARRIVE,
     CHUNK_COLS,
     LEAST_BYTES,
     MAX_WARPS,
@@ -66,10 +67,6 @@ PIECE_LANES, PIECE_MASKS = LANES // PIECE, (8, 16)
 TERMS = 8  # columns of a product in tf32
 SEEN_BITS = 0xFFFFE000  # of a float32 in tf32
 EXACT_SCALES = ("float16", "bfloat16")  # in tf32
-ARRIVE = (
-    "__syncwarp();\nif (threadIdx.x == 0) "
-    'asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared + {0}) : "memory");'
-)
 KEEP = "if ({0}) *((float*)(shared_memory + {1})) = {2};"
 KEEP_TWO = "*((float2*)(shared_memory + {0})) = make_float2({1}, {2});"
 STORE_TWO = "if ({0}) *((uint2*)(shared_memory + {1})) = make_uint2({2}, {3});"

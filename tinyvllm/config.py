@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tinyvllm.errors import DeviceError, RequestError, TinyvllmError
 
@@ -655,6 +655,11 @@ class LoraModule:
         return cls(name, path, base)
 
 
+def _refuse(flag: str, value: object, remedy: str) -> NoReturn:
+    """Raises TinyvllmError for a value that an option cannot have."""
+    raise TinyvllmError(f"--{flag} is {value!r}: {remedy}")
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How the engine runs a model. Names follow vLLM's flags."""
@@ -735,7 +740,7 @@ class EngineConfig:
             ("capture", self.capture, CAPTURES),
         ):
             if choice not in known:
-                raise TinyvllmError(f"--{flag} is {choice!r}: choose one of {', '.join(known)}")
+                _refuse(flag, choice, f"choose one of {', '.join(known)}")
 
     @property
     def kv_types(self) -> tuple[str, str]:
@@ -807,46 +812,42 @@ class EngineConfig:
             raise TinyvllmError(f"{flag} keeps cached prefixes: leave out --no-enable-prefix-caching")
 
     def _check_activation_bits(self) -> None:
-        if self.activation_bits is None:
+        bits = self.activation_bits
+        if bits is None:
             return
-        remedy = None
-        if self.activation_bits not in ACTIVATION_BITS:
-            remedy = "choose 16 or 8"
-        elif self.dtype == "float32":
-            remedy = "leave it out, or --dtype float32, which rounds nothing"
-        elif self.dequantize:
+        if bits not in ACTIVATION_BITS:
+            _refuse("activation-bits", bits, "choose 16 or 8")
+        if self.dtype == "float32":
+            _refuse("activation-bits", bits, "leave it out, or --dtype float32, which rounds nothing")
+        if self.dequantize:
             remedy = "leave it out, or --dequantize, since only products with quantized weights round"
-        if remedy is not None:
-            raise TinyvllmError(f"--activation-bits is {self.activation_bits!r}: {remedy}")
+            _refuse("activation-bits", bits, remedy)
 
     def _check_limits(self) -> None:
-        def refuse(flag: str, value: object, remedy: str) -> None:
-            raise TinyvllmError(f"--{flag} is {value!r}: {remedy}")
-
         self._check_activation_bits()
         if self.block_size not in (8, 16, 32, 64):
-            refuse("block-size", self.block_size, "choose 8, 16, 32 or 64 tokens")
+            _refuse("block-size", self.block_size, "choose 8, 16, 32 or 64 tokens")
         if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:
-            refuse("gpu-memory-utilization", self.gpu_memory_utilization, "give a share above 0 and at most 1")
+            _refuse("gpu-memory-utilization", self.gpu_memory_utilization, "give a share above 0 and at most 1")
         for flag, value in (
             ("max-num-seqs", self.max_num_seqs),
             ("max-num-batched-tokens", self.max_num_batched_tokens),
             ("cpu-cores", self.cpu_cores),
         ):
             if value is not None and value < 1:
-                refuse(flag, value, "give at least 1")
+                _refuse(flag, value, "give at least 1")
         if (self.max_num_batched_tokens or self.max_num_seqs or 0) < (self.max_num_seqs or 0):
-            refuse(
+            _refuse(
                 "max-num-batched-tokens",
                 self.max_num_batched_tokens,
                 f"give at least --max-num-seqs ({self.max_num_seqs}): each sequence decodes one token a step",
             )
         if self.max_step_stretch and not self.max_step_stretch > 1.0:
-            refuse("max-step-stretch", self.max_step_stretch, "give a number above 1, or 0 for no limit")
+            _refuse("max-step-stretch", self.max_step_stretch, "give a number above 1, or 0 for no limit")
         if self.max_model_len is not None and self.max_model_len < 2:
-            refuse("max-model-len", self.max_model_len, "give at least 2 tokens: one of prompt and one of output")
+            _refuse("max-model-len", self.max_model_len, "give at least 2 tokens: one of prompt and one of output")
         if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:
-            refuse(
+            _refuse(
                 "num-gpu-blocks-override",
                 self.num_gpu_blocks_override,
                 "give at least 2: block 0 is a dummy for padded rows",

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 
+from tests.forking import forked, forking_instead_of, started
 from tinyvllm.config import EngineConfig
 from tinyvllm.server import run_directory, sockets, supervisor
 from tinyvllm.server.engine_placement import Placement
@@ -60,6 +61,8 @@ def main() -> None:
 
     async def run() -> None:
         options = json.loads(sys.argv[1])
+        if options.pop("is_forked"):
+            asyncio.create_subprocess_exec = forking_instead_of(asyncio.create_subprocess_exec)
         path = options.pop("uds", None)
         supervisor.UNSEEN_S = options.pop("unseen_s", supervisor.UNSEEN_S)
         sock = sockets.bind("127.0.0.1", 0) if path is None else sockets.bind_unix(path)
@@ -155,16 +158,20 @@ def own_run_dirs(pid: int) -> list[Path]:
 
 
 @contextlib.contextmanager
-def running_server(**options: Any) -> Iterator[RunningServer]:
-    """A server of several processes by `plan_from(options)`. Killed at the end, if it still runs."""
-    options["config"] = {"model": (model_dir := tempfile.mkdtemp()), **options.get("config", {})}
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.server.servers", json.dumps(options)],
+def running_server(is_forked: bool = True, **options: Any) -> Iterator[RunningServer]:
+    """A server of several processes by `plan_from(options)`. Killed at the end, if it still runs.
+
+    `is_forked`: they have this process's modules, instead of importing their own."""
+    model_dir = tempfile.mkdtemp()
+    options = {**options, "is_forked": is_forked, "config": {"model": model_dir, **options.get("config", {})}}
+    start = forked if is_forked else started
+    with start(
+        "tests.server.servers",
+        [json.dumps(options)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as process:
         try:
             assert process.stdout is not None

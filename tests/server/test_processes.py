@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -28,7 +29,7 @@ LONG = {"prompt": "x", "max_tokens": 150, "stream": True}
 
 
 @contextlib.contextmanager
-def serving(directory: Path, load: str, **options: object) -> Iterator[RunningServer]:
+def serving(directory: Path, load: str, **options: Any) -> Iterator[RunningServer]:
     write_byte_tokenizer(directory)
     (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
     config = {"model": str(directory), "enable_prefix_caching": True}

@@ -108,7 +108,7 @@ def test_each_process_says_which_it_is_and_keeps_no_secret_where_others_see_it()
     key = "a-key-of-the-test"
     os.environ["TINYVLLM_API_KEY"] = key
     try:
-        with running_server(num_front_ends=1, settings={"api_keys": [key]}) as server:
+        with running_server(is_forked=False, num_front_ends=1, settings={"api_keys": [key]}) as server:
             server.wait_until_ready()
             assert httpx.post(server.address + "/v1/completions", json=BODY).status_code == 401
             headers = {"authorization": f"Bearer {key}"}

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
+from tests import sweeps
 from tests.builders import K_KINDS, encode_floats, random_k_rows
 from tests.ops.formats.drawn import BY_NAME, draw_matrix
 from tinyvllm.arrays import HostMatrix
@@ -220,17 +221,24 @@ class Sampled:
 def sample(backend: Backend, logits: np.ndarray, **columns: Any) -> Sampled:
     """Sample each row of logits (R, V). `columns` are a step's sampling inputs by name, one value or one per row;
     `suppressed_ids` a list of ids a row. Unless told: greedy, no filters, no logprobs, seed = row, first draw."""
-    seqs, vocab = logits.shape
+    num_rows, vocab = logits.shape
+    seqs = shared_rows(num_rows, vocab)
     layout = StepLayout(seqs, seqs, 1, 8)
-    inputs, tensor = backend.device.upload(pack_sampling(layout, columns)), upload_logits(backend.device, logits)
-    return read_sampled(backend.sample(tensor, vocab, tensor.numel() // seqs, inputs, layout))
+    inputs, tensor = backend.device.upload(pack_sampling(layout, columns)), upload_logits(backend.device, logits, seqs)
+    return read_sampled(backend.sample(tensor, vocab, tensor.numel() // seqs, inputs, layout), num_rows)
+
+
+def shared_rows(num_rows: int, vocab: int) -> int:
+    """Rows of a step that samples `num_rows`: by default others follow that ask for nothing, since each number of rows
+    compiles kernels of its own. The sweep samples as many as a test has."""
+    return num_rows if sweeps.is_sweeping else max(num_rows, 1024 if vocab <= 40 else 64)
 
 
 FLOAT_COLUMNS = ("temperature", "top_p", "min_p")
 
 
 def pack_sampling(layout: StepLayout, columns: dict[str, Any]) -> np.ndarray:
-    """The input buffer of a step that samples a token for every sequence."""
+    """The input buffer of a step that samples a token for every sequence. Columns may be those of the first rows."""
     buffer = make_step(layout, [])
     views = layout.views(buffer)
     for name, off in {"top_p": 1.0, **PROCESSING_FLOATS}.items():
@@ -241,20 +249,23 @@ def pack_sampling(layout: StepLayout, columns: dict[str, Any]) -> np.ndarray:
             for row, ids in enumerate(column):
                 views[name][row, : len(ids)] = ids
         else:
-            (views[name].view(np.float32) if name in (*FLOAT_COLUMNS, *PROCESSING_FLOATS) else views[name])[:] = column
+            view = views[name].view(np.float32) if name in (*FLOAT_COLUMNS, *PROCESSING_FLOATS) else views[name]
+            view[: np.size(column) if np.ndim(column) else None] = column
     return buffer
 
 
-def upload_logits(device: DeviceHandle, logits: np.ndarray) -> Tensor:
-    """Rows of logits, padded to a multiple of 32: nothing may read past the vocabulary."""
-    seqs, vocab = logits.shape
-    padded = np.full((seqs, -(-vocab // 32) * 32), 1e30, np.float32)
-    padded[:, :vocab] = logits
+def upload_logits(device: DeviceHandle, logits: np.ndarray, seqs: int | None = None) -> Tensor:
+    """Rows of logits, padded to a multiple of 32: nothing may read past the vocabulary. Then rows of zeros up to
+    `seqs`."""
+    num_rows, vocab = logits.shape
+    padded = np.full((seqs or num_rows, -(-vocab // 32) * 32), 1e30, np.float32)
+    padded[:, :vocab] = 0.0
+    padded[:num_rows, :vocab] = logits
     return device.upload(padded)
 
 
-def read_sampled(out: Tensor) -> Sampled:
-    rows = out.numpy().reshape(-1, OUT_WIDTH)
+def read_sampled(out: Tensor, num_rows: int | None = None) -> Sampled:
+    rows = out.numpy().reshape(-1, OUT_WIDTH)[:num_rows]
     floats = rows.view(np.float32)
     return Sampled(
         rows[:, OUT_TOKEN],

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests import sweeps
 from tests.ops.builders import PENALTIES, Sampled, normal, pack_sampling, read_sampled, sample, upload_logits
 from tests.ops.sampling.wishes import Wish
 from tests.sweeps import swept
@@ -29,16 +30,19 @@ from tinyvllm.ops.sampling.sample import SampleSpec
 from tinyvllm.ops.step_inputs import StepLayout
 
 VOCABULARIES = (5, 40, 256, 1000, 49152)
-# Of most tests, as each number of rows and each vocabulary compiles kernels of its own: rows that a test has no use for
-# ask for nothing.
-ROWS = 16
+# Of the default run, where each number of rows and each vocabulary compiles kernels of its own: rows that a test has no
+# use for ask for nothing.
+ROWS, SHARED_ROWS = 16, 512
 
 
 class Bench:
     """A device's sampling state and NumPy's, written alike; row i of a step has state row S - 1 - i."""
 
     def __init__(self, device: DeviceHandle, wishes: list[Wish | None], vocab: int) -> None:
-        self.device, self.vocab, self.wishes = device, vocab, wishes
+        self.device, self.vocab, self.num_wishes = device, vocab, len(wishes)
+        if not sweeps.is_sweeping:
+            wishes = [*wishes, *[None] * (SHARED_ROWS - len(wishes))]
+        self.wishes = wishes
         self.num_rows = len(wishes) + 1
         self.state = SamplingState(device, self.num_rows, vocab)
         words = mask_words(vocab)
@@ -84,10 +88,11 @@ class Bench:
 
     def sample(self, logits: np.ndarray, **columns: Any) -> Sampled:
         layout, buffer = self.pack(**columns)
-        tensor = upload_logits(self.device, logits)
+        tensor = upload_logits(self.device, logits, layout.num_seqs)
         spec = SampleSpec(layout, self.vocab, tensor.numel() // layout.num_seqs, self.device.has_threads)
-        got = read_sampled(sample_processed(spec, tensor, self.device.upload(buffer), self.state))
-        np.testing.assert_array_equal(tensor.numpy().reshape(logits.shape[0], -1)[:, : self.vocab], logits)
+        got = read_sampled(sample_processed(spec, tensor, self.device.upload(buffer), self.state), self.num_wishes)
+        kept = tensor.numpy().reshape(layout.num_seqs, -1)[: self.num_wishes, : self.vocab]
+        np.testing.assert_array_equal(kept, logits)
         return got
 
     def expect(self, logits: np.ndarray, **columns: Any) -> Sampled:
@@ -143,7 +148,7 @@ def test_rows_of_drafts_count_the_drafts_before_them_and_only_right_ones_stay_co
     device: DeviceHandle, kind: str
 ) -> None:
     """A row that follows drafts draws the token that it would draw if they were in the output."""
-    wish, vocab, state_row = WISHES["all"], 50, 3
+    wish, vocab = WISHES["all"], 40
     logits = 2 * normal(5, vocab, seed=1)
 
     def alone(place: int, *drafts: int) -> int:
@@ -157,15 +162,15 @@ def test_rows_of_drafts_count_the_drafts_before_them_and_only_right_ones_stay_co
     bench = Bench(device, [None, *[wish] * 5], vocab)
     layout, buffer = bench.pack(seed=[1, *[9] * 5], draw=[0, 4, 5, 6, 7, 8])
     views = layout.views(buffer)
-    views["state_rows"][1:] = views["state_rows"][state_row]
-    views["draft"][:], views["num_before"][:] = [-1, -1, *drafts], [0, 0, 1, 2, 3, 4]
+    views["state_rows"][1:6] = views["state_rows"][3]
+    views["draft"][:6], views["num_before"][:6] = [-1, -1, *drafts], [0, 0, 1, 2, 3, 4]
     views["num_after"][1] = 4
-    tensor = upload_logits(device, np.concatenate([logits[:1], logits]))
+    tensor = upload_logits(device, np.concatenate([logits[:1], logits]), layout.num_seqs)
     layout = replace(layout, has_drafts=True)
     spec = SampleSpec(layout, vocab, tensor.numel() // layout.num_seqs, device.has_threads)
     before = bench.counts
     got = read_sampled(sample_processed(spec, tensor, device.upload(buffer), bench.state))
-    assert got.tokens[1:].tolist() == expected
+    assert got.tokens[1:6].tolist() == expected
     added = np.zeros_like(before)
     np.add.at(added[views["state_rows"][1]], expected[:3], 1)
     np.testing.assert_array_equal(bench.counts, before + added)
@@ -200,7 +205,7 @@ def test_processed_tokens_are_drawn_as_often_as_their_probability_says(
     device: DeviceHandle, kind: str, name: str
 ) -> None:
     """Chi-square over 4096 draws of fixed seeds; a dropped id is never drawn. The counts stay those of the wish."""
-    wish, seqs, draws, vocab = WISHES[name], 512, 8, 15
+    wish, seqs, draws, vocab = WISHES[name], 512, 8, 40
     logits, counts = 2 * normal(vocab, seed=3), np.zeros(vocab)
     for draw in range(draws):
         bench = Bench(device, [wish] * seqs, vocab)
@@ -262,8 +267,8 @@ def test_tokens_are_counted_where_penalties_apply_and_nowhere_else(device: Devic
     """A prompt's mark stays next to the count; a full count stays full; a forced token of a prompt counts nothing."""
     vocab = 40
     counted = Wish(prompt=(7,), output=(7,) * 3, presence=0.5, temperature=0.0)
-    others = ROWS - 4
-    bench = Bench(device, [counted, replace(counted, presence=0.0), None, counted, *[None] * others], vocab)
+    bench = Bench(device, [counted, replace(counted, presence=0.0), None, counted, *[None] * (ROWS - 4)], vocab)
+    others = len(bench.wishes) - 4
     full = np.zeros(mask_words(vocab) * 32, np.uint16)
     full[7] = MAX_COUNT | IN_PROMPT
     bench.state._write_counts(1 + others, full)
@@ -282,7 +287,7 @@ def test_a_row_without_finite_logits_is_not_counted(device: DeviceHandle, kind: 
 
 
 def test_as_many_biases_as_a_row_holds(device: DeviceHandle, kind: str) -> None:
-    vocab = 3000
+    vocab = 1100
     ids = np.random.default_rng(0).permutation(vocab)[:MAX_LOGIT_BIAS].tolist()
     wish = Wish(bias={token: 10.0 * place for place, token in enumerate(ids)}, temperature=0.0)
     for last in (MAX_LOGIT_BIAS - 1, MAX_LOGIT_BIAS - 2, 500):

@@ -124,6 +124,7 @@ def test_the_warp_that_fetches_reads_nothing_else(fmt: str) -> None:
     source = to_program(render(spec), make_renderer("CUDA sm_90")).src[2].arg
     fetching, others = source.split("#define __syncthreads()")
     assert f"threadIdx.y == {spec.warps}" in fetching and "return;" in fetching
+    assert fetching.count("L2::cache_hint") == fetching.count("cp.async.bulk.shared")
     assert "__syncthreads" not in fetching and f"bar.sync 1, {spec.warps * LANES};" in others
 
 

@@ -92,6 +92,9 @@ def test_a_stream_fetches_weights_before_it_waits_and_tokens_after() -> None:
     assert source.index("griddepcontrol.launch_dependents") < awaited
     weights, tokens = source.index("cp.async.bulk.tensor.5d"), source.index("cp.async.bulk.tensor.2d")
     assert weights < awaited < tokens
+    # only weights leave the L2 cache first, and only if no other threadgroup reads them
+    assert source[:awaited].count("L2::cache_hint") == source.count("L2::cache_hint") > 0
+    assert "L2::cache_hint" not in source[tokens : source.index(";", tokens)]
     unchained = replace(stream(8, 1024, 2048), lanes=Lanes("CUDA", (dtypes.half,)))
     assert AWAIT_PREVIOUS not in render(unchained).src[2].arg
 

@@ -72,6 +72,7 @@ def test_a_stream_of_codes_has_one_loop_each_and_the_memory_that_it_says(tokens:
     assert source.count("{") == source.count("}")
     assert declared_bytes(source.encode()) == spec.shared_bytes <= HOPPER_SHARED_BYTES
     assert source.index("cp.async.bulk.tensor") < source.index(AWAIT_PREVIOUS)  # weights
+    assert ("L2::cache_hint" in source) == (spec.token_groups == 1)
     assert source.count("wgmma.mma_async") == CODE_COLS // 16
     assert source.count("cvt.rn.f16x2.e4m3x2") == 4 * CODE_COLS // 16
 

@@ -26,7 +26,18 @@ from tinyvllm.arrays import Format
 from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
 from tinyvllm.ops.formats.runs import PlaneReader
 from tinyvllm.ops.kernel.body import F32, I32, U32, Body
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, WAIT_AT, declare, hidden, make_barriers, statement, wait
+from tinyvllm.ops.kernel.hopper import (
+    HINT,
+    HOPPER_SHARED_BYTES,
+    ONCE,
+    POLICY,
+    WAIT_AT,
+    declare,
+    hidden,
+    make_barriers,
+    statement,
+    wait,
+)
 from tinyvllm.ops.kernel.lanes import LANES, VectorType
 
 TILE_ROWS = 16
@@ -47,7 +58,8 @@ RING_BYTES = 100_000  # that a ring takes at most
 LEAST_BYTES = (HOPPER_SHARED_BYTES >> 1) + 1024
 
 BULK = (
-    'asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"'
+    f'asm volatile("{{{{{{{{ {ONCE}cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{HINT} '
+    f'[%0], [%1], %2, [%3]{POLICY}; }}}}}}}}"'
     ' :: "r"({to}), "l"({source}), "r"({count}), "r"(full) : "memory");'
 )
 ELECT = (

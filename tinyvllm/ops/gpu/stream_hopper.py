@@ -155,6 +155,11 @@ class StreamSpec(Tunable):
         return -(-self.out_rows // self.out_tile)
 
     @property
+    def reads_once(self) -> bool:
+        """Whether a step reads each row of the matrix once."""
+        return self.token_groups == 1
+
+    @property
     def token_groups(self) -> int:
         """Tiles of tokens."""
         return 1
@@ -447,7 +452,8 @@ class StreamWork:
             for box in range(spec.boxes):
                 row = first_row + box * spec.out_rows
                 target = self._rows(place, panel) + box * (spec.row_tile // spec.boxes * PANEL_ROW_BYTES)
-                last = (fetch(target, self._map(1), full, [col, nil, nil, nil, row // (4 * spec.run)], *last),)
+                at = [col, nil, nil, nil, row // (4 * spec.run)]
+                last = (fetch(target, self._map(1), full, at, *last, is_read_once=spec.reads_once),)
         return last[0]
 
     def _rows(self, place: UOp, panel: int) -> UOp:

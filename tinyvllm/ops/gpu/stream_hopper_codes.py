@@ -232,7 +232,8 @@ class _CodeStream(StreamWork):
         col = (split * spec.steps + step) * (CODE_COLS // 2)
         for box in range(spec.boxes):
             target = self._rows(place, 0) + box * (spec.row_tile // spec.boxes * CODE_COLS)
-            last = (fetch(target, self._map(1), full, [col, first_row + box * spec.out_rows], *last),)
+            at = [col, first_row + box * spec.out_rows]
+            last = (fetch(target, self._map(1), full, at, *last, is_read_once=spec.reads_once),)
         return last[0]
 
     def multiply(self, begun: UOp) -> UOp:

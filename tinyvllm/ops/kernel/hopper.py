@@ -87,9 +87,13 @@ WAIT_AT = (
 WAIT = WAIT_AT.replace("{0}", "shared + {0}")
 EXPECT = 'asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%%0], %d;" :: "r"(shared + {0}) : "memory");'
 FETCH = (
-    'asm volatile("cp.async.bulk.tensor.%dd.shared::cluster.global.mbarrier::complete_tx::bytes%s [%%0], '
-    '[%%1, {{%s}}], [%%2]%s;" :: "r"(shared + {0}), "l"({1}), "r"(shared + {2}), %s : "memory");'
+    'asm volatile("%scp.async.bulk.tensor.%dd.shared::cluster.global.mbarrier::complete_tx::bytes%s [%%0], '
+    '[%%1, {{%s}}], [%%2]%s" :: "r"(shared + {0}), "l"({1}), "r"(shared + {2}), %s : "memory");'
 )
+# A copy's cache policy, for bytes that a step reads once, as it does weights: they leave the L2 cache first, so that
+# what other kernels read stays there (the step's inputs, keys and values of short contexts, norms)
+ONCE = ".reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0; "
+HINT, POLICY = ".L2::cache_hint", ", once"
 STORE = (
     'asm volatile("st.shared.v4.b32 [%0], {{%1, %2, %3, %4}};" :: '
     '"r"(shared + {0}), "r"({1}), "r"({2}), "r"({3}), "r"({4}) : "memory");'
@@ -279,11 +283,12 @@ def fetch(
     at: Sequence[UOp],
     *after: UOp,
     is_shared: bool = False,
+    is_read_once: bool = False,
     condition: UOp | None = None,
 ) -> UOp:
     """Start to fetch a map's box that begins `at`, innermost dimension first; its bytes count on the barrier. If
     shared, both threadgroups of the cluster get it, each at the same place and on the same barrier of its own
-    memory."""
+    memory. `is_read_once`: in a step, by one threadgroup."""
     rank, last = len(at), 3 + len(at)
     coordinates = ", ".join(f"%{3 + i}" for i in range(rank))
     operands = ", ".join(f'"r"({{{3 + i}}})' for i in range(rank))
@@ -291,7 +296,10 @@ def fetch(
     if is_shared:
         shared, mask = ".multicast::cluster", f", %{last}"
         operands += f', "h"((unsigned short){(1 << CLUSTER) - 1})'
-    text = FETCH % (rank, shared, coordinates, mask, operands)
+    policy, last_operands = "", f"{mask};"
+    if is_read_once:
+        policy, shared, last_operands = f"{{{{ {ONCE}", shared + HINT, f"{mask}{POLICY}; }}}}"
+    text = FETCH % (policy, rank, shared, coordinates, last_operands, operands)
     places = [UOp.const(0, I32) + place for place in at]
     return _conditional(text, (place, target, barrier, *places), condition, after)
 

@@ -68,13 +68,14 @@ class RowSlice:
             bounds.append((place * width, self.span))
         if not isinstance(self.offset, int) or self.offset + self.span > limit:
             bounds.append((at, limit))
-        # bounded as a whole, so that the values stay neighbors and are read by one load
-        start = self.row + (_all([value < end for value, end in bounds]).where(at, 0) if bounds else at)
+        # bounded as a whole, and a multiple of the width: so the neighbors are read by one load
+        first = place + self.offset // width
+        start = self.row + (_all([value < end for value, end in bounds]).where(first, 0) * width if bounds else at)
         return [
             Item(
                 value=self.buffer[start + i].load(),
                 id=(at + i).cast(I32),
-                inside=_all([value + i < end for value, end in bounds]),
+                inside=_all([value + i * (end % width > 0) < end for value, end in bounds]),  # neighbors end together
                 at=start + i,
                 noise=None if self.noises is None else self.noises[start + i].load(),
             )
@@ -145,16 +146,19 @@ class RowLanes:
         unroll = 1 if self.thread is None else max(1, min(UNROLL, row.span // (2 * per_chunk)))
         chunks = max(2, -(-row.span // (per_chunk * unroll)))  # 2: see Body.fold_while
         chunk = self.body.fold_while(is_wanted * chunks)
+        # a loop of one read: the compiler unrolls it, and tinygrad rewrites a quarter of the nodes
+        loops = [chunk] if unroll == 1 else [self.body.fold(unroll), chunk]
         lane = self.thread if self.thread is not None else self.body.loop(self.count)
         at = 0 if self.thread is not None else lane
-        new = [reg.after(chunk)[at].load() for reg in regs]
-        for i in range(unroll):
-            place = (chunk.cast(dtypes.weakint) * unroll + i) * self.count + lane
-            for item in row.items(place, self.width, chunks * unroll * self.count):
-                new = step(item, new)
-        stores = UOp.group(*[reg.after(chunk)[at].store(value) for reg, value in zip(regs, new, strict=True)], *effects)
+        place = chunk.cast(dtypes.weakint) if unroll == 1 else chunk.cast(dtypes.weakint) * unroll + loops[0]
+        new = [reg.after(*loops)[at].load() for reg in regs]
+        for item in row.items(place * self.count + lane, self.width, chunks * unroll * self.count):
+            new = step(item, new)
+        stores = UOp.group(
+            *[reg.after(*loops)[at].store(value) for reg, value in zip(regs, new, strict=True)], *effects
+        )
         effects.clear()
-        end = stores.end(chunk) if self.thread is not None else stores.end(lane, chunk)
+        end = stores.end(*loops) if self.thread is not None else stores.end(lane, *loops)
         return [reg.after(end) for reg in regs]
 
     def _fresh(self, init: tuple[float | int, ...], kinds: Sequence[DType], *after: UOp) -> State:

@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from tinygrad import Tensor
+from tinygrad import Device, Tensor
 from tinygrad.codegen import to_program_cache
 from tinygrad.helpers import Context
 
@@ -134,6 +134,19 @@ def test_what_would_make_programs_wrong_makes_another_folder(
         assert environment_key(device.name) == keys[0]
     assert environment_key(device.name) == keys[0]
     assert len(set(keys)) == len(keys)
+
+
+def test_another_version_of_nvidias_compiler_makes_another_folder(
+    tmp_path: Path, device: DeviceHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libnvrtc.so"
+    monkeypatch.setattr(program_store, "nvrtc_path", lambda: str(library))
+    renderer, facts = Device[device.name].renderer, []
+    for content in (b"12.4", b"12.4.1"):
+        library.write_bytes(content)
+        facts.append([program_store.environment_facts(kind, renderer) for kind in ("CUDA", "CPU")])
+    (old, on_cpu), (new, still_on_cpu) = facts
+    assert old != new and on_cpu == still_on_cpu
 
 
 def test_without_a_folder_to_trust_there_is_no_store(

@@ -17,7 +17,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinyvllm.config import cache_dir_variable
+from tinyvllm.config import cache_dir, cache_dir_variable
 from tinyvllm.errors import CacheError
 from tinyvllm.faults import reach
 
@@ -37,6 +37,11 @@ ALLOWED = {
     "tinygrad.codegen.opt": frozenset({"Opt", "OptOps"}),
     "tinyvllm.device.recording": frozenset({"SavedStep"}),
 }
+
+
+def default_root() -> Path:
+    """Where programs and steps are kept."""
+    return cache_dir() / "programs"
 
 
 class PrivateFolder:

@@ -25,8 +25,7 @@ from tinygrad.helpers import DEBUG, ContextVar
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import Ops, ProgramInfo
 
-from tinyvllm.config import cache_dir
-from tinyvllm.device.private_folder import PrivateFolder
+from tinyvllm.device.private_folder import PrivateFolder, default_root
 from tinyvllm.errors import CacheError
 
 logger = logging.getLogger(__name__)
@@ -109,10 +108,6 @@ def open_program_store(device: str) -> ProgramStore | None:
         return None
 
 
-def default_root() -> Path:
-    return cache_dir() / "programs"
-
-
 def slim(program: UOp) -> UOp:
     """A PROGRAM with only what running it needs: name, estimates, parameters, source and binary; a tenth of the nodes.
     One without a threadgroup size keeps its kernel."""
@@ -157,7 +152,7 @@ def environment_facts(device: str, renderer: Renderer) -> tuple[Any, ...]:
         str(renderer.target),
         settings,
         {name: os.environ.get(name) for name in SETTINGS},
-        (_compiler(), _processor()) if device.split(":")[0] == "CPU" else (),
+        _makers(device.split(":")[0]),
     )
 
 
@@ -178,9 +173,26 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:40]
 
 
-def _compiler() -> tuple:
-    """The C compiler's file; an upgrade changes its size or time."""
-    path = shutil.which(os.environ.get("CC", "clang"))
+def _makers(kind: str) -> tuple[Any, ...]:
+    """What compiles a kind of device's programs, and for which processor, where their keys do not say it."""
+    if kind == "CPU":
+        return _compiler(), _processor()
+    return file_facts(nvrtc_path()) if kind == "CUDA" else ()
+
+
+def _compiler() -> tuple[Any, ...]:
+    return file_facts(shutil.which(os.environ.get("CC", "clang")))
+
+
+def nvrtc_path() -> str | None:
+    """The file of NVIDIA's compiler."""
+    from tinygrad.runtime.autogen.nvrtc import dll  # loads it
+
+    return getattr(dll, "_name", None)
+
+
+def file_facts(path: str | None) -> tuple[Any, ...]:
+    """What an upgrade of a file changes; () if there is none."""
     if path is None:
         return ()
     info = os.stat(path)

@@ -18,7 +18,8 @@ from tinyvllm.device.handle import DeviceHandle, open_device
 from tinyvllm.device.hardware import hardware_name, processor_name
 from tinyvllm.device.jit_replay import check_environment, choose_capture
 from tinyvllm.device.mapping import OutputReader
-from tinyvllm.device.program_store import ProgramStore, default_root, open_program_store
+from tinyvllm.device.private_folder import default_root
+from tinyvllm.device.program_store import ProgramStore, open_program_store
 from tinyvllm.errors import DeviceError, TinyvllmError
 from tinyvllm.execution.adapters import AdapterTable
 from tinyvllm.execution.buckets import Bucket, make_buckets, max_verify_rows

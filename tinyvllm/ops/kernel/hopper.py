@@ -25,6 +25,7 @@ from tinygrad.renderer.cstyle import CUDARenderer
 from tinygrad.runtime.support.compiler_cuda import NVRTCCompiler
 from tinygrad.uop.ops import Ops
 
+from tinyvllm.device.program_store import digest_of, file_facts, nvrtc_path
 from tinyvllm.device.recording import AWAIT_PREVIOUS
 from tinyvllm.ops.kernel.body import F16, F32, I32
 
@@ -149,7 +150,8 @@ class MachineCodeCompiler(NVRTCCompiler):
     What a kernel tells its launch, which PTX keeps as comments, follows the machine code, whose header has its size."""
 
     def __init__(self) -> None:
-        super().__init__(f"{ARCH}a", ptx=False, cache_key="machine_code")
+        made_by = digest_of(file_facts(nvrtc_path()))[:16]  # tinygrad's cache of compiled sources knows no versions
+        super().__init__(f"{ARCH}a", ptx=False, cache_key=f"machine_code_{made_by}")
 
     def compile(self, src: str) -> bytes:
         code: bytes = super().compile(src)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -166,6 +168,29 @@ def test_the_most_urgent_job_is_next_and_one_that_has_not_begun_can_be_withdrawn
         pool.terminate()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processes_are_forked_by_a_template_which_may_die(pool: CompileWorkers) -> None:
+    """It has imported what they need: one of them finds a module that it does not import. With the template they die,
+    and another one follows."""
+    pool.prepare(f"{__name__}:import_module", "turtledemo")
+    assert pool.submit(_is_imported, "turtledemo").result(20)
+    template, pids = pool._template, pool.pids()
+    assert template is not None and template._process is not None
+    os.kill(template._process.pid, signal.SIGKILL)
+    wait_until_gone([template._process.pid, *pids])
+    with contextlib.suppress(LostJobError):  # it was sent to a process that is gone
+        pool.submit(int, "0").result(20)
+    assert pool.submit(int, "1").result(20) == 1 and not set(pids) & set(pool.pids())
+
+
+def import_module(name: str) -> None:
+    importlib.import_module(name)
+
+
+def _is_imported(name: str) -> bool:
+    return name in sys.modules
+
+
 def _now(_: None) -> int:
     return time.monotonic_ns()
 
@@ -178,8 +203,8 @@ def test_a_busy_process_ends_with_its_killed_parent(dies_with_parent: bool) -> N
 import time
 from tinyvllm.device import compile_workers
 if not {dies_with_parent}:
-    compile_workers._PROGRAM = compile_workers._PROGRAM.replace("main(", "import tinyvllm.device.compile_workers as w; "
-        "w.die_with_parent = lambda parent: None; main(", 1)
+    compile_workers._PROGRAM = compile_workers._PROGRAM.replace("MAIN(", "import tinyvllm.device.compile_workers as w; "
+        "w.die_with_parent = lambda parent: None; MAIN(", 1)
 pool = compile_workers.CompileWorkers(1, "{__name__}:begin")
 print(pool.submit(int, "1").result(), pool.pids()[0], flush=True)
 pool.submit(time.sleep, 1000).result()

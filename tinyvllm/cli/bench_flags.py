@@ -81,6 +81,15 @@ class SubjectFlags:
             raise TinyvllmError(f"got both a model ({self.model}) and --shape {self.shape}: give one of them")
         return Subject.of_shape(self.shape, self.weights or DEFAULT_WEIGHTS, self.layers)
 
+    def num_layers(self, *, pull: bool) -> int:
+        """The layers of what `find` gives, without the engine's imports."""
+        from tinyvllm.bench.shapes import find_shape
+        from tinyvllm.storage.model_config import read_model_config
+
+        if self.shape is None:
+            return read_model_config(require_model(self.model or DEFAULT_MODEL, pull=pull)).num_layers
+        return self.layers or find_shape(self.shape).num_layers
+
     def write(self, rows: Sequence[Row]) -> None:
         """Write the rows as Markdown and JSON where asked for; the table is printed elsewhere."""
         from tinyvllm.bench.tables import markdown_table

@@ -16,10 +16,14 @@ def cold_start(*, subject: SubjectFlags, engine: EngineFlags) -> None:
 
     A start reuses the programs that earlier starts compiled. For a start from scratch, point TINYVLLM_CACHE and
     XDG_CACHE_HOME to empty directories. The graphs are those that `serve` captures with the same flags."""
+    from tinyvllm.execution.early_start import begin_early
+
+    engine.apply()
+    begin_early(engine.make_config(""), subject.num_layers(pull=engine.pull))
+
     from tinyvllm.bench.cold_start import import_engine, process_age
 
     process_s = process_age()
-    engine.apply()
     import_s = import_engine()
 
     from tinyvllm.bench.breakdown_tables import cold_start_table, trust_lines

@@ -4,6 +4,9 @@ job only.
 multiprocessing.Pool shares a lock between its processes: one that dies while it holds the lock blocks all others, and
 the pool waits forever for the job of a dead process. Here a dead process closes its pipe, which ends its job at once.
 
+On Linux several of them are forked by a template, a process that has imported what they need. Else each would import it
+for itself, which takes two seconds of processor time. (macOS allows no fork after its frameworks are loaded.)
+
 The processes never outlive this one. Linux kills them when the thread that started them ends, whatever ended it;
 elsewhere they end when their pipe closes. They ignore the signals that stop a server, because service managers send
 these to every process, and a server still compiles while it drains.
@@ -12,11 +15,13 @@ these to every process, and a server still compiles while it drains.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
 import pickle
 import queue
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +30,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from tinyvllm.processes import die_with_parent, ignore_all_signals
 
@@ -33,14 +38,24 @@ from tinyvllm.processes import die_with_parent, ignore_all_signals
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[3])
-from tinyvllm.device.compile_workers import main
-main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[4])
+from tinyvllm.device.compile_workers import MAIN
+MAIN(int(sys.argv[1]), int(sys.argv[2]), sys.argv[4])
 """
+_MESSAGE_BYTES = 1 << 16  # at most, of a message to the template
+BEGIN_WORKER = "tinyvllm.device.compiling:begin_worker"  # here, because whoever begins early has not imported tinygrad
+HAS_TEMPLATES = sys.platform == "linux"
 _END_S = 1.0  # for a killed process to be gone, which takes milliseconds
 
 
 class LostJobError(Exception):
     """The process that ran the job has died, or could not be started."""
+
+
+def prepare_early(initialize: str, function: str, argument: Any) -> None:
+    """`CompileWorkers.prepare` for the next one with this `initialize`, before it exists."""
+    if HAS_TEMPLATES and initialize not in _early:
+        _early[initialize] = _Template(initialize)
+        _early[initialize].prepare(function, argument)
 
 
 class Job:
@@ -78,6 +93,16 @@ class CompileWorkers:
         self._lock = threading.Lock()
         self._jobs = _Jobs()
         self._workers: list[_Worker] = []
+        self._template = _early.pop(initialize, None) or _Template(initialize) if size > 1 and HAS_TEMPLATES else None
+
+    def prepare(self, function: str, argument: Any) -> None:
+        """Start to get ready for jobs: `function` ("module:function") of the argument imports what they need. Returns
+        at once; errors are ignored, because what a job needs is imported then anyway."""
+        if self._template is not None:
+            self._template.prepare(function, argument)
+            return
+        for _ in range(self.size):
+            self.submit(_call, (function, argument), -1)
 
     def submit(self, function: Callable[[Any], Any], argument: Any, urgency: int = 0) -> Job:
         """Run `function(argument)` in one of the processes. Of the jobs that wait, the one of the lowest `urgency`, and
@@ -86,7 +111,7 @@ class CompileWorkers:
         with self._lock:
             if len(self._workers) < self.size:
                 with contextlib.suppress(RuntimeError):  # no more threads: those that run do the work
-                    self._workers.append(_Worker(self._jobs, self._initialize))
+                    self._workers.append(_Worker(self._jobs, self._initialize, self._template))
             if self._workers:
                 self._jobs.put(job, urgency)
             else:
@@ -117,6 +142,8 @@ class CompileWorkers:
             jobs.put(None, 0)
         for worker in workers:
             worker.thread.join(_END_S)
+        if self._template is not None:
+            self._template.end()
         with contextlib.suppress(queue.Empty):
             while True:
                 job = jobs.get(block=False)
@@ -146,12 +173,13 @@ class _Jobs:
 class _Worker:
     """A process, started at its first job, and started again after its death; and the thread that waits for it."""
 
-    def __init__(self, jobs: _Jobs, initialize: str) -> None:
+    def __init__(self, jobs: _Jobs, initialize: str, template: _Template | None) -> None:
         """Raises RuntimeError if the system starts no more threads."""
         self._jobs = jobs
         self._initialize = initialize
+        self._template = template
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: _Process | None = None
         self._connection: Connection | None = None
         self._has_ended = False
         # a daemon: it may wait for a compiler when this process ends, which kills the compiler
@@ -196,14 +224,12 @@ class _Worker:
         here, there = socket.socketpair()
         with there:
             try:
+                forked = None if self._template is None else self._template.fork(there.fileno())
                 with self._lock:
+                    self._process = forked or _start_process("main", there.fileno(), self._initialize)
                     if self._has_ended:
+                        self._process.kill()
                         raise LostJobError("the compiling processes were ended")
-                    self._process = subprocess.Popen(
-                        _command(there.fileno(), self._initialize),
-                        pass_fds=(there.fileno(),),
-                        stdin=subprocess.DEVNULL,
-                    )
             except BaseException:
                 here.close()
                 raise
@@ -223,25 +249,150 @@ class _Worker:
             process.wait()
 
 
+class _Process(Protocol):
+    @property
+    def pid(self) -> int: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+_FORK, _REAP = "fork", "reap"  # messages to a template; others are functions to call
+
+
+class _Template:
+    """A process that imports what the others need, and forks them. Started on demand, and again after its death."""
+
+    def __init__(self, initialize: str) -> None:
+        self._initialize = initialize
+        self._lock = threading.Lock()
+        self._prepared: set[str] = set()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None  # to the process
+
+    def prepare(self, function: str, argument: Any) -> None:
+        """Have it call a function once, before it forks."""
+        with self._lock, contextlib.suppress(OSError):
+            if function not in self._prepared:
+                self._started().send(pickle.dumps((function, argument), protocol=5))
+                self._prepared.add(function)
+
+    def fork(self, fd: int) -> _Forked:
+        """A process like one that `_start_process` starts. Raises OSError if there is none."""
+        with self._lock:
+            return _Forked(self._ask((_FORK, None), fd), self)
+
+    def reap(self, pid: int) -> int:
+        """Collect a process that was killed. Until then, no other process gets its id."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._process is not None and self._process.poll() is None:
+                return self._ask((_REAP, pid))
+        return 0  # with the template gone, the system collects it
+
+    def end(self) -> None:
+        """Kill it. From any thread: one that waits for an answer gets an error."""
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.wait()
+            with self._lock:
+                if self._socket is not None and self._process is process:
+                    self._socket.close()
+
+    def _ask(self, message: tuple[str, Any], *fds: int) -> int:
+        server = self._started()
+        socket.send_fds(server, [pickle.dumps(message, protocol=5)], fds)
+        answer = server.recv(_MESSAGE_BYTES)
+        if not answer:
+            raise OSError("the template of the compiling processes is gone")
+        result: int | OSError = pickle.loads(answer)
+        if isinstance(result, OSError):
+            raise result
+        return result
+
+    def _started(self) -> socket.socket:
+        if self._socket is not None and self._process is not None and self._process.poll() is None:
+            return self._socket
+        if self._socket is not None:
+            self._socket.close()
+        self._prepared.clear()
+        self._socket, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with there:
+            self._process = _start_process("fork_on_demand", there.fileno(), self._initialize)
+        return self._socket
+
+
+_early: dict[str, _Template] = {}  # by what initializes their processes: those that no CompileWorkers has yet
+
+
+class _Forked:
+    """A process that the template has forked."""
+
+    def __init__(self, pid: int, template: _Template) -> None:
+        self.pid = pid
+        self._template = template
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        return self._template.reap(self.pid)
+
+
 def _fail(job: Job, error: BaseException) -> None:
     """Nothing happens if the job was withdrawn or has its answer: other threads may be faster at any time."""
     with contextlib.suppress(InvalidStateError):
         job.answer.set_exception(error)
 
 
-def _command(fd: int, initialize: str) -> list[str]:
-    return [sys.executable, "-c", _PROGRAM, str(fd), str(os.getpid()), json.dumps(sys.path), initialize]
+def _start_process(main: str, fd: int, initialize: str) -> subprocess.Popen[bytes]:
+    """A process that runs `main` of this module."""
+    program = _PROGRAM.replace("MAIN", main)
+    command = [sys.executable, "-c", program, str(fd), str(os.getpid()), json.dumps(sys.path), initialize]
+    return subprocess.Popen(command, pass_fds=(fd,), stdin=subprocess.DEVNULL)
 
 
 # ---- In the process ----
+
+
+def fork_on_demand(fd: int, parent: int, initialize: str) -> None:
+    """Answer the template's messages until its socket closes."""
+    ignore_all_signals()
+    die_with_parent(parent)
+    __import__(initialize.partition(":")[0])
+    server, own = socket.socket(fileno=fd), os.getpid()
+    while True:
+        message, fds, _, _ = socket.recv_fds(server, _MESSAGE_BYTES, 1)
+        if not message:
+            os._exit(0)
+        what, argument = pickle.loads(message)
+        if what == _REAP:
+            with contextlib.suppress(ChildProcessError):  # of a template before this one
+                os.waitpid(argument, 0)
+            server.send(pickle.dumps(0))
+        elif what != _FORK:
+            with contextlib.suppress(Exception):
+                _call((what, argument))
+        else:
+            gc.freeze()  # what is there now is shared, and never searched for cycles
+            try:
+                answer: int | OSError = os.fork()
+            except OSError as error:
+                answer = error
+            if answer == 0:
+                server.close()
+                main(fds[0], own, initialize)
+            os.close(fds[0])
+            server.send(pickle.dumps(answer))
 
 
 def main(fd: int, parent: int, initialize: str) -> None:
     """Answer jobs until the pipe closes."""
     ignore_all_signals()
     die_with_parent(parent)
-    module, _, function = initialize.partition(":")
-    getattr(__import__(module, fromlist=[function]), function)()
+    _find(initialize)()
     connection = Connection(fd)
     try:
         connection.send_bytes(b"ready")
@@ -255,6 +406,17 @@ def main(fd: int, parent: int, initialize: str) -> None:
             connection.send_bytes(answer)
         except OSError:
             os._exit(0)
+
+
+def _find(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(__import__(module, fromlist=[function]), function)
+    return found
+
+
+def _call(task: tuple[str, Any]) -> None:
+    function, argument = task
+    _find(function)(argument)
 
 
 def _receive(connection: Connection, jobs: queue.SimpleQueue[bytes]) -> None:

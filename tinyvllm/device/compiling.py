@@ -21,7 +21,7 @@ from tinygrad.helpers import BEAM, PARALLEL, Context, getenv
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, graph_rewrite
 
-from tinyvllm.device.compile_workers import CompileWorkers, Job, LostJobError
+from tinyvllm.device.compile_workers import BEGIN_WORKER, CompileWorkers, Job, LostJobError
 from tinyvllm.device.disk_cache import share_disk_cache
 from tinyvllm.device.program_store import ProgramStore, slim
 from tinyvllm.faults import reach
@@ -186,6 +186,12 @@ def begin_elsewhere(function: Callable[[Any], Any], argument: Any, what: str, ur
     return _begin_there(_get_pool(), function, argument, what, urgency)
 
 
+def prepare_elsewhere(function: str, argument: Any) -> None:
+    """Start the compiling processes. function: `CompileWorkers.prepare`'s."""
+    if (pool := _get_pool()) is not None:
+        pool.prepare(function, argument)
+
+
 def can_trace_elsewhere() -> bool:
     """Whether there are compiling processes, and no search (BEAM), which needs the device."""
     return _get_pool() is not None and not getenv("JITBEAM", BEAM.value)
@@ -275,7 +281,7 @@ def _get_pool() -> CompileWorkers | None:
     if PARALLEL.value == 0 or multiprocessing.current_process().daemon:  # a daemon may not have children
         return None
     if worker.worker_pool is None:
-        worker.worker_pool = CompileWorkers(min(PARALLEL.value, MOST_WORKERS), f"{__name__}:begin_worker")
+        worker.worker_pool = CompileWorkers(min(PARALLEL.value, MOST_WORKERS), BEGIN_WORKER)
         atexit.register(_end_pool)
     pool: CompileWorkers = worker.worker_pool
     return pool

@@ -13,9 +13,10 @@ from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.device.scratch import own_bytes
 from tinyvllm.errors import InvariantError
 from tinyvllm.execution.buckets import Bucket, choose_bucket, first_buckets, first_fit, ranked
+from tinyvllm.execution.early_start import MANY_LAYERS
 from tinyvllm.execution.graphs import Graph, PendingGraph
 from tinyvllm.execution.step_code import GraphContext
-from tinyvllm.execution.tracing import MANY_LAYERS, Tracer
+from tinyvllm.execution.tracing import Tracer
 from tinyvllm.faults import reach
 from tinyvllm.scheduling.plan import StepPlan
 

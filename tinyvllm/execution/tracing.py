@@ -25,22 +25,19 @@ from tinyvllm.device.compiling import (
     begin_elsewhere,
     can_trace_elsewhere,
     key_of,
-    num_workers,
+    prepare_elsewhere,
     settings,
 )
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import OutlinedStep, SavedStep, TracedStep, cut_here, outline_step, trace_step
 from tinyvllm.device.scratch import Scratch
 from tinyvllm.execution.buckets import Bucket
+from tinyvllm.execution.early_start import MANY_LAYERS, PREPARE
 from tinyvllm.execution.step_code import GraphContext, StepCode
 from tinyvllm.faults import reach
 from tinyvllm.ops.backends import import_kernels
 from tinyvllm.ops.coverage import Note
 from tinyvllm.ops.kernel import tuning
-
-# layers times buckets from which on other processes help a start to trace: each takes a second to begin, in which this
-# one traces 30 to 60 layers
-MANY_LAYERS = 32
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +74,7 @@ class TracedElsewhere:
 def prepare_tracing(device: DeviceHandle, num_layers: int, num_buckets: int) -> None:
     """Start the other processes, if they are going to trace: they begin while this one loads the weights."""
     if num_layers * num_buckets >= MANY_LAYERS and can_trace_elsewhere():
-        for _ in range(min(num_workers(), num_buckets)):
-            begin_elsewhere(_prepare_there, device, "the start of a process", -1)
+        prepare_elsewhere(PREPARE, device.is_cpu)
 
 
 class Tracer:
@@ -119,9 +115,9 @@ class Tracer:
 # ---- In the process ----
 
 
-def _prepare_there(device: DeviceHandle) -> None:
+def prepare_there(is_cpu: bool) -> None:
     """Finding this function has imported what tracing needs, except the kernels."""
-    import_kernels(device)
+    import_kernels(is_cpu)
 
 
 def _trace_there(task: tuple[Mapping[str, Renderer], dict[str, Any], bytes, Bucket]) -> TracedElsewhere:

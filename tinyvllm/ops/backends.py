@@ -12,9 +12,9 @@ from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.kernel.lanes import lanes_of
 
 
-def import_kernels(device: DeviceHandle) -> None:
+def import_kernels(is_cpu: bool) -> None:
     """Import the modules that a device's backend needs."""
-    if device.is_cpu:
+    if is_cpu:
         import tinyvllm.ops.cpu.backend
         import tinyvllm.ops.cpu.unfused
     else:

@@ -1,0 +1,27 @@
+"""Starting the processes that trace and compile before this process imports tinygrad and opens the device."""
+
+from __future__ import annotations
+
+import os
+
+import tinyvllm.device  # noqa: F401  (makes tinygrad's settings, which these processes read too)
+from tinyvllm.config import EngineConfig
+from tinyvllm.device.compile_workers import BEGIN_WORKER, prepare_early
+from tinyvllm.device.private_folder import default_root
+
+# layers times buckets from which on other processes help a start to trace: each takes a second to begin, in which this
+# one traces 30 to 60 layers
+MANY_LAYERS = 32
+LEAST_BUCKETS = 2  # that every start captures
+PREPARE = "tinyvllm.execution.tracing:prepare_there"
+
+
+def begin_early(config: EngineConfig, num_layers: int) -> None:
+    """Start them if they are certain to be needed, because no step is kept from an earlier start: they import what they
+    need while this process does. `prepare_tracing` starts them if it turns out later."""
+    kind = os.environ["DEV"].split(":")[0]
+    is_alone = os.environ.get("PARALLEL", str(os.cpu_count())) in ("0", "1")
+    if config.capture != "replay" or is_alone or num_layers * LEAST_BUCKETS < MANY_LAYERS:
+        return
+    if not (config.compile_cache and any(default_root().glob(f"{kind}*/step-*"))):
+        prepare_early(BEGIN_WORKER, PREPARE, kind == "CPU")

@@ -37,6 +37,13 @@ for name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ.pop(name, None)
     os.environ.pop(name.upper(), None)
 
+# Most kernels are compiled by clang_quick.sh, and what it returns is kept where only tests look for it.
+if os.environ["DEV"].startswith("CPU") and "TESTS_CC" not in os.environ:  # a worker has it
+    os.environ["TESTS_CC"] = os.environ.get("CC", "clang")
+    os.environ["CC"] = str(Path(__file__).parent / "clang_quick.sh")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    os.environ.setdefault("CACHEDB", str(caches / "tinygrad" / "tests.db"))  # tinygrad's
+
 # Kernels are compiled by rewriting millions of small objects, hardly any of them in cycles: Python's own threshold of
 # 700 costs a fifth of the time.
 gc.set_threshold(200_000, 20, 1000)
@@ -66,6 +73,13 @@ def pytest_configure(config: pytest.Config) -> None:
     sweeps.is_sweeping = "not sweep" not in config.option.markexpr
     config.stash[STDERR] = os.dup(2)  # where capturing does not reach
     config.pluginmanager.register(CpuSeconds())
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Compile the kernels of real models, and those that are C for certain processors, as they are compiled for users:
+    clang optimizes less for all others."""
+    is_quick = item.path.parent.name != "cpu" and item.get_closest_marker("model") is None
+    os.environ["TESTS_CFLAGS"] = "-O1" if is_quick else ""
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -184,8 +184,8 @@ class Natives:
 
 @cache
 def find_clang() -> str:
-    """CC where it names a clang, else clang. Raises CompilerError."""
-    for name in (os.environ.get("CC", ""), "clang"):
+    """CC, as it was before the tests set it, where it names a clang, else clang. Raises CompilerError."""
+    for name in (os.environ.get("TESTS_CC", ""), os.environ.get("CC", ""), "clang"):
         if "clang" in name and (path := shutil.which(name)):
             return path
     raise CompilerError("the METAL simulator compiles kernels with clang: install one (Debian: apt-get install clang)")

@@ -11,7 +11,7 @@ from tinygrad import dtypes
 
 from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
-from tests.ops.rendering import TARGETS, check_limits, gpu_backend, kernels_of, unwritten
+from tests.ops.rendering import GENERAL_TARGETS, check_limits, gpu_backend, kernels_of, unwritten
 from tests.sweeps import swept
 from tinyvllm.config import ModelConfig, QueryScaling, Rope
 from tinyvllm.model.registry import make_model
@@ -78,4 +78,4 @@ def check_step(config: ModelConfig, *, is_decode: bool) -> None:
     kernels = kernels_of([logits])
     assert {kernel.arg.name.split("_")[0] for kernel in kernels} >= {"embed", "write", "attention"}
     for kernel in kernels:
-        check_limits(kernel, *TARGETS)
+        check_limits(kernel, *GENERAL_TARGETS)

@@ -72,7 +72,7 @@ def assert_same_tokens(found: Answer, expected: Answer, tie: float) -> None:
     assert compared >= 0.8 * total, f"only {compared} of {total} tokens could be compared"
 
 
-@pytest.mark.parametrize("name", swept(("medium", "float16", "float32", "bfloat16"), ["medium"]))
+@pytest.mark.parametrize("name", swept(("medium", "float16", "float32", "bfloat16"), ["float16"]))
 def test_chunks_batches_preemption_and_prefix_hits_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
     expected = cpu.answer(name)
     found = answer(name, cpu.folder / name)

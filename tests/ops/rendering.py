@@ -43,6 +43,8 @@ TARGETS = {
     "OpenCL": (OpenCLRenderer, Target("CL", arch="cl_khr_fp16"), []),
 }
 KINDS = {"METAL": "METAL", "CUDA": "CUDA sm_80"}  # by TARGETS' names
+# the general kernels are the same for every CUDA device, as a test of test_rendering.py says
+GENERAL_TARGETS = [target for target in TARGETS if target != "CUDA sm_80"]
 
 
 @cache

@@ -17,7 +17,7 @@ from tinygrad.dtype import AddrSpace
 from tests.ops.builders import make_host
 from tests.ops.experts import Case, make_kind, make_layer
 from tests.ops.rendering import (
-    TARGETS,
+    GENERAL_TARGETS,
     buffer_bytes,
     check_limits,
     gpu_backend,
@@ -35,9 +35,6 @@ from tinyvllm.ops.backend import Epilogue, Norm
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.step_inputs import StepLayout
-
-# the general kernels are the same for every CUDA device, as a test below says
-GENERAL_TARGETS = [target for target in TARGETS if target != "CUDA sm_80"]
 
 # -- the GPU kind ---------------------------------------------------------------------------------------------------
 

@@ -174,7 +174,8 @@ def test_a_mixed_step_renders_within_the_limits(kind: str) -> None:
     layout = StepLayout(18, 3, 2, 16)
     outputs = plan_layer(rendered(kind), layout, ("Q4_1", "Q4_1"), is_decode=False, samples=False, normed=True)
     for kernel in kernels_of(outputs):
-        check_limits(kernel, KINDS[kind])
+        if not kernel.arg.name.startswith("prefill"):  # test_prefill.py has attention
+            check_limits(kernel, KINDS[kind])
 
 
 CHAINED = [(1, ("Q4_0", "float16")), (2, ("float16", "float16"))]
@@ -342,7 +343,7 @@ def test_a_quantized_row_is_rescaled_where_it_may_exceed_float16() -> None:
         assert {spec.name: spec.rescales_input for spec in packed} == rescaled
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", swept(KINDS, ["CUDA"]))  # METAL's run in tests/metal
 def test_a_few_rows_of_bfloat16_models_are_rounded_where_they_are_written(kind: str) -> None:
     """CUDA's products read them as they are stored; METAL's unit takes values, which each threadgroup rounds."""
     backend = rendered(kind, "bfloat16")

@@ -22,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "max_num_seqs": 4,
     "max_num_batched_tokens": 8,
     "token_buckets": (8,),
+    "decode_buckets": (1, 4),  # one row, and several
     "num_gpu_blocks_override": 12,  # four requests do not fit: some are preempted
     "block_size": 8,
 }

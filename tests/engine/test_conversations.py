@@ -22,12 +22,12 @@ ENGINE: dict[str, Any] = {
     "kv_cache_dtype": "float32",
     "max_model_len": 512,
     "max_num_seqs": 4,
-    "max_num_batched_tokens": 24,  # prompts in chunks, in steps with others' decodes
+    "max_num_batched_tokens": 8,  # prompts in chunks, in steps with others' decodes
     "async_scheduling": True,
     "num_gpu_blocks_override": 66,  # one sequence of full length, so four preempt each other
     "block_size": BLOCK,
     "decode_buckets": (4,),
-    "token_buckets": (24,),
+    "token_buckets": (8,),
 }
 
 

@@ -89,10 +89,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give whole files to workers, as their fixtures are shared, the longest first."""
+    """Give whole files to workers, as their fixtures are shared, the longest first. A device's tests share nothing but
+    the device, and half of them are in one file: they are given out one by one."""
     from tests.workers import FileScheduler
 
-    return FileScheduler(config, log)
+    return None if config.option.markexpr.startswith("gpu") else FileScheduler(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -29,6 +29,7 @@ from tinyvllm.ops.formats.matrix import (
     low_bits,
 )
 from tinyvllm.ops.kernel.body import F16, F32, I32, U16, U32, balanced
+from tinyvllm.ops.kernel.lanes import load_cuda_words
 
 ONE_BITS, MANTISSA_BITS = 0x3F800000, 23
 SIGNED = 128  # what is added to signed bytes, to read them as unsigned ones
@@ -227,6 +228,27 @@ class PlaneElement:
 
     def load(self) -> UOp:
         return self.plane.at(self.index)
+
+
+class AlignedPlane(PlaneReader):
+    """A plane of an aligned buffer on CUDA, whose compiler does not know of that: words are loaded in vectors."""
+
+    def __init__(self, plane: UOp) -> None:
+        self.plane = plane
+
+    def at(self, index: UOp | int) -> UOp:
+        return self.plane[index].load()
+
+    def words(self, index: UOp | int, count: int) -> list[UOp]:
+        if count > 2 and count % 4:
+            return [self.at(index + i) for i in range(count)]
+        return load_cuda_words(self.plane, UOp.const(0, I32) + index, count)
+
+
+def aligned_planes(fmt: Format, planes: Sequence[UOp], kind: str) -> Planes:
+    """A matrix's planes, whose words are loaded in vectors on CUDA. Dense values have vector loads of their own."""
+    is_loaded = kind == "CUDA" and fmt.is_quantized
+    return Planes(fmt, [AlignedPlane(plane) for plane in planes] if is_loaded else planes)
 
 
 def load_words(plane: UOp | PlaneReader, start: UOp, count: int) -> list[UOp]:

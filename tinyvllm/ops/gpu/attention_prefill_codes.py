@@ -17,7 +17,6 @@ from tinyvllm.ops.kernel.body import F16, U32
 from tinyvllm.ops.kernel.tiles import PIECE
 
 UNIT_WORDS = 4
-STORE_PIECE = "*((uint4*)({0})) = make_uint4({1}, {2}, {3}, {4});"
 
 
 def unit_dims(form: KVFormat) -> int:
@@ -57,11 +56,6 @@ def unit_pieces(spec: PrefillSpec, unit: Unit) -> list[tuple[UOp, list[UOp]]]:
         quads = [word & NIBBLES for word in quads] + [word >> 4 & NIBBLES for word in quads]
     pairs = [word for quad in quads for (word,) in quad_pairs(unit.form, quad, factor, spec.lanes, spec.mma)]
     return [(unit.dim + i * PIECE, pairs[i * QUAD : (i + 1) * QUAD]) for i in range(len(pairs) // QUAD)]
-
-
-def store_piece(target: UOp, words: Sequence[UOp], *after: UOp) -> UOp:
-    """A statement that stores eight float16 to threadgroup memory."""
-    return UOp(Ops.CUSTOM, dtypes.void, src=(target, *words, *after), arg=STORE_PIECE)
 
 
 def hold(values: Sequence[UOp], *after: UOp) -> UOp:

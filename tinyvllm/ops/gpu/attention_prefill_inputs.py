@@ -11,7 +11,7 @@ from tinyvllm.ops.attention_spec import VALUES
 from tinyvllm.ops.gpu.attention_fused import FusedAttentionSpec
 from tinyvllm.ops.kernel.body import F16, balanced, clamp
 from tinyvllm.ops.kernel.hopper import GROUP_WARPS, HOPPER_SHARED_BYTES, MAP_WORDS, MULTIPROCESSORS, WGMMA_COLS, Box
-from tinyvllm.ops.kernel.lanes import LANES, dot, load_floats
+from tinyvllm.ops.kernel.lanes import LANES, dot, load_cuda_floats, load_floats
 from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma
 from tinyvllm.ops.kernel.tuning import Tunable
 
@@ -260,14 +260,19 @@ class Inputs:
         cols = spec.qkv_cols[index]
         at = row * cols + start + head * spec.head_dim + dim
         partials = [
-            load_floats(self.qkv[index], at + s * (spec.layout.num_tokens * cols), PIECE)
+            self._floats(self.qkv[index], at + s * (spec.layout.num_tokens * cols), cols)
             for s in range(spec.qkv_partials[index])
         ]
         values = [balanced(column) for column in zip(*partials, strict=True)]
         if self.tables is None or self.tables.bias is None:
             return values
-        biases = load_floats(self.tables.bias, spec.bias_start(section) + head * spec.head_dim + dim, PIECE)
+        biases = self._floats(self.tables.bias, spec.bias_start(section) + head * spec.head_dim + dim)
         return [a + b for a, b in zip(values, biases, strict=True)]
+
+    def _floats(self, buffer: UOp, at: UOp, cols: int = PIECE) -> list[UOp]:
+        """Eight neighbors. `cols`: of the buffer's rows."""
+        in_vectors = self.spec.lanes.kind == "CUDA" and cols % PIECE == 0
+        return (load_cuda_floats if in_vectors else load_floats)(buffer, at, PIECE)
 
     def rotated(self, section: int, row: UOp, head: UOp | int, dim: UOp) -> Halves:
         """Dimensions [dim, dim + 8), dim < D / 2, and those D / 2 further, normed if the model norms heads, and rotated
@@ -287,7 +292,7 @@ class Inputs:
         if rope is None:
             return low, high
         at = self.position(row) * spec.rope_cols + dim  # the two are partners
-        cos, sin = load_floats(rope, at, PIECE), load_floats(rope, at + half, PIECE)
+        cos, sin = (self._floats(rope, at + i, spec.rope_cols) for i in (0, half))
         pairs = list(zip(low, high, cos, sin, strict=True))
         return [a * c - b * s for a, b, c, s in pairs], [b * c + a * s for a, b, c, s in pairs]
 
@@ -302,7 +307,7 @@ class Inputs:
     def _normed(self, section: int, values: list[UOp], dim: UOp, scale: UOp | None) -> list[UOp]:
         if scale is None or self.tables is None or self.tables.head_norm is None:
             return values
-        weights = load_floats(self.tables.head_norm, section * self.spec.head_dim + dim, PIECE)
+        weights = self._floats(self.tables.head_norm, section * self.spec.head_dim + dim)
         return [v * scale * w for v, w in zip(values, weights, strict=True)]
 
     def _head_scale(self, values: list[UOp], eps: float) -> UOp:

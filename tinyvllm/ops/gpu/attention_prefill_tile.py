@@ -11,7 +11,7 @@ from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.attention_spec import QUERIES
-from tinyvllm.ops.gpu.attention_prefill_codes import Unit, hold, load_unit, store_piece, unit_dims, unit_pieces
+from tinyvllm.ops.gpu.attention_prefill_codes import Unit, hold, load_unit, unit_dims, unit_pieces
 from tinyvllm.ops.gpu.attention_prefill_inputs import Halves, Inputs, PrefillSpec
 from tinyvllm.ops.gpu.kv_codes import StoredHeads
 from tinyvllm.ops.kernel.body import F16, F32, LOG2E, LOWEST, Body, balanced, clamp
@@ -25,6 +25,7 @@ from tinyvllm.ops.kernel.tiles import (
     copy_piece,
     quick_exp2,
     quick_maximum,
+    store_vector,
     together,
 )
 
@@ -312,7 +313,7 @@ class AttentionTile:
             for dim, words in unit_pieces(spec, unit):
                 chunk = base + dim // TILE_COLS * (spec.keys * TILE_COLS)
                 place = chunk + self.mma.at(key, dim % TILE_COLS // self.mma.slot_cols)
-                stores.append(store_piece(memory[place], words, *after))
+                stores.append(store_vector(memory[place], words, None, *after))
         return stores
 
     def _quantized_parts(self, memory: _Memory) -> list[tuple[UOp, StoredHeads]]:

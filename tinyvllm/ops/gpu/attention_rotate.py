@@ -13,7 +13,7 @@ from tinyvllm.ops.gpu.kv_codes import StoredHeads, store_run
 from tinyvllm.ops.kernel.body import F16, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.hopper import MAP_WORDS, declare, describe
 from tinyvllm.ops.kernel.lanes import LANES, await_previous, axes_of, grid
-from tinyvllm.ops.kernel.tiles import PIECE, together
+from tinyvllm.ops.kernel.tiles import PIECE, store_values, together
 
 QUERY_MAP, KEY_MAP, VALUE_MAP = range(3)  # in the buffer of tensor maps
 NUM_WARPS = 8
@@ -68,11 +68,7 @@ def rotate_kernel(spec: PrefillSpec) -> KernelFn:
         scale = spec.query_scale_at(step.tables.rope, step.position(row))
         scaled = [[value * scale for value in run] for run in step.rotated(QUERIES, row, head, dim)]
         at = (row * spec.num_heads + head) * spec.head_dim + dim
-        stores = [
-            queries[(at + i * half + j).valid(is_one)].store(value.cast(queries.dtype))
-            for i, run in enumerate(scaled)
-            for j, value in enumerate(run)
-        ]
+        stores = [one for i, run in enumerate(scaled) for one in store_values(queries, at + i * half, run, is_one)]
         if spec.writes_kv:  # in threads that have queries, too: a kernel of their own would cost more
             row, head, dim, is_one = place(spec.num_kv_heads)
             slot = step.slot(row)
@@ -83,7 +79,7 @@ def rotate_kernel(spec: PrefillSpec) -> KernelFn:
         matrices = [queries, *[stored.codes for stored in heads if not spec.kv.is_quantized]]
         described = _describe(spec, maps, matrices, group, warp, lane)
         width = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-        done = together(UOp.group(*stores), described).end(*reversed(axes_of(group, lane, warp)))
+        done = together(*stores, described).end(*reversed(axes_of(group, lane, warp)))
         return finish(done, f"rotate_{tokens}x{width}", ops=6 * tokens * width, nbytes=6 * tokens * width)
 
     return kernel

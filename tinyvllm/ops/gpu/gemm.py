@@ -17,7 +17,7 @@ from tinygrad.uop.ops import Ops
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import LOG2E, Arithmetic, gated
 from tinyvllm.ops.formats.matrix import PANEL, Planes
-from tinyvllm.ops.formats.runs import read_run
+from tinyvllm.ops.formats.runs import aligned_planes, read_run
 from tinyvllm.ops.gpu.gemm_hopper import (
     CACHED_TOKENS,
     CYCLES_PER_SECOND,
@@ -34,7 +34,19 @@ from tinyvllm.ops.gpu.token_tiles import ExpertTile, ExpertTiles, TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.hopper import WGMMA_COLS
 from tinyvllm.ops.kernel.lanes import LANES, Mma, axes_of, grid, load_floats, warps
-from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma, arrival, commit, copy_piece, quick_division, together
+from tinyvllm.ops.kernel.tiles import (
+    PIECE,
+    TILE_COLS,
+    TileMma,
+    arrival,
+    commit,
+    copy_piece,
+    move_piece,
+    quick_division,
+    store_vector,
+    together,
+    words_of,
+)
 from tinyvllm.ops.kernel.tuning import Tunable
 
 DENSE = Format("float16", 16)
@@ -289,32 +301,31 @@ def gemm_kernel(spec: GemmSpec) -> KernelFn:
 
 @cached_kernel
 def unpack_kernel(fmt: Format, num_rows: int, num_cols: int, dtype: DType = F16) -> KernelFn:
-    """fn(out (N, K), *planes): a quantized matrix as float16, or as bfloat16 in a float16 buffer. A thread unpacks a
-    run of 32 values; through threadgroup memory, neighboring threads then store neighboring pieces of 16 bytes."""
+    """fn(out (N, K), *planes): a quantized matrix as float16, or as bfloat16 in a float16 buffer, on CUDA. A thread
+    unpacks a run of 32 values; through threadgroup memory, neighboring threads then store neighboring pieces of 16
+    bytes."""
 
     def kernel(out: UOp, *planes: UOp) -> UOp:
         body, runs, threads = Body(), num_rows * num_cols // PANEL, 128
         group, thread = grid(body, -(-runs // threads)), body.threads(threads)
-        run = (group * threads + thread).minimum(runs - 1)
-        per_row, per_run, stride = (
-            num_cols // PANEL,
-            PANEL // PIECE,
-            PANEL + PIECE,
-        )  # padded by a piece: different banks
-        values = read_run(Planes(fmt, planes), run // per_row, run % per_row, num_cols, PANEL).values(dtype)
-        values = [value if dtype == F16 else value.bitcast(F16) for value in values]
-        shared = body.shared(threads * stride, F16)
-        shared = shared.after(UOp.group(*[shared[thread * stride + i].store(value) for i, value in enumerate(values)]))
-        stores = []
+        run, per_row = (group * threads + thread).minimum(runs - 1), num_cols // PANEL
+        per_run, stride = PANEL // PIECE, PANEL + PIECE  # padded by a piece: different banks
+        reader = aligned_planes(fmt, planes, "CUDA")
+        values = read_run(reader, run // per_row, run % per_row, num_cols, PANEL).values(F32 if dtype == F16 else dtype)
+        words = words_of(values, F16)
+        shared, size = body.shared(threads * stride, F16), PIECE // 2
+        stored = [
+            store_vector(shared[thread * stride + i * PIECE], words[i * size : (i + 1) * size]) for i in range(per_run)
+        ]
+        ready, stores = UOp(Ops.BARRIER, src=(together(*stored),)), []
         for start in range(0, threads * per_run, threads):
             piece = start + thread
-            at = (group * threads * per_run + piece) * PIECE
-            source = piece // per_run * stride + piece % per_run * PIECE
-            if runs % threads:
-                at = at.valid(group * threads * per_run + piece < runs * per_run)
-            stores += [out[at + i].store(shared[source + i].load().cast(out.dtype)) for i in range(PIECE)]
+            number = group * threads * per_run + piece
+            is_inside = number < runs * per_run if runs % threads else None
+            source = shared[piece // per_run * stride + piece % per_run * PIECE]
+            stores.append(move_piece(out[number * PIECE], source, is_inside, ready))
         name = f"unpack_{fmt.name}_{num_rows}x{num_cols}"
-        ended = UOp.group(*stores).end(*reversed(axes_of(group, thread)))
+        ended = together(*stores).end(*reversed(axes_of(group, thread)))
         return finish(ended, name, nbytes=num_rows * num_cols * 3)
 
     return kernel
@@ -347,7 +358,8 @@ class GemmTile:
 
     def __init__(self, spec: GemmSpec, operands: list[UOp]) -> None:
         self.spec, self.mma, body = spec, spec.tiles, Body()
-        self.planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
+        own = [operands.pop(0) for _ in range(Planes.count(spec.format))]
+        self.planes = aligned_planes(spec.format, own, spec.mma.kind)
         self.x = operands.pop(0)
         self.residual = operands.pop(0) if spec.adds_residual else None
         # threadgroups that run together share rows of the matrix, and as much of x as fits into the cache

@@ -45,8 +45,8 @@ from tinyvllm.ops.kernel.hopper import (
     uniform,
     wait,
 )
-from tinyvllm.ops.kernel.lanes import LANES, Mma, axes_of
-from tinyvllm.ops.kernel.tiles import PTX_NAMES, TileMma, together
+from tinyvllm.ops.kernel.lanes import LANES, Mma, axes_of, load_cuda_floats
+from tinyvllm.ops.kernel.tiles import PTX_NAMES, TileMma, store_values, together
 
 TOKEN_TILE = 128
 NUM_GROUPS = TOKEN_TILE // WGMMA_TOKENS
@@ -310,6 +310,34 @@ def row_of(spec: WgmmaSpec, block: int, element: int, lane: Number) -> Number:
     return lane % 4 * spec.run + (block // blocks * 4 * spec.run + block % blocks * 2 + element % 2)
 
 
+def result_runs(spec: WgmmaSpec) -> list[list[int]]:
+    """A lane's results of a tile, by number: in runs of consecutive rows (`WgmmaSpec.row_box`)."""
+    blocks = spec.run // 2
+    groups = range(0, spec.out_tile // 8, blocks)
+    return [
+        [(first + block) * 4 + half + i for block in range(blocks) for i in range(2)]
+        for first in groups
+        for half in (0, 2)
+    ]
+
+
+def load_runs(spec: WgmmaSpec, buffer: UOp, places: Sequence[tuple[UOp, UOp | None]]) -> list[UOp]:
+    """What a buffer of the output's shape has where a lane's results go, anything where there are none."""
+    values: dict[int, UOp] = {}
+    for run, (at, exists) in zip(result_runs(spec), places, strict=True):
+        found = load_cuda_floats(buffer, at if exists is None else exists.where(at, 0), spec.run)
+        values |= dict(zip(run, found, strict=True))
+    return [values[i] for i in range(len(values))]
+
+
+def store_runs(spec: WgmmaSpec, out: UOp, places: Sequence[tuple[UOp, UOp | None]], values: Sequence[UOp]) -> UOp:
+    """Store a lane's results."""
+    stores = []
+    for run, (at, exists) in zip(result_runs(spec), places, strict=True):
+        stores += store_values(out, at, [values[i] for i in run], exists)
+    return together(*stores)
+
+
 class WgmmaWork:
     """One threadgroup's work: its cluster's tiles of the list, one after another."""
 
@@ -445,14 +473,13 @@ class WgmmaWork:
         if spec.experts is not None and spec.experts.factor != 1.0:
             factor = spec.experts.factor if spec.is_gated else 1.0 / spec.experts.factor
             values = [value * factor for value in values]
-        stores = [self.out[at].store(self._result(value)) for at, value in zip(places, values, strict=True)]
-        return UOp.group(*stores).end(loop)
+        return store_runs(spec, self.out, places, [self._result(value) for value in values]).end(loop)
 
-    def _begun(self, places: list[UOp], first_row: UOp, tile: TokenTile) -> list[UOp]:
+    def _begun(self, places: list[tuple[UOp, UOp | None]], first_row: UOp, tile: TokenTile) -> list[UOp]:
         """What the sums start from, loaded while the first stages arrive: the residual, or the rows' biases."""
         spec = self.spec
         if self.residual is not None:
-            return [self.residual[at].load().cast(F32) for at in places]
+            return load_runs(spec, self.residual, places)
         elements, out_blocks = TileMma(spec.mma).elements, spec.out_tile // 8
         begun, begins_by = [], 1.0 if spec.experts is None or spec.is_gated else spec.experts.factor
         for i in range(spec.row_tile // 8 * elements):
@@ -463,10 +490,10 @@ class WgmmaWork:
         return begun
 
     def _result(self, value: UOp) -> UOp:
-        """A result as it is stored."""
+        """A result, or its bits as they are stored."""
         if isinstance(self.spec, ExpertWgmmaSpec) and self.spec.has_bfloat_results:
             return value.cast(dtypes.bfloat16).bitcast(F16)
-        return value.cast(self.out.dtype)
+        return value
 
     def _release(self, empty: UOp, condition: UOp | None, *after: UOp) -> UOp:
         """Tell the cluster's threadgroups that this group of warps has read a stage: one thread tells each of them."""
@@ -476,19 +503,15 @@ class WgmmaWork:
             is_one = is_one & condition
         return arrive(empty, is_one, *after, threadgroup=None if spec.cluster == 1 else self.lane % spec.cluster)
 
-    def _places(self, split: UOp | int, first_row: UOp, tile: TokenTile) -> list[UOp]:
-        """Where the thread's results of a tile go: runs of consecutive rows (`WgmmaSpec.row_box`)."""
+    def _places(self, split: UOp | int, first_row: UOp, tile: TokenTile) -> list[tuple[UOp, UOp | None]]:
+        """Where each of the thread's runs of results goes, and whether it exists (None: always)."""
         spec, mma, places = self.spec, TileMma(self.spec.mma), []
-        for block in range(spec.out_tile // 8):
-            for element in range(mma.elements):
-                token = self.warp * mma.left_rows + mma.place(self.lane, element)[0]
-                exists = tile.exists(token)
-                row = first_row + row_of(spec, block, element, self.lane)
-                run = first_row + row_of(spec, block // (spec.run // 2) * (spec.run // 2), 0, self.lane)
-                at = (split * spec.num_tokens + tile.target(token)) * spec.out_rows + row
-                if exists is not None:
-                    at = at.valid(exists)
-                if spec.out_rows % spec.out_tile:
-                    at = at.valid(run < spec.out_rows)  # a whole run or nothing
-                places.append(at)
+        for first, *_ in result_runs(spec):
+            block, element = first // mma.elements, first % mma.elements
+            token = self.warp * mma.left_rows + mma.place(self.lane, element)[0]
+            row, exists = first_row + row_of(spec, block, element, self.lane), tile.exists(token)
+            if spec.out_rows % spec.out_tile:  # a whole run or nothing
+                is_inside = row < spec.out_rows
+                exists = is_inside if exists is None else exists & is_inside
+            places.append(((split * spec.num_tokens + tile.target(token)) * spec.out_rows + row, exists))
         return places

@@ -23,11 +23,11 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
 from tinyvllm.ops.formats.pairs import code_order, pair_form, read_pairs
-from tinyvllm.ops.formats.runs import CodeForm, group_of, group_scale, groups_in_run
+from tinyvllm.ops.formats.runs import CodeForm, aligned_planes, group_of, group_scale, groups_in_run
 from tinyvllm.ops.gpu.attention_split import SplitOperands
 from tinyvllm.ops.gpu.chosen import ChosenExperts, ChosenRows
 from tinyvllm.ops.gpu.vector import RowOperands, RowProductSpec
-from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body, KernelFn, balanced, cached_kernel
+from tinyvllm.ops.kernel.body import F16, F32, U32, Body, KernelFn, balanced, cached_kernel
 from tinyvllm.ops.kernel.lanes import (
     LANES,
     WORDS,
@@ -43,6 +43,7 @@ from tinyvllm.ops.kernel.lanes import (
     warps,
     zeros,
 )
+from tinyvllm.ops.kernel.tiles import join_bits
 from tinyvllm.ops.kernel.tuning import Tunable
 
 PIECE = 8  # columns that a thread stages at once
@@ -247,7 +248,8 @@ def quantized_vector_kernel(spec: QuantizedVectorSpec) -> KernelFn:
     def kernel(out: UOp, *rest: UOp) -> UOp:
         buffers = list(rest)
         x_out = buffers.pop(0) if spec.sum is not None else None
-        planes = Planes(spec.format, [buffers.pop(0) for _ in range(Planes.count(spec.format))])
+        own = [buffers.pop(0) for _ in range(Planes.count(spec.format))]
+        planes = aligned_planes(spec.format, own, spec.lanes.kind)
         operands, place = RowOperands.take(spec, buffers), _make_place(spec)
         rounds = _rounds(spec, place.group)
         loads = _Loads(spec, planes, place.warp, place.lane)
@@ -535,7 +537,7 @@ def _stage(spec: QuantizedVectorSpec, place: RowPlace, source: RowSource, loaded
         start = piece // (PANEL // PIECE) * staged_run + part // 2 * 2 + part % 2 * 8
         for i in range(0, PIECE, 4):
             for j in range(2):
-                word = _word(*[halves[i + order[2 * j + side]] for side in range(2)])
+                word = join_bits(*[halves[i + order[2 * j + side]] for side in range(2)])
                 target = start + i + j
                 stores.append(staged[target if ok is None else target.valid(ok)].store(word))
         total = spec.lanes.sum(balanced(half.cast(F32) for half in halves), (1, 2) if spec.groups == 1 else (1,))
@@ -544,11 +546,6 @@ def _stage(spec: QuantizedVectorSpec, place: RowPlace, source: RowSource, loaded
         stores.append(sums[(piece // per_sum).valid(is_first)].store(total))
     done = UOp.group(*stores)
     return staged.after(done), sums.after(done)
-
-
-def _word(low: UOp, high: UOp) -> UOp:
-    low, high = (half.bitcast(U16).cast(U32) for half in (low, high))
-    return low | (high << 16)
 
 
 def _sum_threads(body: Body, spec: QuantizedVectorSpec, value: UOp, thread: UOp) -> UOp:

@@ -15,7 +15,7 @@ from tinygrad import UOp
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import gated, tanh
 from tinyvllm.ops.formats.matrix import PANEL, Planes
-from tinyvllm.ops.formats.runs import Run, group_sums, read_run, run_cols
+from tinyvllm.ops.formats.runs import Run, aligned_planes, group_sums, read_run, run_cols
 from tinyvllm.ops.gpu.attention_split import SplitHeads, SplitOperands
 from tinyvllm.ops.gpu.chosen import ChosenExperts, ChosenRows
 from tinyvllm.ops.gpu.row_sum import add_warps
@@ -406,7 +406,8 @@ def vector_kernel(spec: VectorSpec) -> KernelFn:
     def kernel(out: UOp, *rest: UOp) -> UOp:
         buffers = list(rest)
         x_out = buffers.pop(0) if spec.sum is not None else None
-        planes = Planes(spec.format, [buffers.pop(0) for _ in range(Planes.count(spec.format))])
+        own = [buffers.pop(0) for _ in range(Planes.count(spec.format))]
+        planes = aligned_planes(spec.format, own, spec.lanes.kind)
         operands, place = RowOperands.take(spec, buffers), _make_place(spec)
         loads = _Loads(spec, place, planes, operands)
         only = loads.runs(0) if spec.steps == 1 and spec.experts is None else []

@@ -423,10 +423,14 @@ def load_floats(buffer: UOp, at: UOp, count: int) -> list[UOp]:
     return [buffer[at + i].load().cast(F32) for i in range(count)]
 
 
-def load_cuda_floats(buffer: UOp, at: UOp, count: int) -> list[UOp]:
-    """`load_floats` of a multiple of 8 neighbors that begin at a multiple of 16 bytes in an aligned buffer, by loads
-    of 16 bytes. CUDA's compiler does not know of the alignment, and would load each value by itself."""
-    return floats_of_vectors(load_cuda_vectors(buffer, at, count), buffer.dtype)
+def load_cuda_floats(buffer: UOp, at: UOp, count: int, dtype: DType | None = None) -> list[UOp]:
+    """`load_floats` of neighbors of 8 bytes, or of a multiple of 16, which begin at a multiple of so many in an aligned
+    buffer, by vector loads. CUDA's compiler does not know of the alignment, and would load each value by itself.
+    `dtype`: what the values are, if the buffer's is another one."""
+    if count * buffer.dtype.itemsize == 8:
+        load = UOp(Ops.CUSTOM, TWO_WORDS, src=(buffer[at], UOp.const(0.0, buffer.dtype)), arg=LOAD_TWO)
+        return _floats_of_words(_words_of([load], 2), dtype or buffer.dtype)
+    return floats_of_vectors(load_cuda_vectors(buffer, at, count), dtype or buffer.dtype)
 
 
 def load_cuda_vectors(buffer: UOp, at: UOp, count: int) -> list[UOp]:
@@ -446,7 +450,10 @@ def load_cuda_words_if(is_wanted: UOp, buffer: UOp, at: UOp, count: int) -> list
 
 def floats_of_vectors(loads: Sequence[UOp], dtype: DType) -> list[UOp]:
     """The values in vectors of four words."""
-    words = _words_of(loads, 4)
+    return _floats_of_words(_words_of(loads, 4), dtype)
+
+
+def _floats_of_words(words: Sequence[UOp], dtype: DType) -> list[UOp]:
     if dtype == F32:
         return [word.bitcast(F32) for word in words]
     if dtype == dtypes.bfloat16:

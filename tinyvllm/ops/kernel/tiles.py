@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinygrad import UOp, dtypes
+from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.ops.kernel.body import F16, F32
@@ -35,6 +36,7 @@ MULTIPLY = (
     '"r"({%d}.x), "r"({%d}.y), "r"({%d}.z), "r"({%d}.w), "r"({%d}.%s), "r"({%d}.%s));'
 )
 MULTIPLY_FLOATS = "[&]{{ float4 c = make_float4({0}, {1}, {2}, {3}); %s return c; }}()"
+MOVE_PIECE = "*((uint4*)({0})) = *((uint4*)({1}));"
 PACK = '[&]{{ uint r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"({1}), "f"({0})); return r; }}()'
 EXP2 = '[&]{{ float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"({0})); return r; }}()'
 PTX_NAMES = {dtypes.half: "f16", dtypes.bfloat16: "bf16"}
@@ -232,9 +234,51 @@ def together(*statements: UOp) -> UOp:
     return UOp(Ops.NOOP, dtypes.void, src=statements)
 
 
+def store_vector(target: UOp, words: Sequence[UOp], is_wanted: UOp | None = None, *after: UOp) -> UOp:
+    """A statement that stores one, two or four words, at a multiple of their bytes. CUDA's compiler does not know that
+    buffers are aligned, and would store each value by itself."""
+    count = len(words)
+    operands = ", ".join(f"{{{1 + i}}}" for i in range(count))
+    value = operands if count == 1 else f"make_uint{count}({operands})"
+    text = f"*((uint{count if count > 1 else ''}*)({{0}})) = {value};"
+    return _if_wanted(text, (target, *words), is_wanted, after)
+
+
+def store_values(buffer: UOp, at: UOp, values: Sequence[UOp], is_wanted: UOp | None = None) -> list[UOp]:
+    """Statements that store neighbors of 4, 8 or a multiple of 16 bytes, which begin at a multiple of so many in an
+    aligned buffer."""
+    words, per_word = words_of(values, buffer.dtype), 4 // buffer.dtype.itemsize
+    return [store_vector(buffer[at + i * per_word], words[i : i + 4], is_wanted) for i in range(0, len(words), 4)]
+
+
+def words_of(values: Sequence[UOp], dtype: DType) -> list[UOp]:
+    """The words of neighboring values, which are stored in a dtype of 32 or 16 bits."""
+    if dtype == F32:
+        return [value.cast(F32).bitcast(dtypes.uint) for value in values]
+    pack = pack_words if values[0].dtype == F32 else join_bits
+    return [pack(low, high) for low, high in zip(values[::2], values[1::2], strict=True)]
+
+
+def move_piece(target: UOp, source: UOp, is_wanted: UOp | None = None, *after: UOp) -> UOp:
+    """A statement that copies eight float16, between multiples of 16 bytes."""
+    return _if_wanted(MOVE_PIECE, (target, source), is_wanted, after)
+
+
+def _if_wanted(text: str, operands: tuple[UOp, ...], is_wanted: UOp | None, after: tuple[UOp, ...]) -> UOp:
+    if is_wanted is not None:
+        text, operands = f"if ({{{len(operands)}}}) {text}", (*operands, is_wanted)
+    return UOp(Ops.CUSTOM, dtypes.void, src=(*operands, *after), arg=text)
+
+
 def pack_words(low: UOp, high: UOp) -> UOp:
     """Two float32 values, rounded to float16, in one word."""
     return UOp(Ops.CUSTOM, dtypes.uint, src=(low, high, UOp.const(0.0, F16)), arg=PACK)
+
+
+def join_bits(low: UOp, high: UOp) -> UOp:
+    """Two values of 16 bits in one word."""
+    low, high = (value.bitcast(dtypes.ushort).cast(dtypes.uint) for value in (low, high))
+    return low | high << 16
 
 
 # -- arithmetic --------------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def test_large_matrices_of_some_rows_take_them() -> None:
     assert [quantized("Q4_K", tokens, 4096, 14336).is_wanted for tokens in (8, 9, 64)] == [False, True, True]
     assert [quantized("Q4_K", tokens, 4096, 4096).is_wanted for tokens in (16, 17)] == [False, True]
     assert [quantized("Q4_K", tokens, 4096, 4096).is_wanted for tokens in (64, 65, MAX_TOKENS)] == [True] * 3
-    assert [quantized("Q4_K", tokens, 8192, 2048).is_wanted for tokens in (64, 65, MAX_TOKENS)] == [True, False, False]
+    assert [quantized("Q4_K", tokens, 8192, 768).is_wanted for tokens in (64, 65, MAX_TOKENS)] == [True, False, False]
     assert not quantized("Q4_K", MAX_TOKENS + 1, 4096, 4096).is_possible()
     assert not quantized("Q4_K", 64, 4096, 4096 + 32).is_possible()
 

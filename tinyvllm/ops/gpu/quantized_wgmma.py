@@ -58,11 +58,12 @@ from tinyvllm.ops.kernel.tuning import Tunable
 GROUP_ROWS = WGMMA_TOKENS  # of one instruction
 MIN_TOKENS, MAX_TOKENS = 9, 512
 MAX_TILE = 256  # tokens of an instruction
+LEAST_TILE = 96  # tokens of a tile of several: smaller ones were never the fastest (NVIDIA H200)
 MAX_SUMS = 128  # registers of a lane that hold sums
 FEW_SUMS, MORE_SUMS = 64, 104  # up to which a block's weights of a chunk, or half of them, fit beside them, twice
 # codes of the smallest matrices that are worth it, and those of a step of few rows
 MIN_CODES, MIN_CODES_OF_FEW, FEW_TOKENS = 2 << 20, 24 << 20, 16
-MIN_SIDE = 4096  # the least rows and columns for more tokens than FEW_COLS: of smaller ones, steps were not compared
+MIN_SIDE = 1024  # the least rows and columns for more tokens than FEW_COLS; smaller ones were not compared
 CUT = ("row_tile", "splits", "token_tiles")  # what a product is cut by
 SPAN_COLS = 1024  # columns whose scales are copied at once, so that copies are sectors of memory or more
 MAX_STAGES = 12
@@ -71,12 +72,14 @@ ROW_TILES, SPLITS = (64, 128, 192, 256), (1, 2, 4, 8)
 BARRIER_BYTES = 256
 COPIERS = 4  # warps that copy: `registers` counts on four
 FEW_COLS = 64  # tokens of a tile
-# what a product costs, in ns and in bytes per ns (measured on an H200)
-CACHE_RATE = 5200.0  # from the L2 cache to all multiprocessors
-BLOCK_TIME, TOKEN_TIME = 160.0, 1.0  # of 64 rows and a chunk of columns, and in addition of each token
-GROUP_TIMES = {64: 1.6, 128: 1.0, 192: 1.0, 256: 1.12}  # one group has no other one's products beside its unpacking
-MANY_TOKEN_TIME = 3.1  # of a token and 64 rows in tiles of more tokens than FEW_COLS
-FIRST_TIME, TURN_TIME = 3000.0, 700.0  # of the first tile and of each other one
+# what a product costs, in ns and in bytes per ns: fitted to 172 kernels of 35 products that were timed on an H200
+CACHE_RATE = 9500.0  # from the L2 cache to all multiprocessors
+BLOCK_TIME, TOKEN_TIME = 150.0, 1.4  # of 64 rows and a chunk of columns, and in addition of each token
+MANY_BLOCK_TIME, MANY_TOKEN_TIME = 70.0, 2.5  # the same in tiles of more tokens than FEW_COLS
+LONE_TIME, LONE_MANY_TIME = 1.1, 1.3  # times as long for a single group, beside whose unpacking nothing is multiplied
+QUARTERS_TIME = 1.12  # times as long in quarters of a chunk; a single group then multiplies all the time
+FIRST_TIME = 3900.0  # until the first tile has begun
+RESULT_BYTES = 6.0  # of a partial result, as if from memory: it is written and read in the L2 cache
 
 
 def reads_runs(fmt: Format) -> bool:
@@ -317,7 +320,9 @@ class QuantizedWgmmaSpec(Tunable):
         def span(number: int) -> int:
             return number // self.steps * self.spans + number % self.steps // self.span_steps
 
-        most = max(span(first + stages - 1) - span(first) for first in range(self.steps)) + 1
+        # those that begin in a tile's first span stand for all that end in their tile
+        firsts = {*range(min(self.steps, self.span_steps)), *range(max(0, self.steps - stages), self.steps)}
+        most = max(span(first + stages - 1) - span(first) for first in firsts) + 1
         return min(most, self.spans * -(-self.num_tiles // self.units))
 
     def _bytes(self, stages: int) -> int:
@@ -346,15 +351,20 @@ class QuantizedWgmmaSpec(Tunable):
         codes and tokens from the L2 cache, and unpacking and multiplying them. In addition, partial sums are written
         and read."""
         codes, tokens = self.row_tile * CHUNK_COLS * self.format.code_bits / 8, self.token_cols * CHUNK_COLS * 2
-        own, cached = self.token_cols * MANY_TOKEN_TIME, 0.0
         if self.token_cols <= FEW_COLS:
-            own, cached = BLOCK_TIME + self.token_cols * TOKEN_TIME, (codes + tokens) / CACHE_RATE
-        own *= self.row_tile // GROUP_ROWS * GROUP_TIMES[self.row_tile]
+            own, cached, lone = BLOCK_TIME + self.token_cols * TOKEN_TIME, (codes + tokens) / CACHE_RATE, LONE_TIME
+        else:
+            own, cached, lone = MANY_BLOCK_TIME + self.token_cols * MANY_TOKEN_TIME, 0.0, LONE_MANY_TIME
+        if self.parts == 4:
+            own *= QUARTERS_TIME
+        elif self.groups == 1:
+            own *= lone
+        own *= self.row_tile // GROUP_ROWS
         read = codes / self.token_groups / MEMORY_RATE  # by those that have the same rows, once
         turns = [min(self.num_tiles - first, self.units) for first in range(0, self.num_tiles, self.units)]
         chunks = sum(max(active * read, active * cached, own) for active in turns)
-        added = 0.0 if self.is_gated else 12 * self.splits * self.num_tokens * self.num_rows / MEMORY_RATE
-        return self.steps * self.chunks * chunks + FIRST_TIME + (len(turns) - 1) * TURN_TIME + added
+        added = 0.0 if self.is_gated else RESULT_BYTES * self.splits * self.num_tokens * self.num_rows / MEMORY_RATE
+        return self.steps * self.chunks * chunks + FIRST_TIME + added
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         return {
@@ -400,7 +410,7 @@ class QuantizedWgmmaSpec(Tunable):
 
 def token_tiles(num_tokens: int) -> range:
     """Numbers of tiles that tokens may be cut into."""
-    return range(-(-num_tokens // MAX_TILE), max(1, num_tokens // FEW_COLS) + 1)
+    return range(-(-num_tokens // MAX_TILE), max(1, num_tokens // LEAST_TILE) + 1)
 
 
 @cache

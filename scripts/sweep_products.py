@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import fcntl
 import json
 import multiprocessing
@@ -56,16 +57,22 @@ SHAPES = (
 )
 ROWS, FORMATS = (1, 8, 64, 256), ("float16", "Q4_K")
 TIMED_S, NUM_TIMED = 2e-3, 4  # of a candidate's graph, replayed at least so long each time
+LONGEST_S = 10.0  # that a product's candidates may take: a kernel that waits forever ends its process
 
 
 def pick(spec: Any, task: Task) -> list[Any]:
-    """The spec and at most `task.most` other combinations of its knobs."""
+    """The spec and at most `task.most` other combinations of its knobs: three quarters of them those of the least
+    predicted time, or without a prediction those that differ in one knob."""
     from tinyvllm.ops.kernel.tuning import combinations
 
     first, *others = [one for one in combinations(spec) if one.values == spec.values or _is_wanted(one, task.values)]
-    count = 0 if task.is_random or first.predicted_s is None else task.most * 3 // 4
+    draw = random.Random(task.product)
+    if first.predicted_s is None:
+        draw.shuffle(others)
+        others.sort(key=lambda one: len({*one.values} - {*first.values}) > 1)
+    count = 0 if task.is_random else task.most * 3 // 4
     best, rest = others[:count], others[count:]
-    return [first, *best, *random.Random(task.product).sample(rest, min(task.most - len(best), len(rest)))]
+    return [first, *best, *draw.sample(rest, min(task.most - len(best), len(rest)))]
 
 
 def _is_wanted(spec: Any, values: Mapping[str, Sequence[int]]) -> bool:
@@ -124,7 +131,9 @@ def _measure(task: Task, backend: Any) -> dict[str, Any]:
         with contextlib.suppress(Exception):  # one that cannot be compiled
             replays[values_text(candidate)] = _replay(bench, spec, candidate)
     with _alone(task.lock):
+        faulthandler.dump_traceback_later(LONGEST_S, exit=True)
         times = _time_all(bench, replays)
+        faulthandler.cancel_dump_traceback_later()
     names, hardware = [name for name, _ in spec.values], hardware_name(backend.device)
     return {"knobs": names, "rule": values_text(spec), "us": times, "device": hardware}
 

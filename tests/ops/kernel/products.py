@@ -90,12 +90,22 @@ class Bench:
         epilogue = Epilogue(
             activation="silu" if product.role == "gate_up" else None, residual=self.residual if adds else None
         )
-        (out,) = backend.linear(product.role, self.x, [matrix], product.num_tokens, norm, epilogue)
+        (out,) = backend.linear(
+            product.role, self._rows(matrix, epilogue), [matrix], product.num_tokens, norm, epilogue
+        )
         if is_one or product.role in ("qkv", "gate_up"):
             return out
         if product.role == "lm_head":
             return backend.whole(out)
         return backend._normed_rows(out, Norm(self.out_norm, 1e-5), product.num_tokens)
+
+    def _rows(self, matrix: Any, epilogue: Any) -> Any:
+        """x, in the order in which the product reads it if the kernel before writes it so, as all but attention do."""
+        product, backend = self.product, self.backend
+        is_written = product.num_tokens > 1 and product.role != "attention_out"
+        if is_written and backend._takes_order(product.role, [matrix], product.num_tokens, epilogue):
+            return backend._in_order(self.x, product.num_tokens, product.num_cols)
+        return self.x
 
     def launches(self) -> Callable[[], Any]:
         """Launches with each copy of the matrix."""

@@ -157,8 +157,8 @@ def test_a_quantized_source_is_converted_again(tmp_path: Path) -> None:
 
 def test_memory_stays_below_twice_the_largest_tensor(tmp_path: Path) -> None:
     """Of a dense source only a few rows are in memory, of a quantized one also the codes of a tensor."""
-    dense = write_tiny_hf_llama(tmp_path / "hf", vocab=12000, hidden=512, ffn=512, layers=1, dtype="bfloat16")
-    largest = 12000 * 512 * 2
+    dense = write_tiny_hf_llama(tmp_path / "hf", vocab=6000, hidden=512, ffn=512, layers=1, dtype="bfloat16")
+    largest = 6000 * 512 * 2
     packed = convert(dense, "q8_0", tmp_path / "q8.gguf").files
     for source, to in ((dense, "q4_k_m"), (dense, "mlx-4"), (packed, "q4_0")):
         load_tokenizer(source)

@@ -180,7 +180,7 @@ def test_logits_equal_the_implementation_in_numpy(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize(
     ("dtype", "family"),
-    swept(product(("float16", "bfloat16"), ("llama", "qwen3")), [("float16", "llama"), ("bfloat16", "qwen3")]),
+    swept(product(("float16", "bfloat16"), ("llama", "qwen3")), [("bfloat16", "qwen3")]),
 )
 def test_half_precision_checkpoints_are_computed_in_float32(tmp_path: Path, dtype: str, family: str) -> None:
     files, numbers = write_tiny_hf_llama(tmp_path, dtype=dtype, family=family), {"family": family}
@@ -206,7 +206,7 @@ KINDS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", swept(KINDS, ("q4_k_m", "all different")))
+@pytest.mark.parametrize("name", swept(KINDS, ["q4_k_m"]))
 def test_quantized_gguf_equals_its_own_values_in_numpy(tmp_path: Path, name: str) -> None:
     quant, quant_of, numbers = KINDS[name]
     files = write_tiny_gguf(tmp_path / "tiny.gguf", quant=quant, tweaks=GGUFTweaks(quant_of=quant_of), **numbers)

@@ -14,6 +14,7 @@ from tinygrad import Device, dtypes
 from tinygrad.codegen import to_program
 from tinygrad.dtype import AddrSpace
 
+from tests import sweeps
 from tests.ops.builders import make_host
 from tests.ops.experts import Case, make_kind, make_layer
 from tests.ops.rendering import (
@@ -42,11 +43,11 @@ from tinyvllm.ops.step_inputs import StepLayout
 @pytest.mark.parametrize("is_decode", swept((True, False), [False]), ids=["decode", "mixed"])
 def test_a_step_renders_within_the_limits(is_decode: bool) -> None:
     layout = StepLayout(4, 4, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
-    backend, mixed = gpu_backend("float16"), not is_decode  # sampling is the same in both
-    outputs = plan_layer(backend, layout, ("Q4_K", "Q6_K"), is_decode=is_decode, samples=mixed, normed=mixed)
+    backend, mixed = gpu_backend("float16"), not is_decode
+    outputs = plan_layer(backend, layout, ("Q4_K", "Q6_K"), is_decode=is_decode, samples=False, normed=mixed)
     kernels = kernels_of(outputs)
     names = {kernel.arg.name.split("_")[0] for kernel in kernels}
-    assert names >= {"embed", "write", "attention"} | ({"leaders", "draw"} if mixed else set())
+    assert names >= {"embed", "write", "attention"}
     for kernel in kernels:
         check_limits(kernel, *GENERAL_TARGETS)
 
@@ -89,6 +90,16 @@ def test_attention_of_large_models_renders_within_the_limits(heads: tuple[int, i
         check_limits(kernel, *GENERAL_TARGETS)
 
 
+@pytest.mark.sweep  # by default tests/metal runs it, and the test below renders the same passes with more
+def test_sampling_renders_within_the_limits() -> None:
+    layout = StepLayout(16, 3, 2, 16)
+    kernels = kernels_of(plan_layer(gpu_backend("float16"), layout, ("float16", "float16"), is_decode=False))
+    sampling = [kernel for kernel in kernels if kernel.arg.name.split("_")[0] in ("leaders", "draw")]
+    assert len(sampling) == 2
+    for kernel in sampling:
+        check_limits(kernel, *GENERAL_TARGETS)
+
+
 @pytest.mark.parametrize("vocab", swept((300, 49152), [300]))
 def test_a_step_with_logits_processing_renders_within_the_limits(vocab: int) -> None:
     """One vocabulary is not a multiple of a mask's word."""
@@ -127,7 +138,7 @@ def test_cuda_devices_are_given_the_same_general_kernels() -> None:
 def test_cpu_kernels_use_neither_threads_nor_double_precision(is_decode: bool) -> None:
     layout = StepLayout(1, 1, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
     backend = CpuBackend(DeviceHandle("CPU", has_threads=False, is_unified=True), None)
-    outputs = plan_layer(backend, layout, ("Q4_1", "Q8_0"), is_decode=is_decode, samples=not is_decode)
+    outputs = plan_layer(backend, layout, ("Q4_1", "Q8_0"), is_decode=is_decode, samples=sweeps.is_sweeping)
     for kernel in kernels_of(outputs):
         program = to_program(kernel, Device["CPU"].renderer)
         assert "double" not in program.src[2].arg, kernel.arg.name

@@ -27,21 +27,23 @@ def started(module: str, arguments: Sequence[str], env: Mapping[str, str], **opt
     return subprocess.Popen([sys.executable, "-m", module, *arguments], text=True, env=dict(env), **options)
 
 
-def forked(module: str, arguments: Sequence[str], env: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
-    """As `started`, with this process's modules. The test's time limit has its signal alone from here on."""
+def forked(program: str, arguments: Sequence[str], env: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
+    """As `started`, with this process's modules; `program` may also be code, of several lines, as for `python -c`.
+
+    The test's time limit has its signal alone from here on."""
     # the child's own timer would wait for a lock that this one's thread holds (StopClock has one)
     faulthandler.cancel_dump_traceback_later()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from Python 3.12 on, of a fork beside threads: it takes none of their locks
         return subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], text=True, **fork_options(module, arguments, env), **options
+            [sys.executable, *arguments], text=True, **fork_options(program, arguments, env), **options
         )
 
 
 def fork_options(
-    module: str, arguments: Sequence[str], env: Mapping[str, str], fds: Sequence[int] = ()
+    program: str, arguments: Sequence[str], env: Mapping[str, str], fds: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """Options of subprocess.Popen that make the child run `module` where it would otherwise become another program.
+    """Options of subprocess.Popen that make the child run `program` where it would otherwise become another program.
 
     `fds` stay open in it. It never returns to its caller, whose frames keep alive what they refer to.
     """
@@ -53,8 +55,12 @@ def fork_options(
             os.environ.clear()
             os.environ.update(env)
             faults._plan = faults._inherited()
-            sys.argv = [module, *arguments]
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            if "\n" in program:
+                sys.argv = ["-c", *arguments]
+                exec(program, {"__name__": "__main__"})
+            else:
+                sys.argv = [program, *arguments]
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -8,7 +8,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import IO
 import httpx
 import pytest
 
+from tests.forking import forked
 from tests.sweeps import swept
 
 # Serves an engine that hangs in the middle of an answer, and is ready once the test has seen that it was not.
@@ -85,14 +85,14 @@ def serving(tmp_path: Path, *flags: str, **environment: str) -> Iterator[tuple[s
     model = tmp_path / "tiny.gguf"
     model.write_bytes(b"GGUF")
     arguments = ["serve", str(model), "--port", "0", "--log-level", "info", *flags]
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments],
+    with forked(
+        PROGRAM,
+        arguments,
+        env={**os.environ, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, **environment},
     ) as process:
         assert process.stderr is not None
         try:
@@ -110,13 +110,13 @@ def serving(tmp_path: Path, *flags: str, **environment: str) -> Iterator[tuple[s
 def test_server_warms_up_answers_and_stops_cleanly(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path, "--shutdown-timeout", "0") as (process, address):
         assert process.stdout is not None
-        assert httpx.get(address + "/health").status_code == 503
+        assert httpx.get(address + "/health", timeout=20).status_code == 503
         say(process, "ready")
         assert address in process.stdout.readline()
         curl = shlex.split(process.stdout.readline())
         assert curl[0] == "curl" and curl[1] == address + "/v1/chat/completions"
         assert json.loads(curl[-1])["model"] == "tiny"
-        assert httpx.get(address + "/health").status_code == 200
+        assert httpx.get(address + "/health", timeout=20).status_code == 200
 
         with httpx.stream("POST", curl[1], json={**json.loads(curl[-1]), "stream": True}, timeout=20) as response:
             events = response.iter_lines()
@@ -133,10 +133,10 @@ def test_server_warms_up_answers_and_stops_cleanly(tmp_path: Path, number: signa
 def test_server_that_still_warms_up_stops_cleanly_too(tmp_path: Path) -> None:
     with serving(tmp_path) as (process, address):
         assert process.stdin is not None and process.stdout is not None
-        assert httpx.get(address + "/health").status_code == 503
+        assert httpx.get(address + "/health", timeout=20).status_code == 503
         process.send_signal(signal.SIGTERM)
         with pytest.raises(httpx.TransportError):
-            while httpx.get(address + "/health").status_code == 503:
+            while httpx.get(address + "/health", timeout=20).status_code == 503:
                 pass
         process.stdin.close()  # what the engine's thread waits for
         assert process.wait(timeout=20) == 0
@@ -155,11 +155,11 @@ def hanging_stream(address: str) -> Iterator[Iterator[str]]:
 
 
 def refusal(address: str) -> httpx.Response:
-    return httpx.post(address + "/v1/completions", json={"prompt": "x"})
+    return httpx.post(address + "/v1/completions", json={"prompt": "x"}, timeout=20)
 
 
 def wait_until(address: str, path: str, status: int) -> None:
-    while httpx.get(address + path).status_code != status:
+    while httpx.get(address + path, timeout=20).status_code != status:
         pass
 
 
@@ -170,8 +170,8 @@ def test_a_signal_turns_new_work_away_and_lets_what_runs_finish(tmp_path: Path) 
         with hanging_stream(address) as chunks:
             process.send_signal(signal.SIGTERM)
             wait_until(address, "/ready", 503)
-            assert httpx.get(address + "/health").status_code == 200
-            assert httpx.get(address + "/engine/state").json()["status"] == "draining"
+            assert httpx.get(address + "/health", timeout=20).status_code == 200
+            assert httpx.get(address + "/engine/state", timeout=20).json()["status"] == "draining"
             refused = refusal(address)
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "server_draining"
             assert refused.headers["retry-after"] == "5" and refused.headers["connection"] == "close"
@@ -182,7 +182,7 @@ def test_a_signal_turns_new_work_away_and_lets_what_runs_finish(tmp_path: Path) 
         assert '"finish_reason":"stop"' in rest and rest.rstrip().endswith("data: [DONE]")
         assert process.wait(timeout=20) == 0
         with pytest.raises(httpx.TransportError):
-            httpx.get(address + "/health")
+            httpx.get(address + "/health", timeout=20)
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
@@ -220,9 +220,9 @@ def test_keys_of_all_sources_are_asked_for_and_shown_nowhere(tmp_path: Path) -> 
         wait_until(address, "/ready", 200)
         assert refusal(address).status_code == 401
         for key in ("flag-key-1", "file-key-1", "file-key-2", "env-key-1", "env-key-2"):
-            answer = httpx.get(address + "/v1/models", headers={"authorization": f"Bearer {key}"})
+            answer = httpx.get(address + "/v1/models", headers={"authorization": f"Bearer {key}"}, timeout=20)
             assert answer.status_code == 200
-        httpx.get(address + "/v1/models", headers={"authorization": "Bearer wrong-key-1"})
+        httpx.get(address + "/v1/models", headers={"authorization": "Bearer wrong-key-1"}, timeout=20)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
         said = process.stdout.read()
@@ -241,7 +241,7 @@ def test_log_lines_carry_the_requests_id_and_no_content(
         say(process, "ready")
         wait_until(address, "/ready", 200)
         body = {"prompt": "a very secret prompt", "max_tokens": 3}
-        httpx.post(address + "/v1/completions", json=body, headers={"x-request-id": "order-66"})
+        httpx.post(address + "/v1/completions", json=body, headers={"x-request-id": "order-66"}, timeout=20)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
     log = "".join(lines)
@@ -260,7 +260,9 @@ def test_a_unix_socket_serves_and_goes_with_the_server(tmp_path: Path) -> None:
         say(process, "ready")
         assert str(path) in process.stdout.readline()
         assert f"--unix-socket {shlex.quote(str(path))} http://localhost/v1/" in process.stdout.readline()
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
+        with httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost", timeout=20
+        ) as client:
             assert client.get("/health").status_code == 200
             assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3}).status_code == 200
         process.send_signal(signal.SIGTERM)

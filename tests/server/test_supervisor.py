@@ -237,9 +237,14 @@ def test_a_dead_engine_ends_the_server_with_an_error() -> None:
         server.wait_until_ready()
         with hanging(server) as (_, lines):
             os.kill(server.pids()["engine 0"], signal.SIGKILL)
-            server.wait_for_status("/health", 503)
-            refused = httpx.post(server.address + "/v1/completions", json=BODY)
-            assert refused.status_code == 503 and refused.json()["error"]["code"] == "engine_dead"
+            answers: list[httpx.Response] = []  # until the first refusal: the server ends soon after it
+
+            def is_refused() -> bool:
+                answers.append(httpx.post(server.address + "/v1/completions", json=BODY))
+                return answers[-1].status_code == 503
+
+            server.wait_for(is_refused)
+            assert answers[-1].json()["error"]["code"] == "engine_dead"
             rest = "\n".join(lines)
         assert "engine 0 was killed by SIGKILL" in rest
         assert server.wait() == 1

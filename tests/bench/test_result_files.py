@@ -49,7 +49,7 @@ def test_a_field_may_be_missing_or_of_another_type(tmp_path: Path) -> None:
         if number % 2:
             part[name] = {"a": 1} if isinstance(kept, float | int) else 7
         (path := tmp_path / f"{number}.json").write_text(json.dumps(run))
-        check(path, COMMANDS[:2])
+        check(path, (COMMANDS[number // 2 % 2],))  # in turn, each with fields that are missing and changed
         part[name] = kept
 
 

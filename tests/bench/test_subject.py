@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.bench.fakes import make_model_config
+from tests.sweeps import swept
 from tinyvllm.bench.kernel_profile import find_bandwidth
 from tinyvllm.bench.latency import Case, LatencyWork, fit_config, make_requests, measure_latency
 from tinyvllm.bench.rows import Row
@@ -34,7 +35,7 @@ def decode_plan(runner: ModelRunner, context: int) -> StepPlan:
     return StepPlan(tuple(Scheduled(request, context, 1) for request in requests))
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=swept([1, 2], [2]))
 def runner(request: pytest.FixtureRequest) -> Iterator[ModelRunner]:
     """On one core, and on two that share every layer."""
     config = fit_config(EngineConfig("tiny", max_num_batched_tokens=16, cpu_cores=request.param), WORK, TINY)

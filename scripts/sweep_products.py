@@ -55,7 +55,7 @@ SHAPES = (
     "qwen2.5-32b",
     "llama-3.1-70b",
 )
-ROWS, FORMATS = (1, 8, 64, 256), ("float16", "Q4_K")
+ROWS, FORMATS = (1, 8, 64, 256, 512), ("float16", "Q4_K", "mlx-4bit-g64", "Q4_0")
 TIMED_S, NUM_TIMED = 2e-3, 4  # of a candidate's graph, replayed at least so long each time
 LONGEST_S = 10.0  # that a product's candidates may take: a kernel that waits forever ends its process
 

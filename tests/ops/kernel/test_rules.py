@@ -34,19 +34,24 @@ def rule_of(product: Product) -> Any:
     return Bench(hopper(), product, is_dry=True).spec()
 
 
-def losses() -> dict[str, float | None]:
-    """By product: the time by the rules over the fastest one, less 1; None if it was not measured."""
+def losses(*, is_dense: bool) -> dict[str, float | None]:
+    """By product in float16, or in 4 bits: the time by the rules over the fastest one, less 1; None if it was not
+    measured."""
     found: dict[str, float | None] = {}
     for name, entry in json.loads(TABLE.read_text(encoding="utf-8"))["products"].items():
-        spec, times = rule_of(Product.parse(name)), entry["us"]
+        product, times = Product.parse(name), entry["us"]
+        if (product.kind == "float16") != is_dense:
+            continue
+        spec = rule_of(product)
         is_known = [knob for knob, _ in spec.values] == entry["knobs"] and values_text(spec) in times
         found[name] = times[values_text(spec)] / min(times.values()) - 1 if is_known else None
     return found
 
 
-def test_rules_are_near_the_fastest_measured_kernel() -> None:
+@pytest.mark.parametrize("is_dense", [True, False], ids=["float16", "4 bits"])
+def test_rules_are_near_the_fastest_measured_kernel(is_dense: bool) -> None:
     """For 90 % of the products within 5 %. A kernel whose knobs changed has to be measured again."""
-    found = losses()
+    found = losses(is_dense=is_dense)
     misses = {name: loss for name, loss in found.items() if loss is None or loss > NEAR - 1}
     lines = [f"{name}: {'not measured' if loss is None else f'{loss:.0%} slower'}" for name, loss in misses.items()]
     assert len(misses) <= (1 - SHARE) * len(found), "\n".join([f"{len(misses)} of {len(found)} products:", *lines])

@@ -83,12 +83,13 @@ class SubjectFlags:
 
     def num_layers(self, *, pull: bool) -> int:
         """The layers of what `find` gives, without the engine's imports."""
-        from tinyvllm.bench.shapes import find_shape
+        if self.shape is not None:
+            from tinyvllm.bench.shapes import find_shape
+
+            return self.layers or find_shape(self.shape).num_layers
         from tinyvllm.storage.model_config import read_model_config
 
-        if self.shape is None:
-            return read_model_config(require_model(self.model or DEFAULT_MODEL, pull=pull)).num_layers
-        return self.layers or find_shape(self.shape).num_layers
+        return read_model_config(require_model(self.model or DEFAULT_MODEL, pull=pull)).num_layers
 
     def write(self, rows: Sequence[Row]) -> None:
         """Write the rows as Markdown and JSON where asked for; the table is printed elsewhere."""

@@ -1,12 +1,15 @@
-"""Starting the processes that trace and compile before this process imports tinygrad and opens the device."""
+"""What a start begins before it imports tinygrad: waking the device, and the processes that trace and compile."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 
 import tinyvllm.device  # noqa: F401  (makes tinygrad's settings, which these processes read too)
 from tinyvllm.config import EngineConfig
 from tinyvllm.device.compile_workers import BEGIN_WORKER, prepare_early
+from tinyvllm.device.kinds import kind_of
 from tinyvllm.device.private_folder import default_root
 
 # layers times buckets from which on other processes help a start to trace: each takes a second to begin, in which this
@@ -17,9 +20,11 @@ PREPARE = "tinyvllm.execution.tracing:prepare_there"
 
 
 def begin_early(config: EngineConfig, num_layers: int) -> None:
-    """Start them if they are certain to be needed, because no step is kept from an earlier start: they import what they
-    need while this process does. `prepare_tracing` starts them if it turns out later."""
+    """Wake the device. Start the processes if they are certain to be needed, because no step is kept from an earlier
+    start: they import what they need while this process does. `prepare_tracing` starts them if it turns out later."""
     kind = os.environ["DEV"].split(":")[0]
+    with contextlib.suppress(RuntimeError):  # no more threads: opening the device does it all
+        threading.Thread(target=kind_of(kind).wake, name="tinyvllm-wake", daemon=True).start()
     is_alone = os.environ.get("PARALLEL", str(os.cpu_count())) in ("0", "1")
     if config.capture != "replay" or is_alone or num_layers * LEAST_BUCKETS < MANY_LAYERS:
         return

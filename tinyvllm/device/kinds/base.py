@@ -81,6 +81,9 @@ class DeviceKind:
         allocator's copy."""
         return False
 
+    def wake(self) -> None:
+        """Do what opening the device does first and takes long, on a thread beside the engine's imports."""
+
     def clear(self, buffer: Buffer) -> bool:
         """Enqueue filling a buffer with zeros, without a kernel, which would be compiled. False: there is no such
         command."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import functools
@@ -53,6 +54,10 @@ class Cuda(DeviceKind):
         if free_bytes() >= BIG_BYTES:
             return Limits(max_num_seqs=256, max_num_batched_tokens=8192)
         return Limits(max_num_seqs=128, max_num_batched_tokens=2048)
+
+    def wake(self) -> None:
+        with contextlib.suppress(OSError):  # opening the device says what is missing
+            ctypes.CDLL("libcuda.so.1").cuInit(0)
 
     def free_memory(self, name: str) -> int:
         from tinygrad import Device

@@ -128,7 +128,7 @@ def test_another_process_traces_what_this_one_would(files: ModelFiles) -> None:
     runner = load_runner(files, CONFIG)
     begun = [runner.captures._tracer.begin(bucket, 0) for bucket in runner.buckets]
     for bucket, pending in zip(runner.buckets, begun, strict=True):
-        here = tracing._trace_both(tracing._code_of(bucket, runner.captures._context))
+        here = tracing.trace_both(tracing.code_of(bucket, runner.captures._context))
         there = pending.wait() if pending is not None else None
         assert there is not None and all(len(step.calls) > 3 for step in here.steps)
         assert there.steps == here.steps, bucket.name

@@ -22,6 +22,7 @@ from tinyvllm.device import helper_programs
 from tinyvllm.device.block_copies import BlockCopies, MappedCopies, Plane, Rows
 from tinyvllm.device.kinds import DeviceKind, choice, kind_of
 from tinyvllm.device.mapping import OutputReader, is_mapped
+from tinyvllm.device.meta import has_memory
 from tinyvllm.device.transfer import InputBuffer, copy_out, copy_out_floats, input_buffer, output_reader
 from tinyvllm.device.watching import HOST, WatchedReader, is_watched, watched_copy, watched_send
 from tinyvllm.errors import DeviceError, TinyvllmError
@@ -108,7 +109,7 @@ class DeviceHandle:
         """Without a kernel if possible: one is compiled for each size, and the first starts the compiling processes."""
         uop = UOp.new_buffer(self.name, size, dtype)
         buffer = uop.buffer.allocate()
-        if self.kind.clear(buffer):
+        if not has_memory(self.name) or self.kind.clear(buffer):
             return Tensor(uop)
         if buffer.nbytes > COPIED_BYTES:
             return Tensor.zeros(size, dtype=dtype, device=self.name).clone().realize()
@@ -217,6 +218,8 @@ def upload(array: np.ndarray, device: str) -> Tensor:
 
 def _copy_in(buffer: Buffer, array: np.ndarray) -> None:
     """Overwrite the beginning of a buffer. Waits for the device, which may still use recycled memory."""
+    if not has_memory(buffer.device):
+        return
     reach("device.copy_in")
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     with watched_copy(buffer.device, HOST, data.size):

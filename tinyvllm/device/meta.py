@@ -64,6 +64,11 @@ def use_meta_devices(renderers: Mapping[str, Renderer]) -> None:
     ALLOW_DEVICE_USAGE.value = 1
 
 
+def has_memory(device: str) -> bool:
+    """Whether a device is more than a renderer here."""
+    return not isinstance(Device[device], _MetaDevice)
+
+
 class _MetaDevice(Compiled):
     def __init__(self, name: str, renderer: Renderer) -> None:
         super().__init__(name, _NoMemory(self), [type(renderer)], None)

@@ -8,11 +8,14 @@ from tinygrad.device import Buffer
 
 from tinyvllm.device.kinds import kind_of
 from tinyvllm.device.mapping import RowWriter, is_mapped
+from tinyvllm.device.meta import has_memory
 
 
 def row_writer(tensor: Tensor, row_size: int) -> RowWriter:
     """A writer of rows of `row_size` elements of a realized tensor. If memory is mapped, a row changes at once, so no
-    step in flight may read it. Otherwise it changes after everything enqueued before."""
+    step in flight may read it. Otherwise it changes after everything enqueued before. Without memory, it never does."""
+    if not has_memory(tensor.uop.base.buffer.device):
+        return lambda row, values: None
     buffer = tensor.uop.base.buffer.ensure_allocated()
     allocator = Device[buffer.device].allocator
     if is_mapped(buffer.device):

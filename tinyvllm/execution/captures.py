@@ -14,6 +14,7 @@ from tinyvllm.device.scratch import own_bytes
 from tinyvllm.errors import InvariantError
 from tinyvllm.execution.buckets import Bucket, choose_bucket, first_buckets, first_fit, ranked
 from tinyvllm.execution.early_start import MANY_LAYERS
+from tinyvllm.execution.foresight import Foresight
 from tinyvllm.execution.graphs import Graph, PendingGraph
 from tinyvllm.execution.step_code import GraphContext
 from tinyvllm.execution.tracing import Tracer
@@ -36,7 +37,13 @@ class Captures:
     engine serves, other processes trace and compile, as many graphs at once as there are processes.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], context: GraphContext, store: ProgramStore | None) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        context: GraphContext,
+        store: ProgramStore | None,
+        foresight: Foresight | None = None,
+    ) -> None:
         self.buckets = tuple(buckets)
         self._ranked = ranked(buckets)
         self.graphs: dict[Bucket, Graph] = {}
@@ -44,9 +51,9 @@ class Captures:
         self.failed: dict[Bucket, Exception] = {}  # of the graphs that `advance` captures
         self.store = store
         self._context = context
-        self._compiler = Compiler(store)
+        self._compiler = Compiler(store) if foresight is None else foresight.compiler
         self._tuning_compiler = Compiler()
-        self._tracer = Tracer(context)
+        self._tracer = Tracer(context, {} if foresight is None else foresight.traces)
         self._pending: dict[Bucket, PendingGraph] = {}  # those that are being traced or compiled
         self._urgencies = itertools.count(1)
         self._requested: Counter[Bucket] = Counter()  # plans that would have run in a missing graph

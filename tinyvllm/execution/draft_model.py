@@ -25,7 +25,8 @@ from tinyvllm.execution.captures import Captures, Progress
 from tinyvllm.execution.fed_steps import FedSteps, shadow, usable
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.model_check import examine_files
-from tinyvllm.execution.runner import ModelRunner, load_runner, padded_rows
+from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.execution.setting import padded_rows
 from tinyvllm.ops.sampling.logits_processing import state_bytes
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan

@@ -48,7 +48,7 @@ class PendingSteps:
         self._elsewhere: TracedElsewhere | None = None
         self._compiling: list[Pending] = []
         self._restore()
-        self._tracing = None if self.is_recorded or tracer is None else tracer.begin(code.bucket, urgency)
+        self._tracing = None if self.is_recorded or tracer is None else tracer.begin(code.bucket, urgency, name)
         if not self.is_recorded and self._tracing is None:
             self._trace()
 

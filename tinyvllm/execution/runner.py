@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from tinygrad import dtypes
 
-from tinyvllm.config import Capacity, EngineConfig, KVFormats, Limits, ModelConfig, ModelFiles, default_cores
+from tinyvllm.config import Capacity, EngineConfig, KVFormats, ModelConfig, ModelFiles, default_cores
 from tinyvllm.device.handle import DeviceHandle, open_device
 from tinyvllm.device.hardware import hardware_name, processor_name
 from tinyvllm.device.jit_replay import check_environment, choose_capture
@@ -22,39 +23,31 @@ from tinyvllm.device.private_folder import default_root
 from tinyvllm.device.program_store import ProgramStore, open_program_store
 from tinyvllm.errors import DeviceError, TinyvllmError
 from tinyvllm.execution.adapters import AdapterTable
-from tinyvllm.execution.buckets import Bucket, make_buckets, max_verify_rows
-from tinyvllm.execution.capacity import (
-    NO_DRAFT,
-    DraftMemory,
-    KVGroup,
-    MemoryFacts,
-    jit_scratch_bytes,
-    plan_capacity,
-    scratch_bytes,
-)
+from tinyvllm.execution.buckets import Bucket, make_buckets
+from tinyvllm.execution.capacity import NO_DRAFT, DraftMemory
 from tinyvllm.execution.captures import Captures
 from tinyvllm.execution.captures import Progress as Progress  # re-exported for callers
-from tinyvllm.execution.cost import weight_facts
+from tinyvllm.execution.foresight import Foresight, foresee
 from tinyvllm.execution.graphs import Graph, GraphInstance
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.logits_processing import SamplingRows
+from tinyvllm.execution.setting import Setting, padded_rows, place
 from tinyvllm.execution.step_code import GraphContext, model_digest
 from tinyvllm.execution.tracing import prepare_tracing
 from tinyvllm.faults import is_poisoned, reach
-from tinyvllm.model.adapters import attach_adapters
 from tinyvllm.model.drafting import DRAFTING_ARCHITECTURES
 from tinyvllm.model.drafting_model import DraftingModel
 from tinyvllm.model.dry_load import require_tensors
 from tinyvllm.model.pooling import final_norm, pool
-from tinyvllm.model.registry import Model, complete_config, make_model
+from tinyvllm.model.registry import Model, complete_config
 from tinyvllm.model.weights.checkpoint import WeightSource, open_checkpoint, with_own_head
-from tinyvllm.model.weights.random import RandomWeights
+from tinyvllm.model.weights.random import AlikeWeights, RandomWeights
 from tinyvllm.ops.backend import Backend, KVPool, check_formats, pool_groups
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.cpu.cores import count_cores
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.tuning import choices_path, load_choices
-from tinyvllm.ops.sampling.logits_processing import SamplingState, state_bytes
+from tinyvllm.ops.sampling.logits_processing import SamplingState
 from tinyvllm.ops.sampling.sample import OUT_LOGPROB, OUT_RANK, OUT_TOKEN, OUT_TOP, OUT_TOP_LOGPROB, OUT_WIDTH
 from tinyvllm.profiling import measure
 from tinyvllm.scheduling.adapter_slots import SlotWrite
@@ -79,7 +72,8 @@ def load_runner(
     checkpoint = open_checkpoint(files, model_config)
     model_config = with_own_head(model_config, checkpoint)
     require_tensors(complete_config(model_config), checkpoint)  # at once, and by name
-    return make_runner(model_config, checkpoint, config, progress, draft=draft)
+    reopen = functools.partial(open_checkpoint, files, model_config)
+    return make_runner(model_config, checkpoint, config, progress, draft=draft, reopen=reopen)
 
 
 def load_random_runner(
@@ -91,7 +85,8 @@ def load_random_runner(
     draft: DraftMemory = NO_DRAFT,
 ) -> ModelRunner:
     """`load_runner` for a shape alone, with random weights of `kind` (float16, Q4_0, ...) seeded by config.seed."""
-    return make_runner(model_config, RandomWeights(kind, config.seed), config, progress, draft=draft)
+    source, reopen = RandomWeights(kind, config.seed), functools.partial(AlikeWeights, kind, config.seed)
+    return make_runner(model_config, source, config, progress, draft=draft, reopen=reopen)
 
 
 def _with_drafting(model_config: ModelConfig, config: EngineConfig) -> ModelConfig:
@@ -116,51 +111,63 @@ def make_runner(
     progress: Progress | None = None,
     *,
     draft: DraftMemory = NO_DRAFT,
+    reopen: Callable[[], WeightSource] | None = None,
 ) -> ModelRunner:
-    """`load_runner` for known settings, with tensors from `source`."""
+    """`load_runner` for known settings, with tensors from `source`. reopen: opens it again, in another process."""
     report = progress or (lambda stage, done, total: None)
-    model_config = complete_config(model_config)
+    setting = _make_setting(complete_config(model_config), config, draft)
+    device, foresight = setting.backend.device, None
+    store = open_program_store(device.name) if config.compile_cache else None
+    if setting.capture == "replay" and (store is None or not store.has_steps):
+        prepare_tracing(device, model_config.num_layers, len(setting.buckets))
+        foresight = None if reopen is None else foresee(setting, reopen, store)
+
+    def advance(done: int, total: int) -> None:
+        report("load", done, total)
+        if foresight is not None:
+            foresight.advance()
+
+    placed = place(setting, source, advance)
+    return ModelRunner(
+        placed.model,
+        setting.backend,
+        placed.pool,
+        placed.capacity,
+        setting.buckets,
+        store,
+        setting.num_instances,
+        setting.capture,
+        placed.adapters,
+        foresight=foresight,
+    )
+
+
+def _make_setting(model_config: ModelConfig, config: EngineConfig, draft: DraftMemory) -> Setting:
+    """Open the device, and decide what is known before the weights are loaded. Raises DeviceError."""
     num_cores = count_cores(config.cpu_cores or default_cores(), model_config.layers)
     device = open_device(num_cores, default_root() if config.compile_cache else None)
     capture = choose_capture(config.capture)
     if capture == "tinyjit":
         check_environment()
-    free_bytes = device.free_memory()
+    free_bytes, share = device.free_memory(), config.gpu_memory_utilization or device.default_share()
+    device.check_share(share)
     limits = resolve_limits(config, device)
     _tune_for(device)
     backend = _make_backend(device, config, model_config)
-    formats = kv_formats(config, backend, model_config)
     overlaps = not device.is_cpu if config.async_scheduling is None else config.async_scheduling
-    num_instances, buckets = 2 if overlaps else 1, make_buckets(limits, config)
-    store = open_program_store(device.name) if config.compile_cache else None
-    if capture == "replay" and (store is None or not store.has_steps):
-        prepare_tracing(device, model_config.num_layers, len(buckets))
-    positions = _num_positions(config, model_config)
-    model = make_model(model_config, source, backend, positions, lambda done, total: report("load", done, total))
-    adapters = load_adapters(config, model, backend)
-    model.keep_hidden(max(bucket.num_tokens for bucket in buckets), limits.max_num_seqs)
-    share = config.gpu_memory_utilization or device.default_share()
-    device.check_share(share)
-    num_rows = padded_rows(max(limits.max_num_seqs, max_verify_rows(limits, config)))
-    memory = MemoryFacts(
+    return Setting(
+        config,
+        model_config,
+        backend,
+        kv_formats(config, backend, model_config),
+        limits,
+        tuple(make_buckets(limits, config)),
+        num_instances=2 if overlaps else 1,
+        capture=capture,
         free_bytes=free_bytes,
         share=share,
-        max_share=device.max_share,
-        weight_bytes=_kept_bytes(model, num_rows) + (0 if adapters is None else adapters.device_bytes),
-        scratch_bytes=max(scratch_bytes(limits, model_config), scratch_bytes(Limits(num_rows, num_rows), model_config))
-        if capture == "replay"
-        else jit_scratch_bytes(buckets, num_instances, model_config),
-        kv_groups=tuple(KVGroup(group.token_bytes(formats), group.window) for group in model.pool_groups),
-        state_bytes=model_config.state_bytes,
         draft=draft,
-        kv_cache_dtype=formats.name,
     )
-    capacity = plan_capacity(config, limits, model_config, memory)
-    counts = [group.num_blocks for group in capacity.groups]
-    pool = backend.make_pool(
-        model.pool_groups, counts, capacity.block_size, formats, model_config.states, capacity.num_state_slots
-    )
-    return ModelRunner(model, backend, pool, capacity, buckets, store, num_instances, capture, adapters)
 
 
 def _make_backend(device: DeviceHandle, config: EngineConfig, model_config: ModelConfig) -> Backend:
@@ -176,39 +183,10 @@ def _make_backend(device: DeviceHandle, config: EngineConfig, model_config: Mode
     )
 
 
-def load_adapters(config: EngineConfig, model: Model, backend: Backend) -> AdapterTable | None:
-    """Slots for adapters, if they are on, and those of --lora-modules in host memory. Raises ModelError."""
-    if not config.enable_lora:
-        return None
-    sites = attach_adapters(model, backend, config.max_loras, config.max_lora_rank)
-    table = AdapterTable(sites, model.config, config.max_lora_rank, config.max_cpu_loras or config.max_loras)
-    for module in config.lora_modules:
-        table.add(module.name, module.path, table.read(module.path))
-    return table
-
-
-def _kept_bytes(model: Model, num_rows: int) -> int:
-    """What is there throughout besides the pool: weights, each row's state of logits processing, and hidden states."""
-    hidden = 0 if model.hidden is None else model.hidden.nbytes
-    return weight_facts(model).nbytes + state_bytes(num_rows, model.config.vocab_size) + hidden
-
-
 def _tune_for(device: DeviceHandle) -> None:
     """Take the choices that were measured on this chip."""
     hardware = processor_name() if device.is_cpu else hardware_name(device)
     tuning.use(load_choices(choices_path(default_root().with_name("tuned"), device.name, hardware)))
-
-
-def _num_positions(config: EngineConfig, model_config: ModelConfig) -> int:
-    """Rows of the rope tables."""
-    positions = min(config.max_model_len or model_config.usual_context, model_config.max_position)
-    if config.max_model_len is None and positions < model_config.max_position:
-        logger.info(
-            "contexts are limited to %d tokens; --max-model-len up to %d turns to longrope's factors for long contexts",
-            positions,
-            model_config.max_position,
-        )
-    return positions
 
 
 def kv_formats(config: EngineConfig, backend: Backend, model_config: ModelConfig) -> KVFormats:
@@ -253,14 +231,15 @@ class ModelRunner:
         backend: Backend,
         pool: KVPool,
         capacity: Capacity,
-        buckets: list[Bucket],
+        buckets: Sequence[Bucket],
         store: ProgramStore | None = None,
         max_in_flight: int = 1,
         capture: str = "replay",
         adapters: AdapterTable | None = None,
         state: SamplingState | None = None,
+        foresight: Foresight | None = None,
     ) -> None:
-        """state: of logits processing; None: memory of its own."""
+        """state: of logits processing; None: memory of its own. foresight: of the first graphs, if there is one."""
         device, num_rows = backend.device, padded_rows(max(capacity.max_num_seqs, capacity.max_verify_rows))
         self.outputs = [device.zeros(num_rows * OUT_WIDTH, dtypes.int) for _ in range(max_in_flight)]
         self._readers = [device.output_reader(output) for output in self.outputs]
@@ -269,7 +248,7 @@ class ModelRunner:
         self._rows = SamplingRows(self._state)
         self.model, self.backend, self.pool = model, backend, pool
         context = GraphContext(model, backend, pool, capacity, tuple(self.outputs), self._state, capture)
-        self.captures = Captures(buckets, context, store)
+        self.captures = Captures(buckets, context, store, foresight)
         self.capacity = capacity
         self.adapters = adapters
         self.closed_with: list[Closable] = []  # a draft model
@@ -465,11 +444,6 @@ class ModelRunner:
     def wait(self) -> None:
         """Return when the device has run everything that was launched."""
         self.backend.device.wait()
-
-
-def padded_rows(num_logit_rows: int) -> int:
-    """Rows of a step's output and of the sampling state for so many rows of logits."""
-    return -(-num_logit_rows // ROW_STEP) * ROW_STEP
 
 
 def make_output(plan: StepPlan, rows: np.ndarray, *, pack_s: float, device_s: float) -> StepOutput:

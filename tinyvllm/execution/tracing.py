@@ -77,20 +77,62 @@ def prepare_tracing(device: DeviceHandle, num_layers: int, num_buckets: int) -> 
         prepare_elsewhere(PREPARE, device.is_cpu)
 
 
+class Foreseen:
+    """A trace that was begun before the weights were loaded: a Pending of (the step's name, its trace). It is taken if
+    the name turns out to be the expected one, which has everything that the trace depends on."""
+
+    def __init__(self, pending: Pending) -> None:
+        self._pending = pending
+        self._result: tuple[str, TracedElsewhere | None] | None = None
+        self._name = ""
+
+    @property
+    def is_done(self) -> bool:
+        return self._pending.is_done
+
+    def read(self) -> TracedElsewhere | None:
+        """What was traced, if it was not lost."""
+        return self._named[1]
+
+    def expect(self, name: str) -> bool:
+        """Say what the step's name should be. False if it is known to be another, or the trace is lost."""
+        self._name = name
+        return not self.is_done or self.wait() is not None
+
+    def withdraw(self) -> bool:
+        return self._pending.withdraw()
+
+    def wait(self) -> TracedElsewhere | None:
+        """The trace of the expected step; None if it is lost, or that of another."""
+        name, traced = self._named
+        return traced if name == self._name else None
+
+    @property
+    def _named(self) -> tuple[str, TracedElsewhere | None]:
+        if self._result is None:
+            self._result = self._pending.wait() or ("", None)
+        return self._result
+
+
 class Tracer:
     """Has other processes trace the buckets of one context."""
 
-    def __init__(self, context: GraphContext) -> None:
+    def __init__(self, context: GraphContext, foreseen: Mapping[Bucket, Foreseen] | None = None) -> None:
+        """foreseen: traces that were begun before the weights were loaded."""
         self._context = context
+        self._foreseen = dict(foreseen or {})
         self._payloads: dict[str, bytes] = {}  # by the digest of the tuned choices
         self._has_failed = False
 
-    def begin(self, bucket: Bucket, urgency: int) -> Pending | None:
-        """Start tracing; the result is a TracedElsewhere. None if this process has to trace."""
+    def begin(self, bucket: Bucket, urgency: int, name: str = "") -> Pending | Foreseen | None:
+        """Start tracing; the result is a TracedElsewhere. None if this process has to trace. name: the step's."""
+        foreseen = self._foreseen.pop(bucket, None)
+        if foreseen is not None and foreseen.expect(name):
+            return foreseen
         if self._context.is_jit or self._has_failed or not can_trace_elsewhere():
             return None
         try:
-            task = (self._renderers, settings(), self._payload, bucket)
+            task = (renderers_of(self._context.backend.device), settings(), self._payload, bucket)
         except Exception as error:  # of pickle, for something that it cannot take along
             self._has_failed = True
             logger.warning("this process traces every step: %s: %s", type(error).__name__, error)
@@ -106,10 +148,9 @@ class Tracer:
             self._payloads = {choices.digest: payload}
         return self._payloads[choices.digest]
 
-    @property
-    def _renderers(self) -> dict[str, Renderer]:
-        device = self._context.backend.device
-        return {name: Device[name].renderer for name in device.cores or (device.name,)}
+
+def renderers_of(device: DeviceHandle) -> dict[str, Renderer]:
+    return {name: Device[name].renderer for name in device.cores or (device.name,)}
 
 
 # ---- In the process ----
@@ -125,7 +166,7 @@ def _trace_there(task: tuple[Mapping[str, Renderer], dict[str, Any], bytes, Buck
     renderers, chosen, payload, bucket = task
     context = _load(payload, renderers)
     with Context(**chosen):
-        return _trace_both(_code_of(bucket, context))
+        return trace_both(code_of(bucket, context))
 
 
 def _load(payload: bytes, renderers: Mapping[str, Renderer]) -> GraphContext:
@@ -136,13 +177,13 @@ def _load(payload: bytes, renderers: Mapping[str, Renderer]) -> GraphContext:
     return context
 
 
-def _code_of(bucket: Bucket, context: GraphContext) -> StepCode:
+def code_of(bucket: Bucket, context: GraphContext) -> StepCode:
     layout = context.layout(bucket)
     inputs = meta.make_tensor(context.backend.device.name, layout.size, dtypes.int)
     return StepCode(bucket, layout, context, inputs, context.outputs)
 
 
-def _trace_both(code: StepCode) -> TracedElsewhere:
+def trace_both(code: StepCode) -> TracedElsewhere:
     """Raises CacheError if a step cannot be without its buffers."""
     traced, notes = trace_forward(code)
     forward = outline_step(traced, code.named, notes)

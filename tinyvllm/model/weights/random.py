@@ -98,6 +98,20 @@ class RandomWeights:
         """Nothing can be left over: tensors are made when they are taken."""
 
 
+class AlikeWeights(RandomWeights):
+    """The same for whoever needs no values: those of the same shape are the same, and drawn once."""
+
+    def __init__(self, kind: str, seed: int) -> None:
+        super().__init__(kind, seed)
+        self._known: dict[tuple[bool, tuple[int, ...]], HostMatrix] = {}
+
+    def _draw(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
+        key = ".experts." in name, shape
+        if key not in self._known:
+            self._known[key] = super()._draw(name, shape)
+        return self._known[key]
+
+
 def draw_quantized(kind: str, rows: int, cols: int, rng: np.random.Generator) -> QuantizedMatrix:
     """A matrix of random codes whose values spread by about 1 / sqrt(cols) around zero."""
     if kind in FILE_FORMATS:

@@ -1,0 +1,207 @@
+"""Tracing the first graphs and compiling their kernels while the weights are being loaded.
+
+What a step launches depends on the shapes and formats of the weights, not on their values. So other processes place the
+model on a device without memory, where the layers that are alike share what is costly, and trace the first buckets'
+steps as `tracing.py` does later. A trace is taken if its step has the name of the one that this process would trace.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from tinygrad import dtypes
+from tinygrad.helpers import Context
+from tinygrad.renderer import Renderer
+
+from tinyvllm.arrays import QuantizedMatrix
+from tinyvllm.device import meta
+from tinyvllm.device.compiling import (
+    Compiler,
+    Key,
+    PackedKernel,
+    Pending,
+    begin_elsewhere,
+    can_trace_elsewhere,
+    key_of,
+    num_workers,
+    settings,
+)
+from tinyvllm.device.program_store import ProgramStore
+from tinyvllm.device.recording import TracedStep, trace_step
+from tinyvllm.execution.buckets import Bucket, first_buckets
+from tinyvllm.execution.early_start import MANY_LAYERS
+from tinyvllm.execution.setting import Setting, place
+from tinyvllm.execution.step_code import GraphContext, StepCode
+from tinyvllm.execution.tracing import Foreseen, TracedElsewhere, code_of, renderers_of, trace_both
+from tinyvllm.faults import reach
+from tinyvllm.model.weights.checkpoint import WeightSource
+from tinyvllm.ops.backend import Backend
+from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.ops.kernel import tuning
+from tinyvllm.ops.sampling.logits_processing import SamplingState
+from tinyvllm.ops.sampling.sample import OUT_WIDTH
+
+logger = logging.getLogger(__name__)
+
+MANY_WORKERS = 8  # from which on parts of a step are traced besides the whole step
+FEW_LAYERS = 2  # the first ones, besides the last one
+
+Reopen = Callable[[], WeightSource]
+
+
+class Foresight:
+    """Owns the traces that were begun before the weights were loaded, and the compiler of their kernels."""
+
+    def __init__(self, traces: Mapping[Bucket, Foreseen], parts: Sequence[Pending], compiler: Compiler) -> None:
+        """parts: kernels that parts of the steps launch, which are known before their traces."""
+        self.traces = dict(traces)
+        self.compiler = compiler
+        self._traced, self._parts = list(self.traces.values()), list(parts)
+
+    def advance(self) -> None:
+        """Begin to compile what was traced meanwhile."""
+        for part in [one for one in self._parts if one.is_done]:
+            self._parts.remove(part)
+            self.compiler.begin_packed(part.wait() or {}, 0)
+        for foreseen in [one for one in self._traced if one.is_done]:
+            self._traced.remove(foreseen)
+            if (traced := foreseen.read()) is not None:
+                self.compiler.begin_packed(traced.kernels, 0)
+
+
+def is_worth_it(setting: Setting) -> bool:
+    """Whether the load takes longer than the traces, and nothing but a model has memory. Not on a CPU: its cores are
+    busy with the load. Not with experts: each process packs one of all matrices that are alike, and a layer's experts
+    may take several GB."""
+    config, model_config = setting.config, setting.model_config
+    is_long = model_config.num_layers * len(setting.buckets) >= MANY_LAYERS
+    has_more = config.enable_lora or config.speculative_config is not None or bool(model_config.sparse_layers)
+    return is_long and not (setting.backend.device.is_cpu or has_more)
+
+
+def foresee(setting: Setting, reopen: Reopen, store: ProgramStore | None) -> Foresight | None:
+    """Begin to trace the first graphs. reopen: opens the weights again, in another process. None if nothing begins."""
+    if not (is_worth_it(setting) and can_trace_elsewhere()):
+        return None
+    try:
+        payload = meta.dump((setting, reopen, tuning.current))
+    except Exception as error:  # of pickle, for something that it cannot take along
+        logger.info("steps are traced once the weights are loaded: %s: %s", type(error).__name__, error)
+        return None
+    shared = (renderers_of(setting.backend.device), settings(), payload)
+    first = first_buckets(setting.buckets)
+
+    def begin(function: Callable[[Any], Any], what: str, *more: Any) -> Pending | None:
+        return begin_elsewhere(function, (*shared, *more), f"the early trace of {what}", 0)
+
+    traces = {bucket: begin(_trace_early, bucket.name, bucket) for bucket in first}
+    parts: list[Pending | None] = []
+    if num_workers() >= MANY_WORKERS:
+        parts = [begin(_kernels_of_layers, f"some layers of {bucket.name}", bucket) for bucket in first]
+        parts.append(begin(_kernels_of_sampling, "sampling", first[0]))
+    return Foresight(
+        {bucket: Foreseen(one) for bucket, one in traces.items() if one is not None},
+        [one for one in parts if one is not None],
+        Compiler(store),
+    )
+
+
+# ---- In the process ----
+
+
+Task = tuple[Mapping[str, Renderer], dict[str, Any], bytes, Bucket]
+
+
+def _trace_early(task: Task) -> tuple[str, TracedElsewhere]:
+    """The step's name, and its trace."""
+    with _early_code(task) as code:
+        return code.name, trace_both(code)
+
+
+def _kernels_of_layers(task: Task) -> dict[Key, PackedKernel]:
+    """Those of a step of a few layers, which have most of those of all."""
+    with _early_code(task) as code:
+        model = code.context.model
+        model.layers = [*model.layers[:FEW_LAYERS], model.layers[-1]]
+        return _packed(trace_step(code.forward, shares_rows=True))
+
+
+def _kernels_of_sampling(task: Task) -> dict[Key, PackedKernel]:
+    """Those of sampling, which all steps share."""
+    with _early_code(task) as code:
+        context = code.context
+        size = code.layout.num_seqs * context.model.logit_stride
+        logits = meta.make_tensor(context.backend.device.name, size, dtypes.float)
+        steps = [trace_step(partial(code.sample, logits, state), shares_rows=True) for state in (None, context.state)]
+        return {key: kernel for step in steps for key, kernel in _packed(step).items()}
+
+
+def _packed(step: TracedStep) -> dict[Key, PackedKernel]:
+    return {key_of(kernel): PackedKernel.of(kernel) for kernel in dict.fromkeys(step.kernels)}
+
+
+@contextmanager
+def _early_code(task: Task) -> Iterator[StepCode]:
+    reach("trace.worker")
+    renderers, chosen, payload, bucket = task
+    meta.use_meta_devices(renderers)
+    setting, reopen, choices = meta.load(payload)
+    tuning.use(choices)
+    with Context(**chosen):
+        yield code_of(bucket, context_without_weights(setting, reopen()))
+
+
+def context_without_weights(setting: Setting, source: WeightSource) -> GraphContext:
+    """What the graphs share, on devices without memory."""
+    backend = setting.backend
+    with_alike(backend)
+    placed = place(setting, source, lambda done, total: None)
+    for name in _LOADING:
+        delattr(backend, name)  # the settings in a step's name are the backend's attributes
+    device, num_rows = backend.device, setting.num_rows
+    outputs = tuple(device.zeros(num_rows * OUT_WIDTH, dtypes.int) for _ in range(setting.num_instances))
+    state = SamplingState(device, num_rows, setting.model_config.vocab_size)
+    return GraphContext(placed.model, backend, placed.pool, placed.capacity, outputs, state, setting.capture)
+
+
+_LOADING = ("matrix", "stacked", "gate_up", "expert_matrix", "expert_gate_up")
+
+
+def with_alike(backend: Backend) -> None:
+    """Let a backend pack matrices of a shape and a format once: others get planes of the same sizes."""
+    for name in _LOADING:
+        setattr(backend, name, _once(getattr(backend, name)))
+
+
+def _once(load: Callable[..., Any]) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
+    def load_alike(*args: Any) -> Any:
+        key = tuple(map(_key_of, args))
+        if key not in known:
+            known[key] = load(*args)
+            return known[key]
+        found = known[key]
+        return tuple(map(_like, found)) if isinstance(found, tuple) else _like(found)
+
+    return load_alike
+
+
+def _key_of(argument: Any) -> Any:
+    """What packing depends on besides values."""
+    if isinstance(argument, QuantizedMatrix):
+        return argument.shape, argument.format
+    if isinstance(argument, (list, tuple)):
+        return tuple(map(_key_of, argument))
+    return (argument.shape, str(argument.dtype)) if hasattr(argument, "dtype") else argument
+
+
+def _like(matrix: Matrix) -> Matrix:
+    planes = tuple(meta.make_tensor(str(one.device), one.numel(), one.dtype) for one in matrix.own_planes)
+    shared = matrix.planes[len(planes) :]
+    return replace(matrix, planes=(*planes, *shared), row_shards=tuple(map(_like, matrix.row_shards)))

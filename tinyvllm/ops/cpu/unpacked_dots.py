@@ -140,7 +140,7 @@ class UnpackedProduct:
 def unpack_statement(fmt: Format, form: RowForm, num_cols: int) -> str:
     """UNPACK for a format, a form of x's rows, and a number of columns."""
     sizes = {"rows": 1, "folds": 1, "runs": num_cols // dot_cols(low_bits(fmt)), "words": run_words(fmt, form)}
-    words = code_words(fmt, form, 2)
+    words = code_words(fmt, form, 2) | {"has_high": "0"}
     return UNPACK % {**sizes, **words, "high": words["high"].replace("AT_ONCE", "16 / LANES")}
 
 
@@ -160,6 +160,7 @@ def add_statement(fmt: Format, form: RowForm, num_rows: int, num_groups: int, *,
         "groups": num_groups,
         "folds": folds.count,
         "words": folds.words,
+        "has_high": 0,
         "load_addend": LOAD_ADDEND if has_addend else "",
         "add": ADD_TOTAL if has_addend else "",
     }

@@ -48,6 +48,8 @@ DECLARE = (
 )
 # So many registers that several threadgroups fit on a multiprocessor at once: like the memory, for the renderer
 RESIDENT = 'asm volatile("// threadgroups of a multiprocessor: %d");'
+CLUSTER_OF = 'asm volatile("// threadgroups of a cluster: %d");'  # of kernels whose clusters have others than CLUSTER
+IS_CLUSTER_OF = re.compile(r"// threadgroups of a cluster: (\d+)")
 IS_RESIDENT = re.compile(r"// threadgroups of a multiprocessor: (\d+)")
 LAUNCH_BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)")
 SHARE_REGISTERS = 'asm volatile("setmaxnreg.%s.sync.aligned.u32 %d;");'
@@ -140,7 +142,9 @@ class HopperRenderer(CUDARenderer):
             source = LAUNCH_BOUNDS.sub(rf"__launch_bounds__(\1, {resident[1]})", source, count=1)
         if not any(CLUSTERED in line for line in kernel):
             return source
-        return source.replace("__launch_bounds__", f"__cluster_dims__({CLUSTER}) __launch_bounds__", 1)
+        found = IS_CLUSTER_OF.search(source)
+        size = CLUSTER if found is None else int(found[1])
+        return source.replace("__launch_bounds__", f"__cluster_dims__({size}) __launch_bounds__", 1)
 
 
 class MachineCodeCompiler(NVRTCCompiler):
@@ -218,11 +222,13 @@ def share_multiprocessor(count: int) -> UOp:
 @dataclass(frozen=True)
 class Box:
     """The box that one copy fetches from a float16 matrix with dimensions of `sizes`, innermost first. `strides`: in
-    bytes, of all dimensions but the innermost, whose values are contiguous."""
+    bytes, of all dimensions but the innermost, whose values are contiguous. It begins at a multiple of 16 bytes. The
+    copy engine swizzles rows of 128 bytes, unless it shall not."""
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
+    is_swizzled: bool = True
 
 
 def describe(warp: int, place: int, target: UOp, matrix: UOp, box: Box, *after: UOp, by_first: bool = False) -> UOp:
@@ -237,7 +243,8 @@ def describe(warp: int, place: int, target: UOp, matrix: UOp, box: Box, *after: 
         fields.append(CONSTANT.format("element_stride", f"{i}, 1"))
     for i, stride in enumerate(box.strides):
         fields.append(FIELD.format("global_stride", 64, f"{i}, ", "l", f"{stride}ull"))
-    for name, value in (("elemtype", 6), ("interleave_layout", 0), ("swizzle_mode", 3), ("fill_mode", 0)):
+    swizzle = 3 if box.is_swizzled else 0
+    for name, value in (("elemtype", 6), ("interleave_layout", 0), ("swizzle_mode", swizzle), ("fill_mode", 0)):
         fields.append(CONSTANT.format(name, value))
     condition = IS_FIRST if by_first else ""
     text = DESCRIBE.format(warp=warp, condition=condition, place=place, fields="\n".join(fields))
@@ -340,6 +347,11 @@ def take_registers(count: int, *after: UOp) -> UOp:
 def give_registers(count: int, *after: UOp) -> UOp:
     """Let the threads of a group of four warps keep only so many registers."""
     return statement(SHARE_REGISTERS % ("dec", count), *after)
+
+
+def make_clusters(size: int, *after: UOp) -> UOp:
+    """Let each cluster have so many threadgroups (otherwise CLUSTER)."""
+    return statement(CLUSTER_OF % size, UOp.const(0.0, F16), *after)
 
 
 def exit_if(condition: UOp) -> UOp:

@@ -38,6 +38,8 @@ from tinyvllm.ops.gpu.latent_attention import store_latents_kernel
 from tinyvllm.ops.gpu.latent_fused import FusedLatentSpec, combine_latents_kernel, fused_latent_kernel
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.plane_ring import is_worth_streaming, is_worth_streaming_row
+from tinyvllm.ops.gpu.quantized_cluster import MAP_SIZE as CLUSTER_MAP_SIZE
+from tinyvllm.ops.gpu.quantized_cluster import ClusteredMatrixSpec, clustered_matrix_kernel, takes_clusters
 from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, streamed_vector_kernel
 from tinyvllm.ops.gpu.quantized_stream_floats import StreamedFloatSpec, streamed_float_kernel
 from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS as STREAMED_TOKENS
@@ -164,7 +166,7 @@ def _uncovered_pool(pool: KVPool) -> str:
 
 
 DENSE_NAMES = {dtypes.half: "float16", dtypes.bfloat16: "bfloat16"}  # formats, by the matrix unit's dtype
-ProductSpec = MatrixSpec | GemmSpec | StreamSpec | StreamedMatrixSpec
+ProductSpec = MatrixSpec | GemmSpec | StreamSpec | StreamedMatrixSpec | ClusteredMatrixSpec
 
 
 def plane_sizes(matrix: Matrix) -> tuple[tuple[DType, float], ...]:
@@ -186,7 +188,8 @@ class FusedGpuBackend(GpuBackend):
         self.arrivals = device.zeros(GROUPS_WANTED, dtypes.int)  # of threadgroups that share a context
         # where products that stream their weights describe their operands, in turn (NUM_MAPS). The memory of a step's
         # other scratch may still be read then
-        self.maps = [device.zeros(MAP_SIZE if lanes.kind == "CUDA" else 1, dtypes.uint) for _ in range(NUM_MAPS)]
+        sizes = (MAP_SIZE, CLUSTER_MAP_SIZE) if lanes.kind == "CUDA" else (1, 1)
+        self.maps, self.cluster_maps = ([device.zeros(n, dtypes.uint) for _ in range(NUM_MAPS)] for n in sizes)
 
     def _mma(self, dtype: DType) -> Mma | None:
         usable = dtype != dtypes.float and dtype in self.lanes.matrix_dtypes
@@ -679,6 +682,9 @@ class FusedGpuBackend(GpuBackend):
             return run_kernel(matrix_kernel(spec), [out], [*matrix.planes, x])[0]
         if isinstance(spec, StreamedMatrixSpec):
             return run_kernel(streamed_matrix_kernel(spec), [out], [*matrix.planes, x])[0]
+        if isinstance(spec, ClusteredMatrixSpec):
+            self.cluster_maps.append(self.cluster_maps.pop(0))
+            return run_kernel(clustered_matrix_kernel(spec), [out, self.cluster_maps[0]], [*matrix.planes, x])[0]
         self.maps.append(self.maps.pop(0))
         rest = [] if residual is None else [residual]
         spec = replace(spec, adds_residual=residual is not None)
@@ -723,21 +729,33 @@ class FusedGpuBackend(GpuBackend):
         if num_tokens >= MIN_TOKENS:
             shape = (num_tokens, matrix.num_rows, matrix.num_cols, activation, self.has_wgmma)
             return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
-        if num_tokens <= STREAMED_TOKENS and x_dtype == dtypes.half and self._streams(matrix):
-            streamed = StreamedMatrixSpec(
-                name=name,
-                lanes=self._lanes(num_tokens),
-                mma=mma,
-                format=matrix.format,
-                num_tokens=num_tokens,
-                num_rows=matrix.num_rows,
-                num_cols=matrix.num_cols,
-                activation=activation,
-                planes=plane_sizes(matrix),
-            )
-            if streamed.is_possible():
-                return choose(streamed)
+        if few := self._few_spec(name, mma, matrix, num_tokens, activation, x_dtype):
+            return few
         return choose(MatrixSpec(name, self._lanes(num_tokens), mma, matrix.format, *size, activation))
+
+    def _few_spec(
+        self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, activation: str | None, x_dtype: DType
+    ) -> ClusteredMatrixSpec | StreamedMatrixSpec | None:
+        """The spec of a kernel that streams codes through threadgroup memory past a few tokens (Hopper); None if
+        another one is faster."""
+        if not self.has_wgmma or x_dtype != dtypes.half or num_tokens > STREAMED_TOKENS:
+            return None
+        own: dict[str, Any] = dict(
+            name=name,
+            lanes=self._lanes(num_tokens),
+            mma=mma,
+            format=matrix.format,
+            num_tokens=num_tokens,
+            num_rows=matrix.num_rows,
+            num_cols=matrix.num_cols,
+            activation=activation,
+            planes=plane_sizes(matrix),
+        )
+        clustered, streamed = ClusteredMatrixSpec(**own), StreamedMatrixSpec(**own)
+        if takes_clusters(matrix.format) and clustered.is_wanted and clustered.is_possible():
+            return choose(clustered)
+        is_worth = is_worth_streaming(matrix.format, matrix.num_rows, matrix.num_cols)
+        return choose(streamed) if is_worth and streamed.is_possible() else None
 
     def _unpacked_spec(
         self, name: str, mma: Mma, matrix: Matrix, num_tokens: int, activation: str | None, x_dtype: DType
@@ -779,10 +797,6 @@ class FusedGpuBackend(GpuBackend):
     def _streams_row(self, matrix: Matrix) -> bool:
         """Whether a product of one row streams the matrix through threadgroup memory, if it can."""
         return self.has_wgmma and is_worth_streaming_row(matrix.format, matrix.num_rows, matrix.num_cols)
-
-    def _streams(self, matrix: Matrix) -> bool:
-        """Whether products of few rows stream the matrix through threadgroup memory, if they can."""
-        return self.has_wgmma and is_worth_streaming(matrix.format, matrix.num_rows, matrix.num_cols)
 
     def _as_partials(self, products: Sequence[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
         """(the number of partial products of each, the partial products), for kernels that add them up, and compute no

@@ -32,7 +32,7 @@ from tinyvllm.ops.kernel.body import Body, empty, finish, run_kernel
 from tinyvllm.ops.step_inputs import StepLayout
 
 COLS = 256
-ROUNDED = {16: 4e-5, 8: 1.2e-2}  # of a product's largest value: what rounding x may change
+ROUNDED = {16: 4e-5, 8: 1.5e-2}  # of a product's largest value: what rounding x may change
 x86 = pytest.mark.skipif(not has_dot_instructions(), reason="the layout is for x86's instructions")
 AFFINE = ("affine3_g64", "affine4_g64", "affine8_g128")
 DRAWN = [name for name, fmt in BY_NAME.items() if has_dots(fmt)]

@@ -18,9 +18,9 @@ CODE_LOAD = re.compile(r"uint val\d+ = \(\*\(data")
 RESULT_STORE = re.compile(r"^ *\*\(data0_", re.MULTILINE)
 
 
-@pytest.mark.parametrize("tokens", [8, 512])
+@pytest.mark.parametrize("tokens", [1, 512])
 def test_codes_and_many_results_move_in_vectors(tokens: int) -> None:
-    """Lanes of a few rows' product hold single results of a row."""
+    """`matrix_kernel` is left out: vectors made it slower (its comment has figures)."""
     backend = rendered("CUDA", is_chained=True)
     backend.has_wgmma = True
     matrix, residual = backend.matrix(make_host("Q4_K", 512, 512)), Tensor.empty(tokens * 512, dtype=dtypes.half)
@@ -30,7 +30,7 @@ def test_codes_and_many_results_move_in_vectors(tokens: int) -> None:
     sources = {
         kernel.arg.name: to_program(kernel, make_renderer("CUDA sm_90")).src[2].arg for kernel, _ in traced.launches
     }
-    wanted = ["test_Q4_K", "sum"] if tokens == 8 else ["unpack", "test_float16", "sum"]
+    wanted = ["test_Q4_K"] if tokens == 1 else ["unpack", "test_float16", "sum"]
     assert all(name.startswith(start) for name, start in zip(sources, wanted, strict=True)), list(sources)
     for name, source in sources.items():
         assert not CODE_LOAD.search(source), f"{name} loads words of codes one by one"

@@ -32,7 +32,8 @@ from tinyvllm.ops.kernel.body import Body, empty, finish, run_kernel
 from tinyvllm.ops.step_inputs import StepLayout
 
 COLS = 256
-ROUNDED = {16: 4e-5, 8: 1.5e-2}  # of a product's largest value: what rounding x may change
+ROUNDED = {16: 4e-5, 8: 1.2e-2}  # of a product's largest value: what rounding x to so many bits may change
+ROUNDED_64 = 1.5e-2  # to 8 bits where 64 columns share a unit: their peak is larger, and so is the unit
 x86 = pytest.mark.skipif(not has_dot_instructions(), reason="the layout is for x86's instructions")
 AFFINE = ("affine3_g64", "affine4_g64", "affine8_g128")
 DRAWN = [name for name, fmt in BY_NAME.items() if has_dots(fmt)]
@@ -89,7 +90,8 @@ def test_a_product_is_that_of_rounded_rows(device: DeviceHandle, name: str, toke
     host: Any = make_host(name, 64, cols)
     x = normal(tokens, cols)
     found = multiply(CpuBackend(device, None, x_bits=bits), host, x)
-    allowed = ROUNDED[RowForm.of(host.format, bits).bits]
+    form = RowForm.of(host.format, bits)
+    allowed = ROUNDED_64 if (form.bits, form.group) == (8, 64) else ROUNDED[form.bits]
     assert largest_difference(found, normed(x) @ to_float32(host).astype(float).T) < allowed
 
 

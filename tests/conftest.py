@@ -37,12 +37,16 @@ for name in ("http_proxy", "https_proxy", "all_proxy"):
     os.environ.pop(name, None)
     os.environ.pop(name.upper(), None)
 
-# Most kernels are compiled by clang_quick.sh, and what it returns is kept where only tests look for it.
-if os.environ["DEV"].startswith("CPU") and "TESTS_CC" not in os.environ:  # a worker has it
-    os.environ["TESTS_CC"] = os.environ.get("CC", "clang")
+# Most kernels are compiled by clang_quick.sh, and what it returns is kept where only tests look for it: a file for each
+# choice of flags, since tinygrad looks for a program by its source alone.
+QUICK, AS_FOR_USERS = "-O1", ""
+PROGRAM_FILES: dict[str, str] = {}
+if os.environ["DEV"].startswith("CPU"):
+    os.environ.setdefault("TESTS_CC", os.environ.get("CC", "clang"))  # a worker has it
     os.environ["CC"] = str(Path(__file__).parent / "clang_quick.sh")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    os.environ.setdefault("CACHEDB", str(caches / "tinygrad" / "tests.db"))  # tinygrad's
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinygrad"
+    PROGRAM_FILES = {QUICK: str(caches / "tests.db"), AS_FOR_USERS: str(caches / "tests_as_for_users.db")}
+    os.environ.setdefault("CACHEDB", PROGRAM_FILES[AS_FOR_USERS])  # tinygrad's
 
 # Kernels are compiled by rewriting millions of small objects, hardly any of them in cycles: Python's own threshold of
 # 700 costs a fifth of the time.
@@ -79,7 +83,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compile the kernels of real models, and those that are C for certain processors, as they are compiled for users:
     clang optimizes less for all others."""
     is_quick = item.path.parent.name != "cpu" and item.get_closest_marker("model") is None
-    os.environ["TESTS_CFLAGS"] = "-O1" if is_quick else ""
+    flags = QUICK if is_quick else AS_FOR_USERS
+    if flags != os.environ.get("TESTS_CFLAGS"):
+        os.environ["TESTS_CFLAGS"] = flags
+        if os.environ.get("CACHEDB") in PROGRAM_FILES.values():  # nobody has named another one
+            os.environ["CACHEDB"] = PROGRAM_FILES[flags]
+            if "tinygrad" in sys.modules:
+                _forget_programs()
+
+
+def _forget_programs() -> None:
+    """Those that tinygrad has in memory, and the file from which it read others: they have other flags."""
+    from tinygrad import helpers
+    from tinygrad.codegen import to_program_cache
+
+    to_program_cache.clear()
+    helpers.CACHEDB, helpers._db_connection = os.environ["CACHEDB"], None
+    helpers._db_tables.clear()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -340,9 +340,9 @@ class ClusteredMatrixSpec(Tunable):
         matrices, at least 14 warps, and at most 3,584 columns for a threadgroup.
 
         NVIDIA H200, 8B's steps of 8 rows, tokens per second: Q4_K 3,778 instead of 3,482, MLX's 4 bits 3,928 instead of
-        3,632, FP8 3,035 instead of 2,789. The smallest product (4,096 x 4,096) takes 8.6 us instead of 8.3 in Q4_K, and 8.8
-        instead of 9.1 in FP8. With 5,120 columns (14B, 3 layers) MLX's 4 bits take 443 us instead of 476, but FP8 660 instead
-        of 567, and Q4_K's products are not faster. 1B in Q4_0, 6 layers: 238 instead of 218.
+        3,632, FP8 3,035 instead of 2,789. The smallest product (4,096 x 4,096) takes 8.6 us instead of 8.3 in Q4_K, 8.8
+        instead of 9.1 in FP8. With 5,120 columns (14B, 3 layers) MLX's 4 bits take 443 us instead of 476, but FP8 660
+        instead of 567, and Q4_K's products are not faster. 1B in Q4_0, 6 layers: 238 instead of 218.
         At 3 rows all of x is 24 KiB, and the other kernels are as fast."""
         fmt, side = self.format, min(self.num_rows, self.num_cols)
         least = FEWEST_FLOATS if fmt.is_float8 else FEWEST_CODES

@@ -35,16 +35,26 @@ def endless(config: EngineConfig, progress: Callable[[str, int, int], None]) -> 
 
 
 def compiling(config: EngineConfig, progress: Callable[[str, int, int], None]) -> LoadedEngine:
-    """Waits for a compiler that never ends."""
-    CompileWorkers(1, f"{__name__}:begin").submit(time.sleep, 1000).result()
+    """Waits for a compiler that never ends, forked by a template."""
+    _compile(2)
     return answering(config, progress)
 
 
+def compiling_alone(config: EngineConfig, progress: Callable[[str, int, int], None]) -> LoadedEngine:
+    """The same without a template."""
+    _compile(1)
+    return answering(config, progress)
+
+
+def _compile(size: int) -> None:
+    CompileWorkers(size, f"{__name__}:begin").submit(time.sleep, 1000).result()
+
+
 def stuck(config: EngineConfig, progress: Callable[[str, int, int], None]) -> LoadedEngine:
-    """Its first step waits for a compiler that never ends."""
+    """Its first step waits for a compiler that never ends, forked by a template."""
     progress("load", 1, 1)
     runner = _runner()
-    runner.before_step = lambda plan: CompileWorkers(1, f"{__name__}:begin").submit(time.sleep, 1000).result()
+    runner.before_step = lambda plan: _compile(2)
     return make_loaded(runner)
 
 

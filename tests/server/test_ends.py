@@ -212,14 +212,20 @@ def limit_files() -> None:
 # ---- How it ends ----
 
 
-@pytest.mark.parametrize(("count", "is_door"), swept([(ALONE, False), (SEVERAL, True)], [(SEVERAL, True)]))
+@pytest.mark.parametrize(
+    ("load", "count", "is_door"),
+    swept(
+        [("compiling_alone", ALONE, False), ("compiling", ALONE, False), ("compiling", SEVERAL, True)],
+        [("compiling", SEVERAL, True)],
+    ),
+)
 def test_a_stop_during_a_load_that_compiles_is_clean_and_leaves_nothing(
-    tmp_path: Path, count: str, is_door: bool
+    tmp_path: Path, load: str, count: str, is_door: bool
 ) -> None:
-    with serving(tmp_path, "compiling", count, *(DOOR_FLAGS if is_door else ())) as server:
+    with serving(tmp_path, load, count, *(DOOR_FLAGS if is_door else ())) as server:
         if is_door:
             threading.Thread(target=ask, args=(server,), daemon=True).start()
-        wait_for(lambda: len(worker_pids(server)) == 1)
+        wait_for(lambda: len(worker_pids(server)) == (1 if load == "compiling_alone" else 2))
         pids = server.descendants()
         start_s = server.signal()
         assert server.process.wait(timeout=30) == 0, server.log.decode()
@@ -228,6 +234,7 @@ def test_a_stop_during_a_load_that_compiles_is_clean_and_leaves_nothing(
 
 
 def worker_pids(server: Server) -> list[int]:
+    """Of the compilers and their template, which has the same command line."""
     found = []
     for pid in server.descendants():
         with contextlib.suppress(OSError):
@@ -247,7 +254,7 @@ def test_a_step_that_never_ends_does_not_hold_up_a_stop(
         wait_for(lambda: server.get("/ready") == 200)
         thread = threading.Thread(target=ask, args=(server,), daemon=True)
         thread.start()
-        wait_for(lambda: len(worker_pids(server)) == 1)
+        wait_for(lambda: len(worker_pids(server)) == 2)
         pids = server.descendants()
         for _ in range(num_signals):
             start_s = server.signal()
@@ -263,10 +270,10 @@ def ask(server: Server) -> None:
 
 
 def test_nothing_outlives_a_killed_door(tmp_path: Path) -> None:
-    """Neither its model's supervisor, nor that one's front-end and engine, nor the engine's compiler."""
+    """Neither its model's supervisor, nor that one's front-end and engine, nor the compiler and its template."""
     with serving(tmp_path, "compiling", SEVERAL, *DOOR_FLAGS) as server:
         threading.Thread(target=ask, args=(server,), daemon=True).start()
-        wait_for(lambda: len(worker_pids(server)) == 1)
+        wait_for(lambda: len(worker_pids(server)) == 2)
         pids = server.descendants()
         assert len(pids) >= 4
         os.kill(server.process.pid, signal.SIGKILL)

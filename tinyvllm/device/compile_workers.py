@@ -26,7 +26,9 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from multiprocessing.connection import Connection
@@ -45,6 +47,7 @@ _MESSAGE_BYTES = 1 << 16  # at most, of a message to the template
 BEGIN_WORKER = "tinyvllm.device.compiling:begin_worker"  # here, because whoever begins early has not imported tinygrad
 HAS_TEMPLATES = sys.platform == "linux"
 _END_S = 1.0  # for a killed process to be gone, which takes milliseconds
+_COLLECT_S = 0.1  # for a template to collect the processes that were killed; it may be busy
 
 
 class LostJobError(Exception):
@@ -52,10 +55,19 @@ class LostJobError(Exception):
 
 
 def prepare_early(initialize: str, function: str, argument: Any) -> None:
-    """`CompileWorkers.prepare` for the next one with this `initialize`, before it exists."""
-    if HAS_TEMPLATES and initialize not in _early:
-        _early[initialize] = _Template(initialize)
-        _early[initialize].prepare(function, argument)
+    """`CompileWorkers.prepare` for the one with this `initialize`, which may not exist yet."""
+    if (pool := _pools.get(initialize)) is not None:
+        pool.prepare(function, argument)
+    elif HAS_TEMPLATES:
+        _early.setdefault(initialize, _Template(initialize)).prepare(function, argument)
+
+
+def end_unused(initialize: str) -> None:
+    """End what `prepare_early` has started, unless jobs have come since."""
+    if (template := _early.pop(initialize, None)) is not None:
+        template.end()
+    if (pool := _pools.get(initialize)) is not None and pool.is_idle:
+        pool.terminate()
 
 
 class Job:
@@ -93,7 +105,18 @@ class CompileWorkers:
         self._lock = threading.Lock()
         self._jobs = _Jobs()
         self._workers: list[_Worker] = []
-        self._template = _early.pop(initialize, None) or _Template(initialize) if size > 1 and HAS_TEMPLATES else None
+        self._template = _Template(initialize) if size > 1 and HAS_TEMPLATES else None
+        if (early := _early.pop(initialize, None)) is not None:
+            if self._template is None:
+                early.end()
+            else:
+                self._template = early
+        _pools[initialize] = self
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there was no job since it was made or terminated."""
+        return not self._workers
 
     def prepare(self, function: str, argument: Any) -> None:
         """Start to get ready for jobs: `function` ("module:function") of the argument imports what they need. Returns
@@ -137,13 +160,16 @@ class CompileWorkers:
         with self._lock:
             workers, self._workers = self._workers, []
             jobs, self._jobs = self._jobs, _Jobs()
+            template = self._template
+            if template is not None:  # for what comes after; no worker of before starts the old one again
+                self._template = _Template(self._initialize)
         for worker in workers:
             worker.end()
             jobs.put(None, 0)
-        for worker in workers:
-            worker.thread.join(_END_S)
-        if self._template is not None:
-            self._template.end()
+        if template is not None:
+            _join(workers, _COLLECT_S)
+            template.end()
+        _join(workers, _END_S)
         with contextlib.suppress(queue.Empty):
             while True:
                 job = jobs.get(block=False)
@@ -262,46 +288,58 @@ _FORK, _REAP = "fork", "reap"  # messages to a template; others are functions to
 
 
 class _Template:
-    """A process that imports what the others need, and forks them. Started on demand, and again after its death."""
+    """A process that imports what the others need, and forks them. Started on demand, and again after its death, but
+    not after `end`."""
 
     def __init__(self, initialize: str) -> None:
         self._initialize = initialize
-        self._lock = threading.Lock()
-        self._prepared: set[str] = set()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()  # held from a message to its answer
+        self._prepared: dict[str, Any] = {}  # the functions that each process calls first, with their arguments
         self._socket: socket.socket | None = None  # to the process
+        self._start_lock = threading.Lock()  # never held for long
+        self._has_ended = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        process = self._process
+        return None if process is None else process.pid
+
+    def is_running(self) -> bool:
+        process = self._process
+        return process is not None and process.poll() is None
 
     def prepare(self, function: str, argument: Any) -> None:
-        """Have it call a function once, before it forks."""
+        """Have it call a function once, before it forks; and one that follows after its death, too."""
         with self._lock, contextlib.suppress(OSError):
+            server = self._started()
             if function not in self._prepared:
-                self._started().send(pickle.dumps((function, argument), protocol=5))
-                self._prepared.add(function)
+                self._prepared[function] = argument
+                server.send(pickle.dumps((function, argument), protocol=5))
 
     def fork(self, fd: int) -> _Forked:
         """A process like one that `_start_process` starts. Raises OSError if there is none."""
         with self._lock:
-            return _Forked(self._ask((_FORK, None), fd), self)
+            return _Forked(self._ask(self._started(), (_FORK, None), fd), self)
 
     def reap(self, pid: int) -> int:
         """Collect a process that was killed. Until then, no other process gets its id."""
         with self._lock, contextlib.suppress(OSError):
-            if self._process is not None and self._process.poll() is None:
-                return self._ask((_REAP, pid))
+            if self._socket is not None and self.is_running():
+                return self._ask(self._socket, (_REAP, pid))
         return 0  # with the template gone, the system collects it
 
     def end(self) -> None:
-        """Kill it. From any thread: one that waits for an answer gets an error."""
-        process = self._process
-        if process is not None:
-            process.kill()
-            process.wait()
-            with self._lock:
-                if self._socket is not None and self._process is process:
-                    self._socket.close()
+        """Kill it for good. From any thread: one that waits for an answer gets an error."""
+        with self._start_lock:
+            self._has_ended = True
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        with self._lock:
+            self._close()
 
-    def _ask(self, message: tuple[str, Any], *fds: int) -> int:
-        server = self._started()
+    def _ask(self, server: socket.socket, message: tuple[str, Any], *fds: int) -> int:
         socket.send_fds(server, [pickle.dumps(message, protocol=5)], fds)
         answer = server.recv(_MESSAGE_BYTES)
         if not answer:
@@ -312,33 +350,80 @@ class _Template:
         return result
 
     def _started(self) -> socket.socket:
-        if self._socket is not None and self._process is not None and self._process.poll() is None:
+        """Raises OSError if the system starts no more processes, and after `end`."""
+        if self._socket is not None and self.is_running():
             return self._socket
-        if self._socket is not None:
-            self._socket.close()
-        self._prepared.clear()
-        self._socket, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._close()
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
-            self._process = _start_process("fork_on_demand", there.fileno(), self._initialize)
-        return self._socket
+            try:
+                self._start(there.fileno())
+            except BaseException:
+                here.close()
+                raise
+        self._socket = here
+        for task in self._prepared.items():
+            here.send(pickle.dumps(task, protocol=5))
+        return here
+
+    def _start(self, fd: int) -> None:
+        with self._start_lock:
+            if self._has_ended:
+                raise OSError("the compiling processes were ended")
+            self._process = _start_on_own_thread("fork_on_demand", fd, self._initialize)
+
+    def _close(self) -> None:
+        connection, self._socket = self._socket, None
+        if connection is not None:
+            connection.close()
 
 
-_early: dict[str, _Template] = {}  # by what initializes their processes: those that no CompileWorkers has yet
+# By what initializes their processes: templates that no CompileWorkers has yet, and the youngest CompileWorkers.
+_early: dict[str, _Template] = {}
+_pools: weakref.WeakValueDictionary[str, CompileWorkers] = weakref.WeakValueDictionary()
 
 
 class _Forked:
     """A process that the template has forked."""
 
     def __init__(self, pid: int, template: _Template) -> None:
+        """Raises OSError if it is gone."""
         self.pid = pid
         self._template = template
+        self._pidfd = _open_pidfd(pid)
 
     def kill(self) -> None:
+        """By its id only while the template keeps other processes from getting that."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            elif self._template.is_running():
+                os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> int:
+        """Once, after which it may not be killed."""
+        if self._pidfd is not None:
+            os.close(self._pidfd)
         return self._template.reap(self.pid)
+
+
+def _open_pidfd(pid: int) -> int | None:
+    """None where the system has none. Raises ProcessLookupError."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
+    except OSError:  # an old kernel, a sandbox, or no more files
+        return None
+
+
+def _join(workers: Iterable[_Worker], timeout_s: float) -> None:
+    """Wait for their threads, for this long in all."""
+    end_s = time.monotonic() + timeout_s
+    for worker in workers:
+        worker.thread.join(max(0.0, end_s - time.monotonic()))
 
 
 def _fail(job: Job, error: BaseException) -> None:
@@ -352,6 +437,28 @@ def _start_process(main: str, fd: int, initialize: str) -> subprocess.Popen[byte
     program = _PROGRAM.replace("MAIN", main)
     command = [sys.executable, "-c", program, str(fd), str(os.getpid()), json.dumps(sys.path), initialize]
     return subprocess.Popen(command, pass_fds=(fd,), stdin=subprocess.DEVNULL)
+
+
+def _start_on_own_thread(main: str, fd: int, initialize: str) -> subprocess.Popen[bytes]:
+    """`_start_process` on a thread that lives as long as the process, because Linux kills the process when the thread
+    ends that started it. Raises OSError."""
+    started: Future[subprocess.Popen[bytes]] = Future()
+
+    def start_and_stay() -> None:
+        try:
+            process = _start_process(main, fd, initialize)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        with contextlib.suppress(ChildProcessError):  # collected already
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+    try:
+        threading.Thread(target=start_and_stay, name="tinyvllm-template", daemon=True).start()
+    except RuntimeError as error:
+        raise OSError("this process may not start another thread") from error
+    return started.result()
 
 
 # ---- In the process ----

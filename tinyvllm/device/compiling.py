@@ -21,7 +21,7 @@ from tinygrad.helpers import BEAM, PARALLEL, Context, getenv
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, graph_rewrite
 
-from tinyvllm.device.compile_workers import BEGIN_WORKER, CompileWorkers, Job, LostJobError
+from tinyvllm.device.compile_workers import BEGIN_WORKER, CompileWorkers, Job, LostJobError, end_unused
 from tinyvllm.device.disk_cache import share_disk_cache
 from tinyvllm.device.program_store import ProgramStore, slim
 from tinyvllm.faults import reach
@@ -289,8 +289,10 @@ def _get_pool() -> CompileWorkers | None:
 
 def _end_pool() -> None:
     """End the processes."""
+    end_unused(BEGIN_WORKER)
     if worker.worker_pool is not None:
         worker.worker_pool.terminate()
 
 
-_get_pool()  # now, before tinygrad makes a pool of its own
+if _get_pool() is None:  # asked now, before tinygrad makes a pool of its own
+    end_unused(BEGIN_WORKER)

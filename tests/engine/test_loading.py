@@ -8,6 +8,7 @@ import pytest
 
 from tests.engine.fakes import FakeCaptures, FakeModelRunner
 from tinyvllm.config import EngineConfig, ModelFiles
+from tinyvllm.engine import loading
 from tinyvllm.engine.loading import load_engine
 from tinyvllm.errors import ModelError, TinyvllmError
 
@@ -62,6 +63,19 @@ def test_a_failed_warm_up_gives_the_device_back(tiny_hf_files: ModelFiles, runne
     with pytest.raises(KeyboardInterrupt):
         load_engine(EngineConfig(str(tiny_hf_files.path)), lambda *report: None)
     assert runner.is_closed
+
+
+def test_a_failed_load_ends_the_processes_that_it_began_early(
+    tiny_hf_files: ModelFiles, runner: WarmRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    monkeypatch.setattr(loading, "begin_early", lambda config, num_layers: events.append("begin"))
+    monkeypatch.setattr(loading, "end_early", lambda: events.append("end"))
+    load_engine(EngineConfig(str(tiny_hf_files.path)))
+    assert events == ["begin"]
+    with pytest.raises(TinyvllmError):
+        load_engine(EngineConfig(str(tiny_hf_files.path), tool_call_parser="herms"))
+    assert events == ["begin", "begin", "end"]
 
 
 def test_an_unknown_model_is_refused_before_anything_is_loaded(runner: WarmRunner) -> None:

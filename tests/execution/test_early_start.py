@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import builtins
+import os
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tinygrad import helpers
 
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig
+from tinyvllm.device import environment
 from tinyvllm.execution import early_start
 from tinyvllm.execution.early_start import begin_early
 
@@ -48,4 +54,38 @@ def test_they_do_not_begin_where_this_process_is_as_fast(begun: list[str], monke
     begin_early(replace(CONFIG, capture="tinyjit"), 30)
     monkeypatch.setenv("PARALLEL", "1")
     begin_early(CONFIG, 30)
+    monkeypatch.delenv("PARALLEL")
+    monkeypatch.setenv("NUM_CPU_THREADS", "1")
+    begin_early(CONFIG, 30)
     assert begun == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "quota", "expected"),
+    [
+        ({}, "max 100000", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        ({}, "100000 100000", 1),
+        ({}, "50000 100000", 1),
+        ({}, "750000 100000", 7),
+        ({"PYTEST_XDIST_WORKER_COUNT": "2"}, "700000 100000", 3),
+        ({"NUM_CPU_THREADS": "1"}, "700000 100000", 1),
+        ({"VIZ": "1"}, "700000 100000", 0),
+        ({"VIZ": "1", "PARALLEL": "3"}, "700000 100000", 3),
+    ],
+)
+def test_the_number_of_processes_is_tinygrads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, str], quota: str, expected: int
+) -> None:
+    """Its module is run again, with these settings."""
+    for name in ("PARALLEL", "NUM_CPU_THREADS", "VIZ", "PYTEST_XDIST_WORKER_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "cpu.max"
+    file.write_text(quota)
+    monkeypatch.setattr(environment, "CGROUP_QUOTA", file)
+    opened, path = builtins.open, "/sys/fs/cgroup/cpu.max"
+    monkeypatch.setattr(builtins, "open", lambda name, *more, **by: opened(file if name == path else name, *more, **by))
+    if sys.version_info >= (3, 13) and "NUM_CPU_THREADS" not in settings:  # which ask the system, whatever the quota
+        expected = environment.num_processes()
+    assert environment.num_processes() == runpy.run_path(helpers.__file__)["PARALLEL"].value == expected

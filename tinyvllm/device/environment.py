@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from pathlib import Path
 
 from tinyvllm.device.kinds import KINDS, check_known, kind_of
 from tinyvllm.errors import DeviceError
+
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def prepare_environment() -> None:
@@ -29,3 +33,22 @@ def prepare_environment() -> None:
 def default_device() -> str:
     """METAL on a Mac, CUDA if its driver is installed, else CPU. (tinygrad's own search may also choose OpenCL.)"""
     return next(kind.name for kind in KINDS.values() if kind.is_default())
+
+
+def num_processes() -> int:
+    """tinygrad's PARALLEL, by tinygrad's own rule, for those who have not imported it."""
+    default = 0 if _number("VIZ", 0) else _number("NUM_CPU_THREADS", _num_cpus())
+    return _number("PARALLEL", default // max(1, _number("PYTEST_XDIST_WORKER_COUNT", 1)))
+
+
+def _number(key: str, default: int) -> int:
+    return int(os.environ.get(key, default))
+
+
+def _num_cpus() -> int:
+    if sys.version_info >= (3, 13):
+        return max(1, os.process_cpu_count() or 1)
+    with contextlib.suppress(FileNotFoundError, ValueError, ZeroDivisionError):
+        quota, period = CGROUP_QUOTA.read_text().split()  # a quota of "max", which is no number, sets no limit
+        return max(1, int(quota) // int(period))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

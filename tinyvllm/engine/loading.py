@@ -17,7 +17,7 @@ from tinyvllm.engine.drafters import CapturesInTurn, find_draft_files, load_draf
 from tinyvllm.engine.hosts import Loaded
 from tinyvllm.engine.output import TextEngine
 from tinyvllm.errors import TinyvllmError
-from tinyvllm.execution.early_start import begin_early
+from tinyvllm.execution.early_start import begin_early, end_early
 from tinyvllm.scheduling.adapter_slots import AdapterSlots
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.draft_rule import make_rule
@@ -133,6 +133,16 @@ def load_engine(
     Whatever is quick to check is checked before the weights are loaded."""
     files = resolve_model(config.model)
     begin_early(config, read_model_config(files).num_layers)
+    try:
+        return _load_files(config, files, progress, prepares_grammars)
+    except BaseException:
+        end_early()
+        raise
+
+
+def _load_files(
+    config: EngineConfig, files: ModelFiles, progress: Progress | None, prepares_grammars: bool
+) -> LoadedEngine:
     text = load_text(config)
     draft_files = find_draft_files(config, files, text.tokenizer)
 

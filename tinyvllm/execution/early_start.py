@@ -8,7 +8,8 @@ import threading
 
 import tinyvllm.device  # noqa: F401  (makes tinygrad's settings, which these processes read too)
 from tinyvllm.config import EngineConfig
-from tinyvllm.device.compile_workers import BEGIN_WORKER, prepare_early
+from tinyvllm.device.compile_workers import BEGIN_WORKER, end_unused, prepare_early
+from tinyvllm.device.environment import num_processes
 from tinyvllm.device.kinds import kind_of
 from tinyvllm.device.private_folder import default_root
 
@@ -25,8 +26,12 @@ def begin_early(config: EngineConfig, num_layers: int) -> None:
     kind = os.environ["DEV"].split(":")[0]
     with contextlib.suppress(RuntimeError):  # no more threads: opening the device does it all
         threading.Thread(target=kind_of(kind).wake, name="tinyvllm-wake", daemon=True).start()
-    is_alone = os.environ.get("PARALLEL", str(os.cpu_count())) in ("0", "1")
-    if config.capture != "replay" or is_alone or num_layers * LEAST_BUCKETS < MANY_LAYERS:
+    if config.capture != "replay" or num_processes() < 2 or num_layers * LEAST_BUCKETS < MANY_LAYERS:
         return
     if not (config.compile_cache and any(default_root().glob(f"{kind}*/step-*"))):
         prepare_early(BEGIN_WORKER, PREPARE, kind == "CPU")
+
+
+def end_early() -> None:
+    """For a load that has failed: end the processes, unless jobs have come since."""
+    end_unused(BEGIN_WORKER)

@@ -126,7 +126,7 @@ def facts(step: object) -> tuple[SavedStep, list[bytes]]:
 def test_another_process_traces_what_this_one_would(files: ModelFiles) -> None:
     """The same calls on the same named buffers, and kernels with the same keys."""
     runner = load_runner(files, CONFIG)
-    begun = [runner.captures._tracer.begin(bucket, 0) for bucket in runner.buckets]
+    begun = [runner.captures._tracer.begin(bucket, 0, "") for bucket in runner.buckets]
     for bucket, pending in zip(runner.buckets, begun, strict=True):
         here = tracing.trace_both(tracing.code_of(bucket, runner.captures._context))
         there = pending.wait() if pending is not None else None

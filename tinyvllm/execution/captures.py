@@ -14,7 +14,7 @@ from tinyvllm.device.scratch import own_bytes
 from tinyvllm.errors import InvariantError
 from tinyvllm.execution.buckets import Bucket, choose_bucket, first_buckets, first_fit, ranked
 from tinyvllm.execution.early_start import MANY_LAYERS
-from tinyvllm.execution.foresight import Foresight
+from tinyvllm.execution.early_traces import EarlyTraces
 from tinyvllm.execution.graphs import Graph, PendingGraph
 from tinyvllm.execution.step_code import GraphContext
 from tinyvllm.execution.tracing import Tracer
@@ -42,8 +42,9 @@ class Captures:
         buckets: Sequence[Bucket],
         context: GraphContext,
         store: ProgramStore | None,
-        foresight: Foresight | None = None,
+        early: EarlyTraces | None = None,
     ) -> None:
+        """early: of the first graphs, if they were begun."""
         self.buckets = tuple(buckets)
         self._ranked = ranked(buckets)
         self.graphs: dict[Bucket, Graph] = {}
@@ -51,9 +52,10 @@ class Captures:
         self.failed: dict[Bucket, Exception] = {}  # of the graphs that `advance` captures
         self.store = store
         self._context = context
-        self._compiler = Compiler(store) if foresight is None else foresight.compiler
+        self._compiler = Compiler(store) if early is None else early.compiler
         self._tuning_compiler = Compiler()
-        self._tracer = Tracer(context, {} if foresight is None else foresight.traces)
+        self._tracer = Tracer(context, {} if early is None else early.traces)
+        self._early = early  # until every graph of these is traced
         self._pending: dict[Bucket, PendingGraph] = {}  # those that are being traced or compiled
         self._urgencies = itertools.count(1)
         self._requested: Counter[Bucket] = Counter()  # plans that would have run in a missing graph
@@ -148,19 +150,29 @@ class Captures:
         report("warm-up", 0, len(buckets))
         order = sorted(buckets, key=lambda bucket: (-bucket.num_tokens, -bucket.num_seqs, not bucket.has_adapters))
         is_long = len(order) * len(self._context.model.layers) >= MANY_LAYERS
-        tracer = self._tracer if is_long else None
+        tracer = self._tracer if is_long or self._early is not None else None
         pending = [
             self._pending.pop(bucket) if bucket in self._pending else self._begin(bucket, tracer) for bucket in order
         ]
         for one in pending:
             one.trace_here()
-            _advance_all(pending)
+            self._advance_all(pending)
         for done, one in enumerate(pending, 1):
             while not one.is_compiled:
-                if not _advance_all(pending[done - 1 :]):
+                if not self._advance_all(pending[done - 1 :]):
                     time.sleep(POLL_S)
             self._finish(one)
             report("warm-up", done, len(buckets))
+
+    def _advance_all(self, pending: Sequence[PendingGraph]) -> bool:
+        """Take over what other processes have done. Returns whether there was something."""
+        if self._early is not None:
+            self._early.advance()
+        has_done = any([one.advance() for one in pending if not one.is_recorded])
+        if self._early is not None and all(one.is_traced for one in pending):
+            self._early.withdraw()
+            self._early = None
+        return has_done
 
     def _begin(self, bucket: Bucket, tracer: Tracer | None) -> PendingGraph:
         return PendingGraph(bucket, self._context, self._compiler, tracer, next(self._urgencies))
@@ -216,8 +228,3 @@ class Captures:
             self._compiler.close()
             if self.store is not None:
                 self.store.close()
-
-
-def _advance_all(pending: Sequence[PendingGraph]) -> bool:
-    """Take over what other processes have done. Returns whether there was something."""
-    return any([one.advance() for one in pending if not one.is_recorded])

@@ -89,6 +89,11 @@ class PendingGraph:
             self._steps = PendingSteps(self._code(0), compiler, tracer, urgency)
 
     @property
+    def is_traced(self) -> bool:
+        """Whether all its kernels are known, and being compiled."""
+        return self._steps.is_traced
+
+    @property
     def is_compiled(self) -> bool:
         """Whether `finish` would wait for no other process."""
         return self._steps.is_compiled

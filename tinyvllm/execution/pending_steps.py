@@ -58,9 +58,14 @@ class PendingSteps:
         return len(self._recorded) == 2
 
     @property
+    def is_traced(self) -> bool:
+        """Whether all kernels are known, and being compiled."""
+        return self._tracing is None
+
+    @property
     def is_compiled(self) -> bool:
         """Whether `record` would wait for no other process."""
-        return self._tracing is None and all(pending.is_done for pending in self._compiling)
+        return self.is_traced and all(pending.is_done for pending in self._compiling)
 
     def advance(self) -> bool:
         """Do the next part if it is ready: take over another process's trace, or bind the compiled kernels. Returns

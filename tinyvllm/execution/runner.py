@@ -27,7 +27,7 @@ from tinyvllm.execution.buckets import Bucket, make_buckets
 from tinyvllm.execution.capacity import NO_DRAFT, DraftMemory
 from tinyvllm.execution.captures import Captures
 from tinyvllm.execution.captures import Progress as Progress  # re-exported for callers
-from tinyvllm.execution.foresight import Foresight, foresee
+from tinyvllm.execution.early_traces import EarlyTraces, begin_early_traces
 from tinyvllm.execution.graphs import Graph, GraphInstance
 from tinyvllm.execution.limits import resolve_limits
 from tinyvllm.execution.logits_processing import SamplingRows
@@ -56,8 +56,6 @@ from tinyvllm.scheduling.request import TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
 
 logger = logging.getLogger(__name__)
-
-ROW_STEP = 64  # rows of outputs and sampling state are a multiple of this, so that saved steps fit other --max-num-seqs
 
 
 def load_runner(
@@ -116,16 +114,16 @@ def make_runner(
     """`load_runner` for known settings, with tensors from `source`. reopen: opens it again, in another process."""
     report = progress or (lambda stage, done, total: None)
     setting = _make_setting(complete_config(model_config), config, draft)
-    device, foresight = setting.backend.device, None
+    device, early = setting.backend.device, None
     store = open_program_store(device.name) if config.compile_cache else None
     if setting.capture == "replay" and (store is None or not store.has_steps):
         prepare_tracing(device, model_config.num_layers, len(setting.buckets))
-        foresight = None if reopen is None else foresee(setting, reopen, store)
+        early = None if reopen is None else begin_early_traces(setting, reopen, store)
 
     def advance(done: int, total: int) -> None:
         report("load", done, total)
-        if foresight is not None:
-            foresight.advance()
+        if early is not None:
+            early.advance()
 
     placed = place(setting, source, advance)
     return ModelRunner(
@@ -138,7 +136,7 @@ def make_runner(
         setting.num_instances,
         setting.capture,
         placed.adapters,
-        foresight=foresight,
+        early=early,
     )
 
 
@@ -237,9 +235,9 @@ class ModelRunner:
         capture: str = "replay",
         adapters: AdapterTable | None = None,
         state: SamplingState | None = None,
-        foresight: Foresight | None = None,
+        early: EarlyTraces | None = None,
     ) -> None:
-        """state: of logits processing; None: memory of its own. foresight: of the first graphs, if there is one."""
+        """state: of logits processing; None: memory of its own. early: `Captures`'s."""
         device, num_rows = backend.device, padded_rows(max(capacity.max_num_seqs, capacity.max_verify_rows))
         self.outputs = [device.zeros(num_rows * OUT_WIDTH, dtypes.int) for _ in range(max_in_flight)]
         self._readers = [device.output_reader(output) for output in self.outputs]
@@ -248,7 +246,7 @@ class ModelRunner:
         self._rows = SamplingRows(self._state)
         self.model, self.backend, self.pool = model, backend, pool
         context = GraphContext(model, backend, pool, capacity, tuple(self.outputs), self._state, capture)
-        self.captures = Captures(buckets, context, store, foresight)
+        self.captures = Captures(buckets, context, store, early)
         self.capacity = capacity
         self.adapters = adapters
         self.closed_with: list[Closable] = []  # a draft model

@@ -32,7 +32,8 @@ ROW_STEP = 64  # rows of outputs and sampling state are a multiple of this, so t
 
 @dataclass(frozen=True)
 class Setting:
-    """`free_bytes`: of the device's memory, before the weights. `share`: of them, for everything here."""
+    """What is known before the weights are loaded. free_bytes: of the device's memory. share: fraction of free_bytes
+    that the engine may use."""
 
     config: EngineConfig
     model_config: ModelConfig

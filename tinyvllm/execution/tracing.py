@@ -77,22 +77,20 @@ def prepare_tracing(device: DeviceHandle, num_layers: int, num_buckets: int) -> 
         prepare_elsewhere(PREPARE, device.is_cpu)
 
 
-class Foreseen:
+class EarlyTrace:
     """A trace that was begun before the weights were loaded: a Pending of (the step's name, its trace). It is taken if
     the name turns out to be the expected one, which has everything that the trace depends on."""
 
-    def __init__(self, pending: Pending) -> None:
+    def __init__(self, pending: Pending, what: str) -> None:
+        """what: the bucket's name, for messages."""
         self._pending = pending
+        self._what = what
         self._result: tuple[str, TracedElsewhere | None] | None = None
-        self._name = ""
+        self._name: str | None = None  # the expected one
 
     @property
     def is_done(self) -> bool:
-        return self._pending.is_done
-
-    def read(self) -> TracedElsewhere | None:
-        """What was traced, if it was not lost."""
-        return self._named[1]
+        return self._result is not None or self._pending.is_done
 
     def expect(self, name: str) -> bool:
         """Say what the step's name should be. False if it is known to be another, or the trace is lost."""
@@ -100,35 +98,38 @@ class Foreseen:
         return not self.is_done or self.wait() is not None
 
     def withdraw(self) -> bool:
-        return self._pending.withdraw()
+        """`Pending.withdraw`. The trace is lost then."""
+        if not self._pending.withdraw():
+            return False
+        self._result = "", None
+        return True
 
     def wait(self) -> TracedElsewhere | None:
-        """The trace of the expected step; None if it is lost, or that of another."""
-        name, traced = self._named
-        return traced if name == self._name else None
-
-    @property
-    def _named(self) -> tuple[str, TracedElsewhere | None]:
+        """The trace; None if it is lost, or not that of the expected step."""
         if self._result is None:
             self._result = self._pending.wait() or ("", None)
-        return self._result
+        name, traced = self._result
+        if traced is not None and self._name not in (None, name):
+            logger.info("%s is traced again: what was traced early is %s, not %s", self._what, name, self._name)
+            self._result, traced = ("", None), None
+        return traced
 
 
 class Tracer:
     """Has other processes trace the buckets of one context."""
 
-    def __init__(self, context: GraphContext, foreseen: Mapping[Bucket, Foreseen] | None = None) -> None:
-        """foreseen: traces that were begun before the weights were loaded."""
+    def __init__(self, context: GraphContext, early: Mapping[Bucket, EarlyTrace] | None = None) -> None:
+        """early: traces that were begun before the weights were loaded."""
         self._context = context
-        self._foreseen = dict(foreseen or {})
+        self._early = dict(early or {})
         self._payloads: dict[str, bytes] = {}  # by the digest of the tuned choices
         self._has_failed = False
 
-    def begin(self, bucket: Bucket, urgency: int, name: str = "") -> Pending | Foreseen | None:
+    def begin(self, bucket: Bucket, urgency: int, name: str) -> Pending | EarlyTrace | None:
         """Start tracing; the result is a TracedElsewhere. None if this process has to trace. name: the step's."""
-        foreseen = self._foreseen.pop(bucket, None)
-        if foreseen is not None and foreseen.expect(name):
-            return foreseen
+        early = self._early.pop(bucket, None)
+        if early is not None and early.expect(name):
+            return early
         if self._context.is_jit or self._has_failed or not can_trace_elsewhere():
             return None
         try:

@@ -82,7 +82,7 @@ class DeviceKind:
         return False
 
     def wake(self) -> None:
-        """Do what opening the device does first and takes long, on a thread beside the engine's imports."""
+        """Start the slow first part of opening the device. Called on a thread beside the engine's imports."""
 
     def clear(self, buffer: Buffer) -> bool:
         """Enqueue filling a buffer with zeros, without a kernel, which would be compiled. False: there is no such

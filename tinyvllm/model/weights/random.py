@@ -99,7 +99,7 @@ class RandomWeights:
 
 
 class AlikeWeights(RandomWeights):
-    """The same for whoever needs no values: those of the same shape are the same, and drawn once."""
+    """Random weights for tracing: draws each shape once."""
 
     def __init__(self, kind: str, seed: int) -> None:
         super().__init__(kind, seed)

@@ -31,13 +31,14 @@ from tinyvllm.device.compiling import (
     num_workers,
     settings,
 )
+from tinyvllm.device.host_memory import available_bytes
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.device.recording import TracedStep, trace_step
 from tinyvllm.execution.buckets import Bucket, first_buckets
 from tinyvllm.execution.early_start import MANY_LAYERS
 from tinyvllm.execution.setting import Setting, place
 from tinyvllm.execution.step_code import GraphContext, StepCode
-from tinyvllm.execution.tracing import Foreseen, TracedElsewhere, code_of, renderers_of, trace_both
+from tinyvllm.execution.tracing import EarlyTrace, TracedElsewhere, code_of, renderers_of, trace_both
 from tinyvllm.faults import reach
 from tinyvllm.model.weights.checkpoint import WeightSource
 from tinyvllm.ops.backend import Backend
@@ -54,10 +55,10 @@ FEW_LAYERS = 2  # the first ones, besides the last one
 Reopen = Callable[[], WeightSource]
 
 
-class Foresight:
+class EarlyTraces:
     """Owns the traces that were begun before the weights were loaded, and the compiler of their kernels."""
 
-    def __init__(self, traces: Mapping[Bucket, Foreseen], parts: Sequence[Pending], compiler: Compiler) -> None:
+    def __init__(self, traces: Mapping[Bucket, EarlyTrace], parts: Sequence[Pending], compiler: Compiler) -> None:
         """parts: kernels that parts of the steps launch, which are known before their traces."""
         self.traces = dict(traces)
         self.compiler = compiler
@@ -68,14 +69,20 @@ class Foresight:
         for part in [one for one in self._parts if one.is_done]:
             self._parts.remove(part)
             self.compiler.begin_packed(part.wait() or {}, 0)
-        for foreseen in [one for one in self._traced if one.is_done]:
-            self._traced.remove(foreseen)
-            if (traced := foreseen.read()) is not None:
+        for trace in [one for one in self._traced if one.is_done]:
+            self._traced.remove(trace)
+            if (traced := trace.wait()) is not None:
                 self.compiler.begin_packed(traced.kernels, 0)
+
+    def withdraw(self) -> None:
+        """Drop the parts, once the whole steps are traced: processes that have begun some finish them in vain."""
+        for part in self._parts:
+            part.withdraw()
+        self._parts.clear()
 
 
 def is_worth_it(setting: Setting) -> bool:
-    """Whether the load takes longer than the traces, and nothing but a model has memory. Not on a CPU: its cores are
+    """Whether the load takes longer than the traces, and there are no adapters or drafts. Not on a CPU: its cores are
     busy with the load. Not with experts: each process packs one of all matrices that are alike, and a layer's experts
     may take several GB."""
     config, model_config = setting.config, setting.model_config
@@ -84,9 +91,10 @@ def is_worth_it(setting: Setting) -> bool:
     return is_long and not (setting.backend.device.is_cpu or has_more)
 
 
-def foresee(setting: Setting, reopen: Reopen, store: ProgramStore | None) -> Foresight | None:
+def begin_early_traces(setting: Setting, reopen: Reopen, store: ProgramStore | None) -> EarlyTraces | None:
     """Begin to trace the first graphs. reopen: opens the weights again, in another process. None if nothing begins."""
-    if not (is_worth_it(setting) and can_trace_elsewhere()):
+    first = first_buckets(setting.buckets)
+    if not (is_worth_it(setting) and can_trace_elsewhere() and has_room(setting, len(first))):
         return None
     try:
         payload = meta.dump((setting, reopen, tuning.current))
@@ -94,21 +102,49 @@ def foresee(setting: Setting, reopen: Reopen, store: ProgramStore | None) -> For
         logger.info("steps are traced once the weights are loaded: %s: %s", type(error).__name__, error)
         return None
     shared = (renderers_of(setting.backend.device), settings(), payload)
-    first = first_buckets(setting.buckets)
 
     def begin(function: Callable[[Any], Any], what: str, *more: Any) -> Pending | None:
         return begin_elsewhere(function, (*shared, *more), f"the early trace of {what}", 0)
 
     traces = {bucket: begin(_trace_early, bucket.name, bucket) for bucket in first}
     parts: list[Pending | None] = []
-    if num_workers() >= MANY_WORKERS:
+    if num_workers() >= MANY_WORKERS and has_room(setting, 2 * len(first) + 1):
         parts = [begin(_kernels_of_layers, f"some layers of {bucket.name}", bucket) for bucket in first]
         parts.append(begin(_kernels_of_sampling, "sampling", first[0]))
-    return Foresight(
-        {bucket: Foreseen(one) for bucket, one in traces.items() if one is not None},
+    return EarlyTraces(
+        {bucket: EarlyTrace(one, bucket.name) for bucket, one in traces.items() if one is not None},
         [one for one in parts if one is not None],
         Compiler(store),
     )
+
+
+def has_room(setting: Setting, num_jobs: int) -> bool:
+    """Whether host memory has room for so many traces at once. Half of what is available is left to the load, which
+    packs matrices too and reads its files through the same memory."""
+    needed, available = min(num_jobs, num_workers()) * process_bytes(setting), available_bytes()
+    if needed <= available // 2:
+        return True
+    logger.info(
+        "%d early traces do not begin: they may take %.1f GB of the host's memory, of which %.1f GB are available",
+        num_jobs,
+        needed / 1e9,
+        available / 1e9,
+    )
+    return False
+
+
+def process_bytes(setting: Setting) -> int:
+    """What an early trace of a dense model takes of host memory, about and at most: embedding, head and the
+    matrices of the largest layer, as if none were quantized."""
+    config = setting.model_config
+    embedded = config.hidden_size + config.num_layers * config.per_layer_size
+    columns = max(
+        (kind.num_heads + kind.num_kv_heads) * 2 * kind.head_dim + 3 * ffn_size
+        for kind, ffn_size in zip(config.layers, config.ffn_sizes, strict=True)
+    )
+    num_params = config.vocab_size * (embedded + config.hidden_size) + config.hidden_size * columns
+    dtype = config.dtype if setting.config.dtype == "auto" else setting.config.dtype
+    return num_params * (4 if dtype == "float32" else 2)
 
 
 # ---- In the process ----

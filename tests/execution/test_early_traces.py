@@ -1,0 +1,239 @@
+"""Steps that are traced before the weights are loaded are those that would be traced afterwards."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests.builders import write_tiny_gguf, write_tiny_hf_llama
+from tests.execution.driver import generate, make_request
+from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, Limits, ModelConfig, ModelFiles
+from tinyvllm.device.compile_workers import Job
+from tinyvllm.device.compiling import Pending, _end_pool
+from tinyvllm.execution import early_traces, pending_steps, tracing
+from tinyvllm.execution.buckets import first_buckets, make_buckets
+from tinyvllm.execution.early_traces import EarlyTraces
+from tinyvllm.execution.runner import ModelRunner, load_random_runner, load_runner
+from tinyvllm.execution.setting import Setting
+from tinyvllm.ops.backend import Backend
+from tinyvllm.storage.model_config import read_model_config
+
+CONFIG = EngineConfig(
+    "tiny",
+    max_model_len=96,
+    max_num_seqs=2,
+    max_num_batched_tokens=8,
+    num_gpu_blocks_override=33,
+    block_size=8,
+)
+
+pytestmark = pytest.mark.usefixtures("compiling_processes")
+
+
+@pytest.fixture(autouse=True)
+def traced_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(early_traces, "is_worth_it", lambda setting: True)
+    with mock.patch.dict("tinygrad.codegen.to_program_cache", clear=True):
+        yield
+    _end_pool()
+
+
+def tokens_of(runner: ModelRunner) -> list[int]:
+    request = make_request(list(b"to be"), name="0")
+    generate(runner, [request], 8, chunk=5)
+    return list(request.output_ids)
+
+
+def wait_for(pending: list[Pending]) -> None:
+    while not all(one.is_done for one in pending):
+        time.sleep(0.01)
+
+
+def warm_up_without_tracing(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture the first graphs, of which neither this process nor another may trace one now."""
+    early = runner.captures._early
+    assert early is not None
+    wait_for([trace._pending for trace in early.traces.values()])
+
+    def trace(*_: object) -> None:
+        raise AssertionError("this step's early trace was not taken")
+
+    with monkeypatch.context() as patch:
+        for module, name in (
+            (pending_steps, "trace_forward"),
+            (pending_steps, "trace_sampling"),
+            (tracing, "begin_elsewhere"),
+        ):
+            patch.setattr(module, name, trace)
+        runner.warm_up_first()
+    assert set(runner.captures.graphs) == set(first_buckets(runner.buckets))
+
+
+@pytest.mark.parametrize("kind", ["gguf", "hf", "random"])
+def test_the_first_graphs_are_traced_without_the_weights(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their names are the same, so that they are taken, and they give the same tokens."""
+    config = replace(CONFIG, compile_cache=False)
+    files = write_tiny_gguf(tmp_path / "tiny.gguf") if kind == "gguf" else write_tiny_hf_llama(tmp_path / "hf")
+
+    def load() -> ModelRunner:
+        return load_random_runner(_shape(files), "Q4_0", config) if kind == "random" else load_runner(files, config)
+
+    runner = load()
+    warm_up_without_tracing(runner, monkeypatch)
+    monkeypatch.setattr(early_traces, "is_worth_it", lambda setting: False)
+    alone = load()
+    alone.warm_up_first()
+    assert tokens_of(runner) == tokens_of(alone)
+
+
+def load_before_any_trace(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> tuple[ModelRunner, EarlyTraces]:
+    """A load that ends first: nothing is ready until then, and all of it thereafter."""
+    monkeypatch.setattr(early_traces, "MANY_WORKERS", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(EarlyTraces, "advance", lambda self: None)
+        runner = load_runner(files, replace(CONFIG, compile_cache=False))
+    early = runner.captures._early
+    assert early is not None and len(early.traces) == 2 and len(early._parts) == 3
+    wait_for([*early._parts, *[trace._pending for trace in early.traces.values()]])
+    return runner, early
+
+
+def test_parts_of_steps_launch_kernels_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is compiled first is used: a few layers have all kernels of equal ones."""
+    _, early = load_before_any_trace(write_tiny_gguf(tmp_path / "tiny.gguf"), monkeypatch)
+    whole = [trace.wait() for trace in early.traces.values()]
+    kernels = {key for trace in whole if trace is not None for key in trace.kernels}
+    found = [set(part.wait()) for part in early._parts]
+    assert all(found) and set.union(*found) == kernels
+
+
+def test_parts_that_the_load_overtakes_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the whole steps are traced. What is not ready then is withdrawn."""
+    runner, early = load_before_any_trace(write_tiny_gguf(tmp_path / "tiny.gguf"), monkeypatch)
+    parts, late = list(early._parts), mock.Mock(spec=Pending, is_done=False)
+    early._parts.append(late)
+    begun, begin = [], early.compiler.begin_packed
+
+    def begin_packed(kernels: dict[object, object], urgency: int) -> list[Pending]:
+        begun.append(set(kernels))
+        return begin(kernels, urgency)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(early.compiler, "begin_packed", begin_packed)
+    runner.warm_up_first()
+    assert begun[:3] == [set(part.wait()) for part in parts], "before the whole steps, which are larger"
+    late.withdraw.assert_called_once_with()
+    assert not early._parts and runner.captures._early is None
+
+
+def test_what_no_process_has_begun_is_traced_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its early trace is withdrawn, which is no failure of a process."""
+    runner, early = load_before_any_trace(write_tiny_gguf(tmp_path / "tiny.gguf"), monkeypatch)
+    for trace in early.traces.values():
+        trace._pending = Pending(Job(str, None), "a job that no process begins")
+    with mock.patch.object(pending_steps, "trace_forward", wraps=tracing.trace_forward) as traced:
+        runner.warm_up_first()
+    assert traced.call_count == 2 and runner.captures._early is None
+    assert "compiling process" not in caplog.text
+
+
+def _shape(files: ModelFiles) -> ModelConfig:
+    return read_model_config(files)
+
+
+def test_an_early_trace_of_another_step_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if the device had more memory than the other process was told: this process traces the steps again."""
+    files, config = write_tiny_gguf(tmp_path / "tiny.gguf"), replace(CONFIG, compile_cache=False)
+    begin = early_traces.begin_early_traces
+
+    def begin_wrongly(setting: Setting, *others: object) -> EarlyTraces | None:
+        wrong = replace(setting.config, num_gpu_blocks_override=65)
+        return begin(replace(setting, config=wrong), *others)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyvllm.execution.runner.begin_early_traces", begin_wrongly)
+        runner = load_runner(files, config)
+    early, first = runner.captures._early, first_buckets(runner.buckets)
+    assert early is not None and set(early.traces) == set(first)
+    names = [(trace._pending.wait() or ("lost", None))[0] for trace in early.traces.values()]
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(tracing, "can_trace_elsewhere", lambda: False)
+        with mock.patch.object(pending_steps, "trace_forward", wraps=tracing.trace_forward) as traced:
+            runner.warm_up_first()
+    assert traced.call_count == len(first)
+    for bucket, name in zip(early.traces, names, strict=True):
+        assert f"{bucket.name} is traced again: what was traced early is {name}, not " in caplog.text
+    monkeypatch.setattr(early_traces, "is_worth_it", lambda setting: False)
+    alone = load_runner(files, config)
+    alone.warm_up_first()
+    assert tokens_of(runner) == tokens_of(alone)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "vocab_size", "hidden_size", "ffn_size", "num_heads", "num_jobs"),
+    [
+        pytest.param(32, 128256, 4096, 14336, 32, 5, id="8B beside 32 GB"),
+        pytest.param(16, 128256, 4096, 14336, 32, 2, id="8B beside 16 GB"),
+        pytest.param(8, 128256, 4096, 14336, 32, 0, id="8B beside 8 GB"),
+        pytest.param(32, 128256, 8192, 28672, 64, 2, id="70B beside 32 GB"),
+        pytest.param(64, 128256, 8192, 28672, 64, 5, id="70B beside 64 GB"),
+    ],
+)
+def test_early_traces_leave_half_of_the_host_memory_to_the_load(
+    gigabytes: int,
+    vocab_size: int,
+    hidden_size: int,
+    ffn_size: int,
+    num_heads: int,
+    num_jobs: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape = replace(
+        _shape(write_tiny_gguf(tmp_path / "tiny.gguf")),
+        num_layers=32,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        ffn_size=ffn_size,
+        num_heads=num_heads,
+        num_kv_heads=8,
+        head_dim=128,
+        dtype="float16",
+    )
+    setting = mock.Mock(model_config=shape, config=CONFIG, buckets=make_buckets(Limits(2, 8), CONFIG))
+    started: list[str] = []
+
+    def begin_elsewhere(function: Callable[..., object], task: object, what: str, urgency: int) -> Pending:
+        started.append(what)
+        return mock.Mock(spec=Pending)
+
+    monkeypatch.setattr(early_traces, "available_bytes", lambda: gigabytes * 10**9)
+    for name, value in (("num_workers", 16), ("can_trace_elsewhere", True), ("renderers_of", {})):
+        monkeypatch.setattr(early_traces, name, lambda *_, value=value: value)
+    monkeypatch.setattr("tinyvllm.device.meta.dump", lambda value: b"")
+    monkeypatch.setattr(early_traces, "begin_elsewhere", begin_elsewhere)
+    early = early_traces.begin_early_traces(setting, mock.Mock(), None)
+    assert len(started) == num_jobs and (early is None) == (not num_jobs)
+
+
+def test_every_loader_of_a_backend_packs_equal_matrices_once() -> None:
+    methods = inspect.getmembers(Backend, inspect.isfunction)
+    loaders = {
+        name
+        for name, method in methods
+        if any("HostMatrix" in str(one.annotation) for one in inspect.signature(method).parameters.values())
+    }
+    assert loaders == set(early_traces._LOADING)

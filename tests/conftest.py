@@ -100,6 +100,10 @@ def _forget_programs() -> None:
     to_program_cache.clear()
     helpers.CACHEDB, helpers._db_connection = os.environ["CACHEDB"], None
     helpers._db_tables.clear()
+    if "tinyvllm.device.disk_cache" in sys.modules:  # which has opened the other one for any thread
+        from tinyvllm.device.disk_cache import share_disk_cache
+
+        share_disk_cache()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -19,8 +19,8 @@ from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import open_device
 from tinyvllm.ops.formats.matrix import Matrix, pack
 from tinyvllm.ops.gpu import quantized_cluster
-from tinyvllm.ops.gpu.fused import plane_sizes
 from tinyvllm.ops.gpu.plane_ring import CHUNK_COLS, LEAST_BYTES, TILE_ROWS
+from tinyvllm.ops.gpu.product import plane_sizes
 from tinyvllm.ops.gpu.quantized_cluster import (
     ALIGNED,
     FLOATS,

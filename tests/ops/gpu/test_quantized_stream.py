@@ -19,8 +19,8 @@ from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import open_device
 from tinyvllm.ops.formats.matrix import Matrix, pack
 from tinyvllm.ops.gpu import plane_ring
-from tinyvllm.ops.gpu.fused import plane_sizes
 from tinyvllm.ops.gpu.plane_ring import CHUNK_COLS, TILE_ROWS
+from tinyvllm.ops.gpu.product import plane_sizes
 from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, make_stream_place, streamed_vector_kernel
 from tinyvllm.ops.gpu.quantized_stream_floats import StreamedFloatSpec, streamed_float_kernel
 from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS, StreamedMatrixSpec, streamed_matrix_kernel

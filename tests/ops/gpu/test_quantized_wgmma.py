@@ -20,7 +20,8 @@ from tinyvllm.device.handle import open_device
 from tinyvllm.ops.backend import Epilogue, Norm
 from tinyvllm.ops.formats.matrix import Matrix, pack
 from tinyvllm.ops.gpu import quantized_wgmma
-from tinyvllm.ops.gpu.fused import FusedGpuBackend, plane_sizes
+from tinyvllm.ops.gpu.fused import FusedGpuBackend
+from tinyvllm.ops.gpu.product import plane_sizes
 from tinyvllm.ops.gpu.quantized_wgmma import MAX_TOKENS, QuantizedWgmmaSpec, paired_row, quantized_wgmma_kernel
 from tinyvllm.ops.gpu.token_order import (
     CHUNK_COLS,

@@ -38,6 +38,7 @@ from tinyvllm.ops.gpu.latent_attention import store_latents_kernel
 from tinyvllm.ops.gpu.latent_fused import FusedLatentSpec, combine_latents_kernel, fused_latent_kernel
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.plane_ring import is_worth_streaming, is_worth_streaming_row
+from tinyvllm.ops.gpu.product import plane_sizes
 from tinyvllm.ops.gpu.quantized_cluster import MAP_SIZE as CLUSTER_MAP_SIZE
 from tinyvllm.ops.gpu.quantized_cluster import ClusteredMatrixSpec, clustered_matrix_kernel, takes_clusters
 from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, streamed_vector_kernel
@@ -167,12 +168,6 @@ def _uncovered_pool(pool: KVPool) -> str:
 
 DENSE_NAMES = {dtypes.half: "float16", dtypes.bfloat16: "bfloat16"}  # formats, by the matrix unit's dtype
 ProductSpec = MatrixSpec | GemmSpec | StreamSpec | StreamedMatrixSpec | ClusteredMatrixSpec
-
-
-def plane_sizes(matrix: Matrix) -> tuple[tuple[DType, float], ...]:
-    """The dtype of each plane, and its bytes for each value of the matrix."""
-    size = matrix.num_rows * matrix.num_cols
-    return tuple((plane.dtype, plane.nbytes() / size) for plane in matrix.planes)
 
 
 class FusedGpuBackend(GpuBackend):
@@ -740,18 +735,8 @@ class FusedGpuBackend(GpuBackend):
         another one is faster."""
         if not self.has_wgmma or x_dtype != dtypes.half or num_tokens > STREAMED_TOKENS:
             return None
-        own: dict[str, Any] = dict(
-            name=name,
-            lanes=self._lanes(num_tokens),
-            mma=mma,
-            format=matrix.format,
-            num_tokens=num_tokens,
-            num_rows=matrix.num_rows,
-            num_cols=matrix.num_cols,
-            activation=activation,
-            planes=plane_sizes(matrix),
-        )
-        clustered, streamed = ClusteredMatrixSpec(**own), StreamedMatrixSpec(**own)
+        shared = (name, self._lanes(num_tokens), mma, matrix, num_tokens, activation)
+        clustered, streamed = ClusteredMatrixSpec.of(*shared), StreamedMatrixSpec.of(*shared)
         if takes_clusters(matrix.format) and clustered.is_wanted and clustered.is_possible():
             return choose(clustered)
         is_worth = is_worth_streaming(matrix.format, matrix.num_rows, matrix.num_cols)
@@ -763,17 +748,8 @@ class FusedGpuBackend(GpuBackend):
         """The spec of the kernel that unpacks codes into the matrix unit's registers (Hopper), if it is one for it."""
         if not self.has_wgmma or x_dtype != dtypes.half or not reads_runs(matrix.format):
             return None
-        spec = QuantizedWgmmaSpec(
-            name=name,
-            lanes=self._lanes(num_tokens, MAX_CHAINED_STREAMS),
-            mma=mma,
-            format=matrix.format,
-            num_tokens=num_tokens,
-            num_rows=matrix.num_rows,
-            num_cols=matrix.num_cols,
-            activation=activation,
-            planes=plane_sizes(matrix),
-        )
+        lanes = self._lanes(num_tokens, MAX_CHAINED_STREAMS)
+        spec = QuantizedWgmmaSpec.of(name, lanes, mma, matrix, num_tokens, activation)
         return choose(spec) if spec.is_wanted and spec.is_possible() else None
 
     def _stream_spec(

@@ -30,6 +30,7 @@ from tinyvllm.ops.gpu.gemm_hopper import (
 )
 from tinyvllm.ops.gpu.gemm_hopper_unpack import unpacking_wgmma_kernel
 from tinyvllm.ops.gpu.gemm_metal import metal_sums
+from tinyvllm.ops.gpu.product import GatedRows
 from tinyvllm.ops.gpu.token_tiles import ExpertTile, ExpertTiles, TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
 from tinyvllm.ops.kernel.hopper import WGMMA_COLS
@@ -64,7 +65,7 @@ def quick_arithmetic(kind: str) -> Arithmetic:
 
 
 @dataclass(frozen=True)
-class GemmSpec(Tunable):
+class GemmSpec(GatedRows, Tunable):
     """partials (S, T, N) = x (T, K) @ w.T over S splits of K, or out (T, N / 2) = activation(gate) * up."""
 
     name: str
@@ -82,14 +83,6 @@ class GemmSpec(Tunable):
     def experts(self) -> ExpertTiles | None:
         """Set if the matrix has an axis of experts: then N is of one, and each tile of tokens has its own."""
         return None
-
-    @property
-    def is_gated(self) -> bool:
-        return self.activation is not None
-
-    @property
-    def out_rows(self) -> int:
-        return self.num_rows // 2 if self.is_gated else self.num_rows
 
     @property
     def tiles(self) -> TileMma:

@@ -20,6 +20,7 @@ from tinygrad.uop.ops import Ops
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import Arithmetic, gated
 from tinyvllm.ops.formats.matrix import PANEL
+from tinyvllm.ops.gpu.product import GatedRows
 from tinyvllm.ops.gpu.token_tiles import TILE_WORDS, ExpertTile, ExpertTiles, TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, I32, LOG2E, U32, Body, KernelFn, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import (
@@ -80,7 +81,7 @@ HOPPER_ARITHMETIC = Arithmetic(
 
 
 @dataclass(frozen=True)
-class WgmmaSpec:
+class WgmmaSpec(GatedRows):
     """partials (S, T, N) = x (T, K) @ w.T over S splits of K, or out (T, N / 2) = activation(gate) * up, in float16. K
     is a multiple of 64 * S, and the output's rows are a multiple of 32. Hashable: the key of its kernel."""
 
@@ -99,14 +100,6 @@ class WgmmaSpec:
     def experts(self) -> ExpertTiles | None:
         """Set if the matrix has an axis of experts: then N is of one, and each tile of tokens has its own."""
         return None
-
-    @property
-    def is_gated(self) -> bool:
-        return self.activation is not None
-
-    @property
-    def out_rows(self) -> int:
-        return self.num_rows // 2 if self.is_gated else self.num_rows
 
     @property
     def out_tile(self) -> int:

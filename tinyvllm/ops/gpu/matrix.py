@@ -17,6 +17,7 @@ from tinyvllm.ops.activation import gated
 from tinyvllm.ops.formats.matrix import Planes
 from tinyvllm.ops.formats.pairs import read_halves
 from tinyvllm.ops.formats.runs import read_run, run_cols
+from tinyvllm.ops.gpu.product import GatedRows
 from tinyvllm.ops.gpu.token_tiles import ExpertTile, ExpertTiles, TokenTile
 from tinyvllm.ops.kernel.body import F16, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.lanes import (
@@ -47,7 +48,7 @@ MAX_TOKEN_TILES = 8  # tiles whose sums fit into a warp's registers; more tokens
 
 
 @dataclass(frozen=True)
-class MatrixSpec(Tunable):
+class MatrixSpec(GatedRows, Tunable):
     """partials (S, T, N) = x (T, K) @ w.T over S splits of K, or out (T, N / 2) = activation(gate) * up."""
 
     name: str
@@ -74,14 +75,6 @@ class MatrixSpec(Tunable):
     def experts(self) -> ExpertTiles | None:
         """Set if the matrix has an axis of experts: then N is of one, and each tile of tokens has its own."""
         return None
-
-    @property
-    def is_gated(self) -> bool:
-        return self.activation is not None
-
-    @property
-    def out_rows(self) -> int:
-        return self.num_rows // 2 if self.is_gated else self.num_rows
 
     @property
     def cols(self) -> int:

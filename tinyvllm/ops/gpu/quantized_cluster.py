@@ -44,6 +44,7 @@ from tinyvllm.ops.gpu.plane_ring import (
     SharedPlane,
     number,
 )
+from tinyvllm.ops.gpu.product import PackedProductSpec
 from tinyvllm.ops.kernel.body import F16, F32, U32, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.hopper import (
     ACQUIRE_MAP,
@@ -59,8 +60,7 @@ from tinyvllm.ops.kernel.hopper import (
     statement,
     wait,
 )
-from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma, await_previous, multiply_tf32, warps, zeros
-from tinyvllm.ops.kernel.tuning import Tunable
+from tinyvllm.ops.kernel.lanes import LANES, await_previous, multiply_tf32, warps, zeros
 
 UNIT_WORDS = 7 * MAP_WORDS  # of a threadgroup: its maps, and a word that it writes so that tinygrad sees a write
 MAP_SIZE = MULTIPROCESSORS * UNIT_WORDS
@@ -176,31 +176,13 @@ class PlaneBox:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusteredMatrixSpec(Tunable):
+class ClusteredMatrixSpec(PackedProductSpec):
     """out (T, N) = x (T, K) @ w.T in float32, or out (T, N / 2) = activation(gate) * up, T up to 8."""
-
-    name: str
-    lanes: Lanes
-    mma: Mma
-    format: Format
-    num_tokens: int  # T
-    num_rows: int  # N
-    num_cols: int  # K
-    activation: str | None = None
-    planes: tuple[tuple[DType, float], ...]
 
     @property
     def splits(self) -> int:
         """Parts of the sums that others have to add up."""
         return 1
-
-    @property
-    def is_gated(self) -> bool:
-        return self.activation is not None
-
-    @property
-    def out_rows(self) -> int:
-        return self.num_rows // 2 if self.is_gated else self.num_rows
 
     @property
     def out_tile(self) -> int:

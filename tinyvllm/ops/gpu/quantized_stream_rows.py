@@ -14,10 +14,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tinygrad import UOp, dtypes
-from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import gated
 from tinyvllm.ops.formats.matrix import PANEL
 from tinyvllm.ops.formats.pairs import code_order, pair_forms, read_quarter
@@ -41,13 +39,12 @@ from tinyvllm.ops.gpu.plane_ring import (
     wanted_parts,
     wanted_warps,
 )
+from tinyvllm.ops.gpu.product import PackedProductSpec
 from tinyvllm.ops.gpu.quantized_vector import RowPlace
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, statement, wait
 from tinyvllm.ops.kernel.lanes import (
     LANES,
-    Lanes,
-    Mma,
     await_previous,
     axes_of,
     carry,
@@ -56,7 +53,6 @@ from tinyvllm.ops.kernel.lanes import (
     warps,
     zeros,
 )
-from tinyvllm.ops.kernel.tuning import Tunable
 
 TOKENS = 8  # of a tile of the matrix unit
 MAX_TOKENS = 8
@@ -74,26 +70,8 @@ PERMUTE = "__byte_perm({0}, {1}, %#x)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamedMatrixSpec(Tunable):
+class StreamedMatrixSpec(PackedProductSpec):
     """partials (S, T, N) = x (T, K) @ w.T over S splits of K, or out (T, N / 2) = activation(gate) * up, T up to 8."""
-
-    name: str
-    lanes: Lanes
-    mma: Mma
-    format: Format
-    num_tokens: int  # T
-    num_rows: int  # N
-    num_cols: int  # K
-    activation: str | None = None
-    planes: tuple[tuple[DType, float], ...]
-
-    @property
-    def is_gated(self) -> bool:
-        return self.activation is not None
-
-    @property
-    def out_rows(self) -> int:
-        return self.num_rows // 2 if self.is_gated else self.num_rows
 
     @property
     def groups(self) -> int:

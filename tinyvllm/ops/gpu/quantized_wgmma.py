@@ -28,6 +28,7 @@ from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
 from tinyvllm.ops.formats.pairs import read_placed
 from tinyvllm.ops.gpu.gemm_hopper import HOPPER_ARITHMETIC
 from tinyvllm.ops.gpu.plane_ring import SharedPlane
+from tinyvllm.ops.gpu.product import PackedProductSpec
 from tinyvllm.ops.gpu.stream_hopper import MEMORY_RATE
 from tinyvllm.ops.gpu.token_order import CHUNK_COLS, Number, token_cols, token_place
 from tinyvllm.ops.kernel.body import F16, F32, I32, Body, KernelFn, cached_kernel, clamp, finish
@@ -51,9 +52,8 @@ from tinyvllm.ops.kernel.hopper import (
     uniform,
     wait,
 )
-from tinyvllm.ops.kernel.lanes import CHAIN, LANES, Lanes, Mma, axes_of
+from tinyvllm.ops.kernel.lanes import CHAIN, LANES, axes_of
 from tinyvllm.ops.kernel.tiles import PTX_NAMES, pack_words, together
-from tinyvllm.ops.kernel.tuning import Tunable
 
 GROUP_ROWS = WGMMA_TOKENS  # of one instruction
 MIN_TOKENS, MAX_TOKENS = 9, 512
@@ -111,28 +111,11 @@ class _PlaneCopy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedWgmmaSpec(Tunable):
+class QuantizedWgmmaSpec(PackedProductSpec):
     """partials (S, T, N) = x (T, K) @ w.T over S splits of K, or out (T, N / 2) = activation(gate) * up. x is as
     `order_rows_kernel` writes it."""
 
-    name: str
-    lanes: Lanes
-    mma: Mma
-    format: Format
-    num_tokens: int  # T
-    num_rows: int  # N
-    num_cols: int  # K
-    activation: str | None = None  # the matrix is gate over up: out = activation(gate) * up
-    planes: tuple[tuple[DType, float], ...]  # the dtype of each, and its bytes for each value of the matrix
     orders_result: bool = False  # out is in the order of x
-
-    @property
-    def is_gated(self) -> bool:
-        return self.activation is not None
-
-    @property
-    def out_rows(self) -> int:
-        return self.num_rows // 2 if self.is_gated else self.num_rows
 
     @property
     def token_tiles(self) -> int:

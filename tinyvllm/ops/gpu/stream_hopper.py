@@ -19,6 +19,7 @@ from tinygrad.uop.ops import Ops
 from tinyvllm.ops.activation import gated
 from tinyvllm.ops.gpu.gemm_hopper import HOPPER_ARITHMETIC
 from tinyvllm.ops.gpu.plane_ring import LEAST_BYTES
+from tinyvllm.ops.gpu.product import GatedRows
 from tinyvllm.ops.gpu.token_tiles import TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import (
@@ -79,7 +80,7 @@ Number = TypeVar("Number", int, UOp)
 
 
 @dataclass(frozen=True)
-class StreamSpec(Tunable):
+class StreamSpec(GatedRows, Tunable):
     """partials (S, T, N) = x (T, K) @ w.T over S splits of K, or out (T, N / 2) = activation(gate) * up, or, if S is 1,
     out (T, N) = residual + x @ w.T."""
 
@@ -93,17 +94,9 @@ class StreamSpec(Tunable):
     adds_residual: bool = False  # if S is 1
 
     @property
-    def is_gated(self) -> bool:
-        return self.activation is not None
-
-    @property
     def boxes(self) -> int:
         """Copies that fetch a panel of the tile's matrix rows: one each for gate and up."""
         return 2 if self.is_gated else 1
-
-    @property
-    def out_rows(self) -> int:
-        return self.num_rows // 2 if self.is_gated else self.num_rows
 
     @property
     def row_tile(self) -> int:

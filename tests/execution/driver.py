@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
-from tinyvllm.config import Capacity, ModelFiles, SamplingParams
+from tinyvllm.config import Capacity, EngineConfig, ModelFiles, SamplingParams
 from tinyvllm.device.handle import open_device
 from tinyvllm.execution.buckets import Bucket, choose_bucket
 from tinyvllm.execution.inputs import InputPacker
@@ -23,6 +23,15 @@ from tinyvllm.scheduling.request import Request, TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
 
 GREEDY = {"temperature": 0.0}
+# of starts that are compared: few graphs, and small ones
+TINY = EngineConfig(
+    "tiny",
+    max_model_len=96,
+    max_num_seqs=2,
+    max_num_batched_tokens=8,
+    num_gpu_blocks_override=33,
+    block_size=8,
+)
 
 
 class Runner(Protocol):

@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 
 from tests.builders import write_tiny_gguf, write_tiny_hf_llama
-from tests.execution.driver import generate, make_request
-from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, Limits, ModelConfig, ModelFiles
+from tests.execution.driver import TINY, generate, make_request
+from tinyvllm.config import CACHE_DIR_VARIABLE, Limits, ModelConfig, ModelFiles
 from tinyvllm.device.compile_workers import Job
 from tinyvllm.device.compiling import Pending, _end_pool
 from tinyvllm.execution import early_traces, pending_steps, tracing
@@ -24,15 +24,6 @@ from tinyvllm.execution.runner import ModelRunner, load_random_runner, load_runn
 from tinyvllm.execution.setting import Setting
 from tinyvllm.ops.backend import Backend
 from tinyvllm.storage.model_config import read_model_config
-
-CONFIG = EngineConfig(
-    "tiny",
-    max_model_len=96,
-    max_num_seqs=2,
-    max_num_batched_tokens=8,
-    num_gpu_blocks_override=33,
-    block_size=8,
-)
 
 pytestmark = pytest.mark.usefixtures("compiling_processes")
 
@@ -82,7 +73,7 @@ def test_the_first_graphs_are_traced_without_the_weights(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their names are the same, so that they are taken, and they give the same tokens."""
-    config = replace(CONFIG, compile_cache=False)
+    config = replace(TINY, compile_cache=False)
     files = write_tiny_gguf(tmp_path / "tiny.gguf") if kind == "gguf" else write_tiny_hf_llama(tmp_path / "hf")
 
     def load() -> ModelRunner:
@@ -101,7 +92,7 @@ def load_before_any_trace(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(early_traces, "MANY_WORKERS", 1)
     with monkeypatch.context() as patch:
         patch.setattr(EarlyTraces, "advance", lambda self: None)
-        runner = load_runner(files, replace(CONFIG, compile_cache=False))
+        runner = load_runner(files, replace(TINY, compile_cache=False))
     early = runner.captures._early
     assert early is not None and len(early.traces) == 2 and len(early._parts) == 3
     wait_for([*early._parts, *[trace._pending for trace in early.traces.values()]])
@@ -156,7 +147,7 @@ def test_an_early_trace_of_another_step_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As if the device had more memory than the other process was told: this process traces the steps again."""
-    files, config = write_tiny_gguf(tmp_path / "tiny.gguf"), replace(CONFIG, compile_cache=False)
+    files, config = write_tiny_gguf(tmp_path / "tiny.gguf"), replace(TINY, compile_cache=False)
     begin = early_traces.begin_early_traces
 
     def begin_wrongly(setting: Setting, *others: object) -> EarlyTraces | None:
@@ -213,7 +204,7 @@ def test_early_traces_leave_half_of_the_host_memory_to_the_load(
         head_dim=128,
         dtype="float16",
     )
-    setting = mock.Mock(model_config=shape, config=CONFIG, buckets=make_buckets(Limits(2, 8), CONFIG))
+    setting = mock.Mock(model_config=shape, config=TINY, buckets=make_buckets(Limits(2, 8), TINY))
     started: list[str] = []
 
     def begin_elsewhere(function: Callable[..., object], task: object, what: str, urgency: int) -> Pending:

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from tests.builders import write_tiny_gguf
-from tests.execution.driver import generate, make_request
+from tests.execution.driver import TINY, generate, make_request
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.execution import step_code
@@ -21,15 +21,7 @@ from tinyvllm.ops.cpu.backend import CpuBackend
 
 from tinygrad.codegen import to_program_cache  # isort: skip  (tinyvllm makes its settings first)
 
-CONFIG = EngineConfig(
-    "tiny",
-    max_model_len=96,
-    max_num_seqs=2,
-    max_num_batched_tokens=8,
-    num_gpu_blocks_override=33,
-    block_size=8,
-    decode_buckets=(2,),
-)
+CONFIG = dataclasses.replace(TINY, decode_buckets=(2,))
 NUM_STEPS = 2 * 2  # decode 2, prefill 8; each with sampling as it is and from processed logits
 PROMPTS = [[5, 9, 200, 13, 64, 7, 7, 31, 90, 18, 2], [31, 7]]
 

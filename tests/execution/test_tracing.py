@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 
 from tests.builders import write_tiny_gguf
-from tests.execution.driver import generate, make_request
-from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
+from tests.execution.driver import TINY, generate, make_request
+from tinyvllm.config import CACHE_DIR_VARIABLE, ModelFiles
 from tinyvllm.device.compiling import Pending, _end_pool, key_of
 from tinyvllm.device.recording import SavedStep
 from tinyvllm.execution import pending_steps, tracing
@@ -22,14 +22,6 @@ from tinyvllm.execution.captures import Captures
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.faults import VARIABLE, Fault, Plan
 
-CONFIG = EngineConfig(
-    "tiny",
-    max_model_len=96,
-    max_num_seqs=2,
-    max_num_batched_tokens=8,
-    num_gpu_blocks_override=33,
-    block_size=8,
-)
 PROMPTS = [list(b"to be"), list(b"or not to be, that is the question:")]
 
 pytestmark = pytest.mark.usefixtures("compiling_processes")
@@ -78,7 +70,7 @@ def test_no_step_of_a_stream_waits_for_a_trace_or_a_compiler(
 ) -> None:
     """After the first graphs, this process traces nothing, and it takes only what is ready. A later start that traces
     everything itself gives the same tokens, and leaves the same steps on the disk."""
-    runner = load_runner(files, CONFIG)
+    runner = load_runner(files, TINY)
     runner.warm_up_first()
     assert set(runner.captures.graphs) == set(first_buckets(runner.buckets)) != set(runner.buckets)
     expected, events, waited = tokens_of(runner), [], Pending.wait
@@ -108,7 +100,7 @@ def test_no_step_of_a_stream_waits_for_a_trace_or_a_compiler(
     for path in steps_in(root):
         path.unlink()
     monkeypatch.setattr(tracing, "can_trace_elsewhere", lambda: False)
-    alone = load_runner(files, CONFIG)
+    alone = load_runner(files, TINY)
     alone.warm_up()
     assert tokens_of(alone) == expected
     assert {path.name for path in steps_in(root)} == set(stored) and len(stored) == 2 * len(runner.buckets)
@@ -125,7 +117,7 @@ def facts(step: object) -> tuple[SavedStep, list[bytes]]:
 @pytest.mark.sweep  # the test above compares the steps that both leave on the disk
 def test_another_process_traces_what_this_one_would(files: ModelFiles) -> None:
     """The same calls on the same named buffers, and kernels with the same keys."""
-    runner = load_runner(files, CONFIG)
+    runner = load_runner(files, TINY)
     begun = [runner.captures._tracer.begin(bucket, 0, "") for bucket in runner.buckets]
     for bucket, pending in zip(runner.buckets, begun, strict=True):
         here = tracing.trace_both(tracing.code_of(bucket, runner.captures._context))
@@ -141,7 +133,7 @@ def test_what_another_process_loses_is_traced_here(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(VARIABLE, Plan([Fault("trace.worker", "exit")], str(tmp_path)).encode())
-    runner = load_runner(files, CONFIG)
+    runner = load_runner(files, TINY)
     with caplog.at_level(logging.WARNING):
         runner.captures.make_first()
         capture_all(runner.captures)

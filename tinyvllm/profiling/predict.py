@@ -265,8 +265,8 @@ class _Setup:
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement in docs/PERFORMANCE.md: a decode step, or, if `prompt` is not 0, a prompt computed `step_tokens`
-    at a time with `num_rows` rows of logits."""
+    """A measurement in docs/PERFORMANCE.md or docs/EXPERIMENTS.md: a decode step, or, if `prompt` is not 0, a prompt
+    computed `step_tokens` at a time with `num_rows` rows of logits."""
 
     chip: Chip
     shape: str

@@ -75,6 +75,22 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_start_hardly_collects_garbage() -> None:
+    """Python's own thresholds give 200 collections while these modules are imported."""
+    code = (
+        "import gc, sys\n"
+        "import tinyvllm.cli\n"
+        "sys.argv = ['tinyvllm', '--version']\n"
+        "try:\n"
+        "    tinyvllm.cli.main()\n"
+        "except SystemExit:\n"
+        "    import tinyvllm.server.serve\n"
+        "    print(sum(generation['collections'] for generation in gc.get_stats()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 20
+
+
 def test_version_is_printed() -> None:
     result = run("--version")
     assert result.exit_code == 0 and result.stdout.startswith("tinyvllm ")

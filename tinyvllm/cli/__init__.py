@@ -4,6 +4,10 @@
 def main() -> None:
     """The console script. Ctrl-C ends it without a traceback even while its modules are imported."""
     try:
+        from tinyvllm.processes import collect_rarely
+
+        collect_rarely()
+
         from tinyvllm.cli.commands import main as run
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # as shells report it; `terminal.INTERRUPTED` is not imported yet

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import logging
 import multiprocessing
 import os
@@ -25,9 +24,9 @@ from tinyvllm.device.compile_workers import BEGIN_WORKER, CompileWorkers, Job, L
 from tinyvllm.device.disk_cache import share_disk_cache
 from tinyvllm.device.program_store import ProgramStore, slim
 from tinyvllm.faults import reach
+from tinyvllm.processes import collect_rarely
 
 WORKER_NICENESS = 5
-WORKER_GC = (200_000, 20, 1000)  # gc.set_threshold's arguments
 LOST_S = 300.0  # what takes longer is done in this process: the other may have been stopped
 MOST_WORKERS = 16  # each takes 150 to 250 MB; a model's kernels keep no more of them busy
 
@@ -257,7 +256,7 @@ def begin_worker() -> None:
     Context(ALLOW_DEVICE_USAGE=0, VIZ=0, TRACK_MATCH_STATS=0, PARALLEL=0).__enter__()
     logging.disable(logging.WARNING)  # the parent has said what is wrong with the cache
     share_disk_cache()
-    gc.set_threshold(*WORKER_GC)
+    collect_rarely()
     UOp.op_in_backward_slice_with_self = depends_on_any
     os.nice(WORKER_NICENESS)
 

@@ -18,6 +18,12 @@ def collect_start(num_graphs: int) -> None:
         gc.collect()
 
 
+def keep_imports() -> None:
+    """Called in a server when nearly all modules are imported: `settle_heap` need not visit what they have made, which
+    would take 0.2 s of a start."""
+    gc.freeze()
+
+
 def settle_heap() -> None:
     """Called when all that lives as long as the process is loaded: collections no longer visit it, and are rare.
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from tinyvllm.errors import DownloadError, UnsupportedModelError
 
@@ -68,6 +67,9 @@ def is_wanted(name: str) -> bool:
 
 def download(listing: Listing, directory: Path) -> None:
     """Download a listing's files into `directory`. Raises DownloadError."""
+    # here, because servers import this file, and the hub's progress bars take 15 to 70 ms
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
     disable_progress_bars()  # `pull` reports progress itself
     try:
         huggingface_hub.snapshot_download(

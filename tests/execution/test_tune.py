@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,13 +20,26 @@ from tinyvllm.execution import tune as tune_module
 from tinyvllm.execution import tune_process
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.runner import ModelRunner, load_runner
-from tinyvllm.execution.tune import Trial, expected_gain, in_order, make_plan, search
+from tinyvllm.execution.tune import (
+    MOST_TURNS,
+    Duel,
+    Trial,
+    expected_gain,
+    in_order,
+    is_alike,
+    make_plan,
+    search,
+    time_in_turn,
+)
 from tinyvllm.execution.tune_events import Event, Job
 from tinyvllm.execution.tune_process import tune
 from tinyvllm.ops.gpu.gemm import GemmSpec
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.body import F16
 from tinyvllm.ops.kernel.lanes import Mma
+from tinyvllm.ops.kernel.tuning import Chosen
+from tinyvllm.scheduling.plan import StepOutput, StepPlan
+from tinyvllm.scheduling.request import TokenLogprobs
 
 BUCKET = Bucket.decode(2)
 
@@ -36,7 +53,7 @@ def runner(tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def run_search(runner: ModelRunner, begun: list[Trial] | None = None) -> list[Trial]:
-    return list(search(runner, BUCKET, tuning.current.bad, (begun if begun is not None else []).append))
+    return list(search(runner, BUCKET, (begun if begun is not None else []).append))
 
 
 def test_a_search_goes_over_every_tunable_kernel_once_and_is_remembered(runner: ModelRunner) -> None:
@@ -54,34 +71,60 @@ def test_a_search_goes_over_every_tunable_kernel_once_and_is_remembered(runner: 
     assert not runner.is_tuned, "other buckets were not searched"
 
 
+def invent_times(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[Mapping[str, Chosen]], float]) -> None:
+    """Let a step take as long as `seconds` says of the choices with which it was captured."""
+    made: dict[int, float] = {}
+    ready = tune_module._Steps._ready
+
+    def note(self: Any, graph: Any) -> Any:
+        step = ready(self, graph)
+        made[id(step)] = seconds(dict(tuning.current.chosen))
+        return step
+
+    monkeypatch.setattr(tune_module._Steps, "_ready", note)
+
+    def duel(self: Any, before: Any, after: Any) -> Duel:
+        return Duel(made[id(before)], made[id(after)], wins=1.0)
+
+    monkeypatch.setattr(tune_module._Steps, "duel", duel)
+
+
 def test_the_fastest_candidate_is_chosen_and_traced(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times are invented: one row per pass takes half as long in the down projection, and nothing else matters."""
-    real = tune_module.time_step
-
-    def time_step(runner: ModelRunner, bucket: Bucket, plan: object) -> tuple[float, object]:
-        _, tokens = real(runner, bucket, plan)  # type: ignore[arg-type]
-        return (
-            0.5 if any(value == (("rows_per_pass", 1),) for value in tuning.current.chosen.values()) else 1.0
-        ), tokens
-
-    monkeypatch.setattr(tune_module, "time_step", time_step)
-    monkeypatch.setattr(tune_module, "NUM_TIMED", 1)
-    run_search(runner)
-    chosen = [value for value in tuning.current.chosen.values() if value]
-    assert chosen == [(("rows_per_pass", 1),)]
+    """One row per pass takes half as long in the down projection, and nothing else matters."""
+    one_row = (("rows_per_pass", 1),)
+    invent_times(monkeypatch, lambda chosen: 0.5 if one_row in chosen.values() else 1.0)
+    trials = run_search(runner)
+    assert [value for value in tuning.current.chosen.values() if value] == [one_row]
+    (kept,) = [trial for trial in trials if trial.is_kept and trial.chosen]
+    assert (trials[-1].kernel, trials[-1].before_s, trials[-1].seconds) == (tune_module.WHOLE_STEP, 1.0, 0.5)
+    assert tuning.current.slow >= {trial.name for trial in trials if trial.chosen} - {kept.name}
     with tuning.current.watching() as asked:
         runner.captures.remake(BUCKET)
     assert sum(tuning.choose(spec).rows_per_pass == 1 for spec in asked.values()) == 1  # type: ignore[attr-defined]
 
 
+def test_gains_of_several_kernels_add_up(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A candidate that was begun before another one was kept is compared again, beside that one."""
+    monkeypatch.setattr(tune_module, "num_workers", lambda: 64)
+    monkeypatch.setattr(tune_module._Steps, "is_on_cpu", False)
+    one_row = (("rows_per_pass", 1),)
+    invent_times(monkeypatch, lambda chosen: 1.0 - 0.1 * sum(value == one_row for value in chosen.values()))
+    trials = run_search(runner)
+    kept = [trial for trial in trials if trial.is_kept and trial.chosen]
+    assert len(kept) > 1 and kept[-1].seconds == trials[-1].seconds == pytest.approx(1.0 - 0.1 * len(kept))
+    assert all(trial.seconds == pytest.approx(trial.before_s - 0.1) for trial in kept)
+
+
 def test_a_candidate_that_changes_a_token_is_bad(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tune_module.time_step
+    execute = runner.execute
 
-    def time_step(runner: ModelRunner, bucket: Bucket, plan: object) -> tuple[float, object]:
-        seconds, tokens = real(runner, bucket, plan)  # type: ignore[arg-type]
-        return seconds / (1000 if tuning.current.chosen else 1), tokens + any(tuning.current.chosen.values())
+    def wrong(plan: StepPlan) -> StepOutput:
+        output = execute(plan)
+        has_changed = any(tuning.current.chosen.values())
+        return replace(output, token_ids=tuple(token + has_changed for token in output.token_ids))
 
-    monkeypatch.setattr(tune_module, "time_step", time_step)
+    monkeypatch.setattr(runner, "execute", wrong)
+    invent_times(monkeypatch, lambda chosen: 0.001 if any(chosen.values()) else 1.0)
     trials = run_search(runner)
     tried = [trial for trial in trials if trial.chosen]
     assert tried and all(trial.seconds is None for trial in tried)
@@ -90,6 +133,60 @@ def test_a_candidate_that_changes_a_token_is_bad(runner: ModelRunner, monkeypatc
     begun: list[Trial] = []
     run_search(runner, begun)
     assert not begun, "what was bad is not tried again"
+
+
+@pytest.mark.parametrize(
+    ("token", "chosen", "top", "is_right"),
+    [
+        (7, -2.0, ((7, -2.0), (8, -2.04)), True),
+        (8, -2.01, ((8, -2.01), (7, -2.02)), True),  # they have changed places
+        (8, -2.01, ((8, -2.01), (7, -2.2)), False),  # 7 was as likely as 8 before
+        (9, -2.01, ((9, -2.01), (7, -2.02)), False),  # 9 was not
+        (7, -2.1, ((7, -2.1), (8, -2.2)), False),
+        (7, float("nan"), ((7, float("nan")),), False),
+    ],
+)
+def test_other_orders_of_sums_may_exchange_tokens_that_are_as_likely(
+    token: int, chosen: float, top: tuple[tuple[int, float], ...], *, is_right: bool
+) -> None:
+    expected = StepOutput((7,), (TokenLogprobs(-2.0, ((7, -2.0), (8, -2.03), (9, -2.5))),))
+    assert is_alike(StepOutput((token,), (TokenLogprobs(chosen, top),)), expected) == is_right
+
+
+@pytest.mark.parametrize(("before", "after", "num_turns"), [(0.004, 0.001, MOST_TURNS), (0.001, 0.02, 3)])
+def test_steps_are_timed_in_turn(runner: ModelRunner, before: float, after: float, num_turns: int) -> None:
+    """Until it is known whether the second one wins in four of five turns."""
+    ran: list[str] = []
+
+    def run(name: str, seconds: float) -> None:
+        ran.append(name)
+        time.sleep(seconds)
+
+    duel = time_in_turn(runner.backend.device, partial(run, "a", before), partial(run, "b", after), 0.002)
+    assert duel.is_gain == (before > after)
+    in_order = (["a", "b", "b", "a"] * MOST_TURNS)[: 2 * num_turns]
+    first, *turns = [name for name, _ in itertools.groupby(ran)]
+    assert first == "b" and turns == [name for name, _ in itertools.groupby(in_order)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wins", "is_gain"), [(0.9, 1.0, True), (0.9, 0.7, False), (0.997, 1.0, False), (1.1, 0.0, False)]
+)
+def test_a_gain_is_large_and_often_enough(seconds: float, wins: float, *, is_gain: bool) -> None:
+    assert Duel(1.0, seconds, wins).is_gain == is_gain
+
+
+def test_a_search_stops_in_time_and_goes_on_where_it_stopped(runner: ModelRunner) -> None:
+    begun: list[Trial] = []
+    for trial in search(runner, BUCKET, begun.append, time.monotonic() + 3600):
+        if trial.chosen:
+            break
+    assert len(begun) == 1 and runner.tuning_name(BUCKET) not in tuning.current.searched
+    assert not [trial for trial in search(runner, BUCKET, begun.append, 0.0) if trial.chosen]
+    assert len(begun) == 1 and runner.tuning_name(BUCKET) not in tuning.current.searched
+    run_search(runner, begun)
+    assert len({trial.name for trial in begun}) == len(begun) > 1
+    assert runner.tuning_name(BUCKET) in tuning.current.searched
 
 
 def test_choices_make_steps_of_their_own(runner: ModelRunner) -> None:

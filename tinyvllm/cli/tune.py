@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
 from typer import Option
@@ -49,11 +49,16 @@ def tune(
             Job(config, found.files, shape, found.kind, names), budget * 60, lambda event: progress.see(event, report)
         )
     print_table(progress.table())
-    _say(outcome)
+    _say(outcome, progress)
     subject.write_json(progress.rows())
 
 
-def _say(outcome: Outcome) -> None:
+def _say(outcome: Outcome, progress: _Progress) -> None:
+    for bucket, before_s, seconds in progress.whole_steps():
+        out.print(
+            f"{bucket}: {before_s * 1e3:.3f} ms before, {seconds * 1e3:.3f} ms with all choices, in turn",
+            highlight=False,
+        )
     out.print(
         f"{outcome.num_tried} candidates tried, {outcome.num_bad} unusable; results are in {outcome.path}",
         highlight=False,
@@ -63,46 +68,59 @@ def _say(outcome: Outcome) -> None:
 
 
 class _Progress:
-    """The worker's events so far: a step's seconds by bucket, kernel and candidate."""
+    """The worker's results so far, by bucket and kernel."""
 
     def __init__(self) -> None:
         self._buckets: tuple[str, ...] = ()
         self._done: set[str] = set()
-        self._seconds: dict[tuple[str, str], dict[tuple[tuple[str, int], ...], float]] = {}
+        self._results: dict[tuple[str, str], list[Event]] = {}
 
-    def see(self, event: Event, report: object) -> None:
-        if event.what == "ready":
+    def see(self, event: Event, report: Callable[[str, int, int], None]) -> None:
+        if event.what == "stage":
+            report(event.bucket, event.place, event.total)
+        elif event.what == "ready":
             self._buckets = event.buckets
         elif event.what == "saved":
             self._done.add(event.bucket)
-        elif event.what == "end" and event.seconds is not None:
-            times = self._seconds.setdefault((event.bucket, event.kernel), {})
-            times[event.chosen] = min(event.seconds, times.get(event.chosen, event.seconds))
-        if callable(report) and self._buckets:
-            report("tune", len(self._done), len(self._buckets))
+        elif event.what == "end":
+            self._results.setdefault((event.bucket, event.kernel), []).append(event)
+            if event.total:
+                report(event.bucket, event.place, event.total)
+        if len(self._buckets) > 1:
+            report("all steps", len(self._done), len(self._buckets))
+
+    def whole_steps(self) -> Iterator[tuple[str, float, float]]:
+        """(bucket, seconds of its step before the search and after it, timed in turn), where something was kept."""
+        from tinyvllm.execution.tune import WHOLE_STEP
+
+        for (bucket, kernel), (*_, event) in self._results.items():
+            if kernel == WHOLE_STEP and event.seconds is not None:
+                yield bucket, event.before_s, event.seconds
 
     def table(self) -> Table:
-        table = Table(title="step time with the fastest candidate of each kernel")
-        for name in ("step", "kernel", "before", "best", "choice"):
-            table.add_column(name, justify="right" if name in ("before", "best") else "left")
-        for bucket, kernel, first, best, chosen in self._results():
-            words = ", ".join(f"{knob} {value}" for knob, value in chosen) or "unchanged"
-            table.add_row(bucket, kernel, f"{first * 1e3:.3f} ms", f"{best * 1e3:.3f} ms", words)
+        table = Table(title="what each kernel's fastest candidate changes of the step's time")
+        for name in ("step", "kernel", "tried", "change", "choice"):
+            table.add_column(name, justify="right" if name in ("tried", "change") else "left")
+        for row in self.rows():
+            words = ", ".join(f"{knob} {value}" for knob, value in row["chosen"].items()) or "unchanged"
+            change = f"{row['best_s'] / row['before_s'] - 1:+.1%}" if row["tried"] else ""
+            table.add_row(row["bucket"], row["kernel"], str(row["tried"]), change, words)
         return table
 
-    def rows(self) -> list[dict[str, object]]:
-        return [
-            {"bucket": bucket, "kernel": kernel, "before_s": first, "best_s": best, "chosen": dict(chosen)}
-            for bucket, kernel, first, best, chosen in self._results()
-        ]
+    def rows(self) -> list[dict[str, Any]]:
+        """By bucket and kernel: how many candidates were tried, the step's seconds with the fastest one and with what
+        it took turns with, and the choice that was kept; {}: none."""
+        from tinyvllm.execution.tune import WHOLE_STEP
 
-    def _results(self) -> Iterator[tuple[str, str, float, float, tuple[tuple[str, int], ...]]]:
-        """(bucket, kernel, seconds of a step by the default rules, by the fastest candidate, that candidate)."""
-        from tinyvllm.execution.tune import LEAST_GAIN
-
-        for (bucket, kernel), times in self._seconds.items():
-            chosen = min(times, key=lambda candidate: times[candidate])
-            first = times.get((), times[chosen])
-            if times[chosen] >= first * (1 - LEAST_GAIN):
-                chosen = () if () in times else chosen
-            yield bucket, kernel, first, times[chosen], chosen
+        rows: list[dict[str, Any]] = []
+        for (bucket, kernel), (first, *others) in self._results.items():
+            if kernel == WHOLE_STEP:
+                continue
+            events = [event for event in others if event.chosen]  # not what a second worker began with
+            kept = [event for event in events if event.is_kept]
+            timed = kept[-1:] or [event for event in events if event.seconds is not None] or [first]
+            best = min(timed, key=lambda event: (event.seconds or 0.0) / event.before_s)
+            chosen = dict(best.chosen) if best.is_kept else {}
+            sizes = {"bucket": bucket, "kernel": kernel, "tried": len(events)}
+            rows.append(sizes | {"before_s": best.before_s, "best_s": best.seconds, "chosen": chosen})
+        return rows

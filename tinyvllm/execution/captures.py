@@ -129,12 +129,18 @@ class Captures:
 
     def remake(self, bucket: Bucket) -> None:
         """Capture a bucket again, with the current choices of `ops.kernel.tuning`, without saving it."""
-        self.graphs[bucket] = PendingGraph(bucket, self._context, self._tuning_compiler).finish()
-        self.num_made += 1
+        self.replace(PendingGraph(bucket, self._context, self._tuning_compiler).finish())
 
-    def foresee(self, bucket: Bucket) -> None:
-        """Begin to compile what a `remake` with the current choices will need."""
-        PendingGraph(bucket, self._context, self._tuning_compiler)
+    def begin_again(self, bucket: Bucket) -> PendingGraph:
+        """Begin to capture a bucket again, with the current choices, in other processes if there are any. The graph
+        takes the bucket's place when it is passed to `replace`."""
+        tracer = None if self._context.backend.device.is_cpu else self._tracer
+        return PendingGraph(bucket, self._context, self._tuning_compiler, tracer, next(self._urgencies))
+
+    def replace(self, graph: Graph) -> None:
+        """Let a graph take the place of its bucket's."""
+        self.graphs[graph.bucket] = graph
+        self.num_made += 1
 
     def clear(self) -> None:
         """Drop all graphs."""

@@ -38,6 +38,7 @@ from tinyvllm.faults import reach
 from tinyvllm.ops.backends import import_kernels
 from tinyvllm.ops.coverage import Note
 from tinyvllm.ops.kernel import tuning
+from tinyvllm.ops.kernel.tuning import Chosen
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Tracer:
         """early: traces that were begun before the weights were loaded."""
         self._context = context
         self._early = dict(early or {})
-        self._payloads: dict[str, bytes] = {}  # by the digest of the tuned choices
+        self._payload = b""
         self._has_failed = False
 
     def begin(self, bucket: Bucket, urgency: int, name: str) -> Pending | EarlyTrace | None:
@@ -133,7 +134,7 @@ class Tracer:
         if self._context.is_jit or self._has_failed or not can_trace_elsewhere():
             return None
         try:
-            task = (renderers_of(self._context.backend.device), settings(), self._payload, bucket)
+            task = (renderers_of(self._context.backend.device), settings(), self._dumped, bucket, _chosen_now())
         except Exception as error:  # of pickle, for something that it cannot take along
             self._has_failed = True
             logger.warning("this process traces every step: %s: %s", type(error).__name__, error)
@@ -141,13 +142,16 @@ class Tracer:
         return begin_elsewhere(_trace_there, task, f"the trace of {bucket.name}", urgency)
 
     @property
-    def _payload(self) -> bytes:
-        """What tracing needs, about 100 KB."""
-        choices = tuning.current
-        if choices.digest not in self._payloads:
-            payload = meta.dump((replace(self._context, scratch=Scratch()), choices))
-            self._payloads = {choices.digest: payload}
-        return self._payloads[choices.digest]
+    def _dumped(self) -> bytes:
+        """What tracing needs besides choices, about 100 KB."""
+        if not self._payload:
+            self._payload = meta.dump(replace(self._context, scratch=Scratch()))
+        return self._payload
+
+
+def _chosen_now() -> dict[str, Chosen]:
+    """A copy of the tuned choices: a task is pickled later, when a search may have turned to others."""
+    return dict(tuning.current.chosen)
 
 
 def renderers_of(device: DeviceHandle) -> dict[str, Renderer]:
@@ -162,19 +166,21 @@ def prepare_there(is_cpu: bool) -> None:
     import_kernels(is_cpu)
 
 
-def _trace_there(task: tuple[Mapping[str, Renderer], dict[str, Any], bytes, Bucket]) -> TracedElsewhere:
+Task = tuple[Mapping[str, Renderer], dict[str, Any], bytes, Bucket, dict[str, Chosen]]
+
+
+def _trace_there(task: Task) -> TracedElsewhere:
     reach("trace.worker")
-    renderers, chosen, payload, bucket = task
+    renderers, settings_there, payload, bucket, chosen = task
     context = _load(payload, renderers)
-    with Context(**chosen):
+    tuning.use(tuning.Choices(chosen=chosen))
+    with Context(**settings_there):
         return trace_both(code_of(bucket, context))
 
 
 def _load(payload: bytes, renderers: Mapping[str, Renderer]) -> GraphContext:
     meta.use_meta_devices(renderers)
-    context: GraphContext
-    context, choices = meta.load(payload)
-    tuning.use(choices)
+    context: GraphContext = meta.load(payload)
     return context
 
 

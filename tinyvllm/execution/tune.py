@@ -1,8 +1,9 @@
 """The search for a bucket's fastest kernels: real steps on the real weights, one kernel at a time.
 
 A candidate is timed where it will run, within the recorded step, since caches and launch gaps matter as much as the
-kernel. A candidate that changes a token is rejected. The search runs in a process of its own (`tune_worker.py`), since
-a bad kernel may crash it.
+kernel. It takes turns with the step that it is compared with, since clocks and the power limit change by the second.
+Meanwhile other processes trace and compile the steps of the next candidates. A candidate that changes what the step
+computes is rejected. The search runs in a process of its own (`tune_worker.py`), since a bad kernel may crash it.
 """
 
 from __future__ import annotations
@@ -10,75 +11,97 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tinyvllm.config import SamplingParams
+from tinyvllm.device.compiling import num_workers
+from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.execution.buckets import Bucket, lengths_that_fill
+from tinyvllm.execution.captures import POLL_S
+from tinyvllm.execution.graphs import Graph, PendingGraph
+from tinyvllm.execution.inspector import RunnerInspector
 from tinyvllm.execution.runner import ModelRunner
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.tuning import Chosen, Tunable, candidates, combinations
 from tinyvllm.scheduling.block_manager import fixed_states, fixed_tables
-from tinyvllm.scheduling.plan import Scheduled, StepPlan
-from tinyvllm.scheduling.request import Request
+from tinyvllm.scheduling.plan import Scheduled, StepOutput, StepPlan
+from tinyvllm.scheduling.request import Request, TokenLogprobs
 
-NUM_WARM, NUM_TIMED = 3, 20
-LEAST_GAIN = 0.01  # of a step's time: a smaller gain is noise
+TURN_S, PROMPT_TURN_S = 6e-3, 50e-3  # a turn's least time; a prompt's step is bound by power, to which clocks adapt
+TURNS_S = 0.5  # all turns together, about
+LEAST_TURNS, MOST_TURNS = 5, 11
+LEAST_GAIN, LEAST_WINS = 0.005, 0.8  # of a step's time, and of the turns: a gain that is smaller or seldom is noise
 MOST_CONTEXT = 512  # tokens: the attention of a longer context would hide what a product gains
-FILL_TOKEN_SEED = 11
+TOKEN_SEED, POOL_SEED = 11, 13
+NEAR, NUM_NEAR = 0.05, 5  # log-probabilities: tokens this near each other may change places, if among the likeliest
 PREDICTION_ERROR = 0.08  # of cost.py's times, of candidates of one kernel compared with each other (docs/KERNELS.md)
 MOST_TRIED = 24  # candidates of a kernel
-LOOKAHEAD = 8  # candidates that are compiled in advance
+WHOLE_STEP = "whole step"  # the name of the last comparison, of all that was kept
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate about to be tried, or its result. `name` is the same in every process."""
+    """A candidate about to be tried, or its result. `name` is the same in every process. `place` of `total`: among the
+    bucket's candidates."""
 
     bucket: str
     kernel: str
     chosen: Chosen
     name: str
+    place: int = 0
+    total: int = 0
     seconds: float | None = None  # of a step with this candidate
+    before_s: float = 0.0  # of the step that it took turns with
+    is_kept: bool = False
 
 
-def search(runner: ModelRunner, bucket: Bucket, bad: set[str], begin: Callable[[Trial], None]) -> Iterator[Trial]:
+def search(
+    runner: ModelRunner, bucket: Bucket, begin: Callable[[Trial], None], end_s: float = math.inf
+) -> Iterator[Trial]:
     """Try candidates of every tunable kernel of a bucket, the most promising ones first, and keep the best in
     `tuning.current`. `begin` is called before each, so that a watcher knows which one ran when the process died. Yields
-    every result."""
-    plan = make_plan(runner, bucket)
-    with tuning.current.watching() as asked:
-        best_s, expected = time_step(runner, bucket, plan)
-    specs = dict(asked)
+    every result, and at last what everything that was kept gains together. Ends early at `end_s` (time.monotonic)."""
+    steps, choices = _Steps(runner, bucket), tuning.current
+    with choices.watching() as asked:
+        first = steps.first()
+    specs, first_s = dict(asked), steps.time(first)
     for key, spec in specs.items():
-        yield Trial(bucket.name, describe(spec), (), key, best_s)
-    queue = in_order(specs, tuning.current.num_asked, best_s)
-    trials = [Trial(bucket.name, describe(specs[key]), chosen, f"{key} {dict(chosen)}") for key, chosen in queue]
-    left = [pair for pair in zip(queue, trials, strict=True) if pair[1].name not in bad]
-    foresight = _Foresight(runner, bucket, [pair[0] for pair in left])
-    for (key, chosen), trial in left:
-        best = tuning.current.chosen.get(key, ())
-        if chosen == best:
-            continue
-        foresight.look_ahead_of(key, chosen)
-        begin(trial)
-        seconds = _try(runner, bucket, plan, key, chosen, expected)
-        yield replace(trial, seconds=seconds)
-        if seconds is None:
-            bad.add(trial.name)
-        elif seconds < best_s * (1 - LEAST_GAIN):
-            # the machine may have been busy before: the gain must hold against a new measurement of the best
-            best_s = min(best_s, time_step(runner, bucket, plan)[0])
-            yield Trial(bucket.name, trial.kernel, best, f"{key} {dict(best)}", best_s)
-            if seconds < best_s * (1 - LEAST_GAIN):
-                best_s = seconds
-                tuning.current.chosen[key] = chosen
-    for key in specs:
-        tuning.current.chosen.setdefault(key, ())
-    tuning.current.searched.add(runner.tuning_name(bucket))
-    runner.captures.remake(bucket)
+        yield Trial(bucket.name, describe(spec), (), key, seconds=first_s, before_s=first_s)
+    queue = in_order(specs, choices.num_asked, first_s)
+    for candidate in _begun(steps, _new_candidates(bucket, specs, queue), end_s):
+        begin(candidate.trial)
+        result = steps.compare(candidate)
+        if result.is_kept:
+            choices.chosen[candidate.key] = result.chosen
+        else:
+            (choices.bad if result.seconds is None else choices.slow).add(result.name)
+        yield result
+    runner.captures.replace(steps.best.graph)
+    if steps.best is not first:
+        duel = steps.duel(first, steps.best)
+        trial = Trial(bucket.name, WHOLE_STEP, (), bucket.name)
+        yield replace(trial, seconds=duel.seconds, before_s=duel.before_s, is_kept=True)
+    if time.monotonic() < end_s:
+        for key in specs:
+            choices.chosen.setdefault(key, ())
+        choices.searched.add(runner.tuning_name(bucket))
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Two steps that were timed in turn. `wins`: the share of the turns in which the second one was faster."""
+
+    before_s: float
+    seconds: float
+    wins: float
+
+    @property
+    def is_gain(self) -> bool:
+        return self.seconds < self.before_s * (1 - LEAST_GAIN) and self.wins >= LEAST_WINS
 
 
 def in_order(specs: Mapping[str, Tunable], counts: Mapping[str, int], step_s: float) -> list[tuple[str, Chosen]]:
@@ -109,21 +132,142 @@ def expected_gain(ratio: float) -> float:
     return PREDICTION_ERROR * (density + z * below)
 
 
-class _Foresight:
-    """Compiles the next candidates' kernels in other processes while one is timed. On a CPU, whose cores run the steps,
-    it does nothing."""
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A captured step, with its inputs on the device."""
 
-    def __init__(self, runner: ModelRunner, bucket: Bucket, queue: Sequence[tuple[str, Chosen]]) -> None:
-        self._runner, self._bucket, self._queue = runner, bucket, queue
-        self._next = 0 if not runner.backend.device.is_cpu else len(queue)
+    graph: Graph
 
-    def look_ahead_of(self, key: str, chosen: Chosen) -> None:
-        """Begin with what comes after this candidate, and with itself."""
-        end = min(len(self._queue), self._queue.index((key, chosen)) + 1 + LOOKAHEAD)
-        for ahead in self._queue[self._next : end]:
-            with contextlib.suppress(Exception), _choice(*ahead):  # fails again when it is tried
-                self._runner.captures.foresee(self._bucket)
-        self._next = max(self._next, end)
+    def run(self) -> None:
+        self.graph.instances[0].run()
+
+
+@dataclass
+class _Candidate:
+    """Values of a kernel's knobs, in the step that was the best when it was begun."""
+
+    key: str
+    trial: Trial
+    base: _Step
+    pending: PendingGraph | None = None  # None: it cannot be built
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the device can run it, or it cannot be built."""
+        return self.pending is None or self.pending.is_recorded
+
+    def advance(self) -> bool:
+        """Take over what other processes have done for it. Returns whether there was something."""
+        try:
+            with _choice(self.key, self.trial.chosen):  # if it was lost, it is traced here
+                return self.pending is not None and self.pending.advance()
+        except Exception:
+            self.pending = None
+            return True
+
+
+class _Steps:
+    """A bucket's steps, all with the same inputs and so with the same results. `best`: the fastest one so far."""
+
+    best: _Step
+
+    def __init__(self, runner: ModelRunner, bucket: Bucket) -> None:
+        self._runner, self._bucket, self._device = runner, bucket, runner.backend.device
+        self._plan, self._checked = make_plan(runner, bucket), make_plan(runner, bucket, NUM_NEAR)
+        self._expected = StepOutput((), ())
+        self._turn_s = PROMPT_TURN_S if bucket.is_for_prompts and not self._device.is_cpu else TURN_S
+        if not bucket.is_for_prompts:  # it reads keys and values, which are all zero in a new pool
+            last_block = max(max(entry.request.tables[0]) for entry in self._plan.entries)
+            RunnerInspector(runner).fill_pool(last_block + 1, POOL_SEED)
+
+    def first(self) -> _Step:
+        """The step with the current choices, whose results are those that are expected from then on."""
+        self._runner.captures.remake(self._bucket)
+        graph = self._runner.captures.graphs[self._bucket]
+        self._expected = self._runner.execute(self._checked)
+        self.best = self._ready(graph)
+        return self.best
+
+    def begun(self, candidate: _Candidate) -> _Candidate:
+        """The candidate, which other processes trace and compile from now on."""
+        candidate.pending = None
+        with contextlib.suppress(Exception), _choice(candidate.key, candidate.trial.chosen):
+            candidate.pending = self._runner.captures.begin_again(self._bucket)
+        return candidate
+
+    def compare(self, candidate: _Candidate) -> Trial:
+        """The result of a candidate. If it is kept, its step is the best one from then on."""
+        trial, step = candidate.trial, self._try(candidate)
+        if step is None:
+            return trial
+        duel = self.duel(candidate.base, step)
+        if duel.is_gain and candidate.base is not self.best:  # something else was kept since it was begun
+            step = self._try(self.begun(candidate))
+        if duel.is_gain and step is not None:  # the gain must hold again
+            duel = self.duel(self.best, step)
+            if duel.is_gain:
+                self.best = step
+        return replace(trial, seconds=duel.seconds, before_s=duel.before_s, is_kept=self.best is step)
+
+    def _try(self, candidate: _Candidate) -> _Step | None:
+        """The candidate's step; None if it cannot be built or computes something else."""
+        if candidate.pending is None:
+            return None
+        with contextlib.suppress(Exception), _choice(candidate.key, candidate.trial.chosen):
+            graph = candidate.pending.finish()
+            self._runner.captures.replace(graph)
+            if is_alike(self._runner.execute(self._checked), self._expected):
+                return self._ready(graph)
+        return None
+
+    def duel(self, before: _Step, after: _Step) -> Duel:
+        """The two steps, timed in turn."""
+        return time_in_turn(self._device, before.run, after.run, self._turn_s)
+
+    def time(self, step: _Step) -> float:
+        """The step's seconds."""
+        return self.duel(step, step).before_s
+
+    @property
+    def is_on_cpu(self) -> bool:
+        return self._device.is_cpu
+
+    def _ready(self, graph: Graph) -> _Step:
+        instance = graph.instances[0]
+        instance.packer.pack(self._plan)
+        instance.send()
+        return _Step(graph)
+
+
+def _new_candidates(
+    bucket: Bucket, specs: Mapping[str, Tunable], queue: Sequence[tuple[str, Chosen]]
+) -> list[tuple[str, Trial]]:
+    """(kernel's key, trial) of those that were not tried before."""
+    known = tuning.current.bad | tuning.current.slow
+    named = [(key, chosen, f"{key} {dict(chosen)}") for key, chosen in queue]
+    new = [(key, chosen, name) for key, chosen, name in named if name not in known]
+    return [
+        (key, Trial(bucket.name, describe(specs[key]), chosen, name, place, len(new)))
+        for place, (key, chosen, name) in enumerate(new, 1)
+    ]
+
+
+def _begun(steps: _Steps, queue: Sequence[tuple[str, Trial]], end_s: float) -> Iterator[_Candidate]:
+    """The candidates, each once it is compiled; as many are begun in advance as there are processes. On a CPU, whose
+    cores run the steps, one after another."""
+    num_ahead = 1 if steps.is_on_cpu else max(1, num_workers())
+    waiting, pending = deque(queue), list[_Candidate]()
+    while (waiting or pending) and time.monotonic() < end_s:
+        while waiting and len(pending) < num_ahead:
+            key, trial = waiting.popleft()
+            if trial.chosen != tuning.current.chosen.get(key, ()):
+                pending.append(steps.begun(_Candidate(key, trial, steps.best)))
+        ready = next((one for one in pending if one.is_ready), None)
+        if ready is not None:
+            pending.remove(ready)
+            yield ready
+        elif not any([one.advance() for one in pending]):
+            time.sleep(POLL_S)
 
 
 @contextlib.contextmanager
@@ -140,34 +284,54 @@ def _choice(key: str, chosen: Chosen) -> Iterator[None]:
             tuning.current.chosen[key] = before
 
 
-def _try(
-    runner: ModelRunner, bucket: Bucket, plan: StepPlan, key: str, chosen: Chosen, expected: np.ndarray
-) -> float | None:
-    """A step's seconds with a candidate; None if it cannot be built or gives other tokens."""
-    try:
-        with _choice(key, chosen):
-            seconds, tokens = time_step(runner, bucket, plan)
-    except Exception:
-        return None
-    return seconds if np.array_equal(tokens, expected) else None
+def time_in_turn(device: DeviceHandle, before: Callable[[], None], after: Callable[[], None], turn_s: float) -> Duel:
+    """Two functions, each of which enqueues a step, replayed for `turn_s` at a time. It ends when the second one is
+    known to win too seldom."""
+    after()
+    repeats = max(1, math.ceil(turn_s / _seconds(device, before, 2)))
+    once_s = _seconds(device, before, repeats)
+    num_turns = min(max(round(TURNS_S / (2 * repeats * once_s)), LEAST_TURNS), MOST_TURNS)
+    times: tuple[list[float], list[float]] = [], []
+    lost = 0
+    while len(times[1]) < num_turns and lost <= num_turns * (1 - LEAST_WINS):
+        pair = [(times[0], before), (times[1], after)]
+        for taken, run in pair if len(times[0]) % 2 == 0 else reversed(pair):
+            taken.append(_seconds(device, run, repeats))
+        lost += times[1][-1] >= times[0][-1]
+    return Duel(float(np.median(times[0])), float(np.median(times[1])), 1 - lost / len(times[1]))
 
 
-def time_step(runner: ModelRunner, bucket: Bucket, plan: StepPlan) -> tuple[float, np.ndarray]:
-    """The median seconds of a bucket's step with the current choices, and its tokens."""
-    runner.captures.remake(bucket)
-    times: list[float] = []
-    for repeat in range(NUM_WARM + NUM_TIMED):
-        start = time.perf_counter()
-        output = runner.execute(plan)
-        if repeat >= NUM_WARM:
-            times.append(time.perf_counter() - start)
-    return float(np.median(times)), np.array(output.token_ids)
+def _seconds(device: DeviceHandle, run: Callable[[], None], repeats: int) -> float:
+    device.wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    device.wait()
+    return (time.perf_counter() - start) / repeats
 
 
-def make_plan(runner: ModelRunner, bucket: Bucket) -> StepPlan:
+def is_alike(output: StepOutput, expected: StepOutput) -> bool:
+    """Whether the greedy tokens are equal, with log-probabilities that differ by NEAR at most. Tokens may change places
+    that are as near each other in both: other orders of the same sums do that, too."""
+    rows = zip(output.token_ids, output.logprobs, expected.token_ids, expected.logprobs, strict=True)
+    return all(
+        found is not None
+        and wanted is not None
+        and abs(found.chosen - wanted.chosen) <= NEAR
+        and (token == other or (_is_near(other, found) and _is_near(token, wanted)))
+        for token, found, other, wanted in rows
+    )
+
+
+def _is_near(token: int, logprobs: TokenLogprobs) -> bool:
+    """Whether the token is nearly as likely as the likeliest one."""
+    return any(other == token and value >= logprobs.chosen - NEAR for other, value in logprobs.top)
+
+
+def make_plan(runner: ModelRunner, bucket: Bucket, logprobs: int | None = None) -> StepPlan:
     """A full step: a decode bucket's sequences, or a verify bucket's only one, at half the longest context for which
-    the pool has room; or prompts that fill a token bucket."""
-    capacity, rng = runner.capacity, np.random.default_rng(FILL_TOKEN_SEED)
+    the pool has room; or prompts that fill a token bucket. logprobs: how many are asked for."""
+    capacity, rng = runner.capacity, np.random.default_rng(TOKEN_SEED)
     if not bucket.is_for_prompts:
         num_seqs = bucket.num_seqs if bucket.is_decode else 1
         room = (capacity.num_blocks - 1) // num_seqs * capacity.block_size - bucket.num_drafts
@@ -179,7 +343,7 @@ def make_plan(runner: ModelRunner, bucket: Bucket) -> StepPlan:
     states, entries = fixed_states(capacity, len(lengths)), []
     for index, length in enumerate(lengths):
         prompt, drafts = (rng.integers(0, vocab_size, count).tolist() for count in (length, num_drafts))
-        params, state = SamplingParams(temperature=0.0), states[index]
+        params, state = SamplingParams(temperature=0.0, logprobs=logprobs), states[index]
         request = Request(f"tune-{index}", prompt, params, tables=tables[index], state=state)
         start = 0 if bucket.is_for_prompts else len(prompt) - 1
         entries.append(Scheduled(request, start, len(prompt) + num_drafts - start, tuple(drafts)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tinyvllm.config import EngineConfig, ModelConfig, ModelFiles
@@ -9,18 +10,21 @@ from tinyvllm.config import EngineConfig, ModelConfig, ModelFiles
 
 @dataclass(frozen=True)
 class Job:
-    """What to tune: a model's files, or a shape with random weights of `kind`. `buckets`: names; (): all."""
+    """What to tune: a model's files, or a shape with random weights of `kind`. `buckets`: names; (): all. `end_s`: when
+    to stop (time.monotonic)."""
 
     config: EngineConfig
     files: ModelFiles | None = None
     shape: ModelConfig | None = None
     kind: str = ""
     buckets: tuple[str, ...] = ()
+    end_s: float = math.inf
 
 
 @dataclass(frozen=True)
 class Event:
-    """A worker's message. `what`: ready (bucket names in `buckets`), begin, end, saved, done or failed."""
+    """A worker's message. `what`: stage (its name in `bucket`, `place` of `total` done), ready (bucket names in
+    `buckets`), begin and end (with a Trial's fields), saved, done, stopped (at `end_s`) or failed."""
 
     what: str
     path: str = ""
@@ -29,5 +33,9 @@ class Event:
     kernel: str = ""
     name: str = ""
     chosen: tuple[tuple[str, int], ...] = ()
+    place: int = 0
+    total: int = 0
     seconds: float | None = None
+    before_s: float = 0.0
+    is_kept: bool = False
     message: str = ""

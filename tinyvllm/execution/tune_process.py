@@ -19,6 +19,7 @@ from tinyvllm.ops.kernel.tuning import load_choices
 
 TRIAL_TIMEOUT_S = 120.0  # for one candidate, compiling included
 LOAD_TIMEOUT_S = 900.0
+CLOSING_S, CLOSING_SHARE = 5.0, 0.1  # of the budget, the smaller one: for the last comparison and the end of the worker
 MAX_DEATHS = 20  # of workers in one search: after that, something else is wrong
 
 
@@ -40,7 +41,8 @@ def tune(
     report: called with every event. Raises DeviceError if the model does not load or workers keep dying."""
     end_s = time.monotonic() + budget_s
     tally = _Tally()
-    while not tally.is_done and time.monotonic() < end_s:
+    job = replace(job, end_s=end_s - min(CLOSING_S, CLOSING_SHARE * budget_s))
+    while not tally.is_done and not tally.is_out_of_time and time.monotonic() < end_s:
         tally.begun = None
         _watch_worker(job, end_s, tally, report, work or run_worker)
         if tally.begun is not None and not tally.is_out_of_time:
@@ -90,7 +92,7 @@ def _watch_worker(
                 return
             _count(tally, event)
             report(event)
-            if event.what == "failed":
+            if event.what in ("failed", "stopped"):
                 return
     finally:
         process.kill()
@@ -109,6 +111,7 @@ def _count(tally: _Tally, event: Event) -> None:
         tally.bad += event.seconds is None
     elif event.what == "failed":
         tally.message = event.message
+    tally.is_out_of_time = event.what == "stopped"
     tally.is_done = event.what == "done"
 
 

@@ -63,7 +63,8 @@ AnySpec = TypeVar("AnySpec", bound=Tunable)
 @dataclass
 class Choices:
     """The choices for one chip. `bad`: candidates that faulted, hung or gave wrong results, which no search tries
-    again. `searched`: names of the steps that a search has finished.
+    again. `searched`: names of the steps that a search has finished. `slow`: candidates that gained nothing, so that a
+    search that was stopped goes on with others.
 
     `asked` collects the specs of the steps that are traced while `watching`; `num_asked`: how often, by key."""
 
@@ -71,6 +72,7 @@ class Choices:
     chosen: dict[str, Chosen] = field(default_factory=dict)
     bad: set[str] = field(default_factory=set)
     searched: set[str] = field(default_factory=set)
+    slow: set[str] = field(default_factory=set)
     asked: dict[str, Tunable] | None = None
     num_asked: Counter[str] = field(default_factory=Counter)
 
@@ -108,6 +110,7 @@ class Choices:
         data = {
             "chosen": {key: dict(value) for key, value in sorted(self.chosen.items())},
             "bad": sorted(self.bad),
+            "slow": sorted(self.slow),
             "searched": sorted(self.searched),
         }
         temporary = self.path.with_suffix(f".{os.getpid()}")
@@ -120,7 +123,8 @@ def load_choices(path: Path) -> Choices:
     try:
         data = json.loads(path.read_text())
         chosen = {str(key): _checked(value) for key, value in data["chosen"].items()}
-        return Choices(path, chosen, set(map(str, data["bad"])), set(map(str, data["searched"])))
+        bad, searched, slow = (set(map(str, names)) for names in (data["bad"], data["searched"], data.get("slow", ())))
+        return Choices(path, chosen, bad, searched, slow)
     except FileNotFoundError:
         return Choices(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -25,7 +25,7 @@ from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, make_stream_pl
 from tinyvllm.ops.gpu.quantized_stream_floats import StreamedFloatSpec, streamed_float_kernel
 from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS, StreamedMatrixSpec, streamed_matrix_kernel
 from tinyvllm.ops.kernel.body import F16, F32, KernelFn, empty, run_kernel
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, allows_wgmma, declared_bytes
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, HopperRenderer, allows_wgmma, declared_bytes
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 
@@ -170,6 +170,20 @@ def test_a_threadgroup_may_have_a_single_tile(tokens: int, rows: int, cols: int)
     assert "cp.async.bulk.shared" in to_program(render(spec), make_renderer("CUDA sm_90")).src[2].arg
 
 
+def test_a_row_too_long_for_static_memory_follows_the_ring() -> None:
+    """32B's and 70B's down."""
+    renderer = HopperRenderer.__new__(HopperRenderer)
+    renderer.__dict__ |= make_renderer("CUDA sm_90").__dict__
+    for rows, cols, parts in ((8192, 28672, 14), (5120, 27648, 9)):
+        spec = streamed("Q4_K", 1, rows, cols)
+        assert isinstance(spec, StreamedVectorSpec) and spec.is_possible()
+        assert spec.parts == parts and spec.ring.stages >= 3
+        source = to_program(render(spec), renderer).src[2].arg
+        own = declared_bytes(source.encode()) - spec.dynamic_bytes
+        assert 2 * cols < own <= spec.shared_bytes + 64 and "__align__(16)" not in source
+        assert spec.dynamic_bytes + own <= HOPPER_SHARED_BYTES
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 @pytest.mark.parametrize("fmt", ["Q4_K", "affine4_g64-float16"])  # of those that `is_worth_streaming` lets stream
@@ -218,7 +232,9 @@ def test_one_row_is_multiplied_by_any_format_of_bytes(fmt: str) -> None:
     device = open_device()
     if not allows_wgmma(device.name):
         pytest.skip("needs Hopper's instructions")
-    for rows, cols in ((150 * TILE_ROWS, 4096), (96, 10240), (32, 1792)):
+    for rows, cols in ((150 * TILE_ROWS, 4096), (96, 10240), (32, 1792), (96, 27648)):
+        if not streamed(fmt, 1, rows, cols).is_possible():  # x and two stages do not fit
+            continue
         host = make_host(fmt, rows, cols)
         matrix, x = pack(host, "row", None, device.name), normal(1, cols, seed=1).astype(np.float16)
         x[0, :256] *= 100  # columns of another unit

@@ -1,4 +1,4 @@
-"""Hopper's programs are machine code, followed by what a launch must know."""
+"""Hopper's programs are machine code, followed by what a launch must know; where their arrays lie."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 from tinygrad.runtime.support.compiler_cuda import NVRTCCompiler
 
 from tinyvllm.device.recording import AWAIT_PREVIOUS
-from tinyvllm.ops.kernel.hopper import MachineCodeCompiler, declared_bytes
+from tinyvllm.errors import InvariantError
+from tinyvllm.ops.kernel.hopper import MachineCodeCompiler, declared_bytes, in_one_memory
 
 CODE = b"\x7fELF code"
 
@@ -28,3 +29,18 @@ def test_machine_code_is_followed_by_what_its_launch_must_know(compiler: Machine
 
 def test_nothing_follows_the_machine_code_of_a_plain_kernel(compiler: MachineCodeCompiler) -> None:
     assert compiler.compile("void plain() {}") == CODE
+
+
+ARRAYS = "__shared__ __align__(16) uint buf0[%d];\n__shared__ __align__(16) float buf1[10];\n"
+OWN = 'asm volatile("// dynamic shared memory: 1032 bytes");'
+
+
+def test_arrays_larger_than_static_memory_follow_what_a_kernel_declares() -> None:
+    placed = in_one_memory(ARRAYS % 20000 + OWN)
+    assert "uint* buf0 = (uint*)(shared_memory + 1040);" in placed
+    assert "float* buf1 = (float*)(shared_memory + 81040);" in placed
+    assert declared_bytes(placed.encode()) == 81088 and "__align__(16)" not in placed
+    small = ARRAYS % 12000 + OWN
+    assert in_one_memory(small) == small
+    with pytest.raises(InvariantError, match="80048 bytes in threadgroup memory declares none"):
+        in_one_memory(ARRAYS % 20000)

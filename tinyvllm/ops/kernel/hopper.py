@@ -27,6 +27,7 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.device.program_store import digest_of, file_facts, nvrtc_path
 from tinyvllm.device.recording import AWAIT_PREVIOUS
+from tinyvllm.errors import InvariantError
 from tinyvllm.ops.kernel.body import F16, F32, I32
 
 ARCH = "sm_90"
@@ -41,11 +42,16 @@ MAP_WORDS = 32  # words of a tensor map
 HOPPER_SHARED_BYTES = 227 << 10  # threadgroup memory that a kernel may use
 
 # The size is only known to the launch, so the kernel states it: as a comment, which stays with the machine code
+EXTERN = "extern __shared__ __align__(1024) unsigned char shared_memory[];"
 DECLARE = (
-    "extern __shared__ __align__(1024) unsigned char shared_memory[];\n"
+    f"{EXTERN}\n"
     "unsigned shared = (unsigned)__cvta_generic_to_shared(shared_memory);\n"
     'asm volatile("// dynamic shared memory: %d bytes");'
 )
+# an array in threadgroup memory, as tinygrad renders it
+ARRAY = re.compile(r"__shared__ __align__\(16\) (\w[\w ]*?) (\w+)\[(\d+)\];")
+ARRAY_ALIGNED, STATIC_BYTES = 16, 48 << 10
+ITEM_BYTES = {"float": 4, "int": 4, "uint": 4, "half": 2, "unsigned char": 1}
 # So many registers that several threadgroups fit on a multiprocessor at once: like the memory, for the renderer
 RESIDENT = 'asm volatile("// threadgroups of a multiprocessor: %d");'
 CLUSTER_OF = 'asm volatile("// threadgroups of a cluster: %d");'  # of kernels whose clusters have others than CLUSTER
@@ -137,7 +143,7 @@ class HopperRenderer(CUDARenderer):
         self.compiler = MachineCodeCompiler()
 
     def render_kernel(self, function_name: str, kernel: list[str], *args: Any, **more: Any) -> str:
-        source: str = super().render_kernel(function_name, kernel, *args, **more)
+        source = in_one_memory(super().render_kernel(function_name, kernel, *args, **more))
         if resident := IS_RESIDENT.search(source):
             source = LAUNCH_BOUNDS.sub(rf"__launch_bounds__(\1, {resident[1]})", source, count=1)
         if not any(CLUSTERED in line for line in kernel):
@@ -145,6 +151,24 @@ class HopperRenderer(CUDARenderer):
         found = IS_CLUSTER_OF.search(source)
         size = CLUSTER if found is None else int(found[1])
         return source.replace("__launch_bounds__", f"__cluster_dims__({size}) __launch_bounds__", 1)
+
+
+def in_one_memory(source: str) -> str:
+    """A kernel's source; if its arrays in threadgroup memory are larger than CUDA allocates statically, they follow
+    what it declares (`declare`)."""
+    arrays = [*ARRAY.finditer(source)]
+    sizes = [-(-int(one[3]) * ITEM_BYTES[one[1]] // ARRAY_ALIGNED) * ARRAY_ALIGNED for one in arrays]
+    if sum(sizes) <= STATIC_BYTES:
+        return source
+    declared = declared_bytes(source.encode())
+    if not declared:
+        raise InvariantError(f"a kernel with arrays of {sum(sizes)} bytes in threadgroup memory declares none of it")
+    place = -(-declared // ARRAY_ALIGNED) * ARRAY_ALIGNED
+    for found, size in zip(arrays, sizes, strict=True):
+        kind, name, _ = found.groups()
+        source = source.replace(found[0], f"{EXTERN} {kind}* {name} = ({kind}*)(shared_memory + {place});", 1)
+        place += size
+    return source.replace(f"// dynamic shared memory: {declared} bytes", f"// dynamic shared memory: {place} bytes", 1)
 
 
 class MachineCodeCompiler(NVRTCCompiler):

@@ -9,7 +9,7 @@ import pytest
 from tinyvllm.bench.cold_start import ColdStart, plans_for, start_engine
 from tinyvllm.bench.subject import Subject
 from tinyvllm.config import CACHE_DIR_VARIABLE, Capacity, EngineConfig, Limits, ModelFiles
-from tinyvllm.execution.buckets import choose_bucket, first_buckets, make_buckets
+from tinyvllm.execution.buckets import choose_bucket, first_buckets, least_context, make_buckets
 
 CONFIG = EngineConfig(
     "tiny", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=32, num_gpu_blocks_override=17, block_size=8
@@ -39,8 +39,8 @@ def test_a_start_by_parts(tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypat
 @pytest.mark.parametrize("limits", [Limits(16, 256), Limits(256, 2048), Limits(64, 8192)], ids=str)
 def test_a_plan_that_fills_a_token_bucket_runs_in_no_other(limits: Limits) -> None:
     capacity = Capacity(1000, 16, 100, limits.max_num_seqs, limits.max_num_batched_tokens)
-    buckets = make_buckets(limits, EngineConfig("tiny"))
+    buckets = make_buckets(limits, EngineConfig("tiny"), lambda num_rows, verifies: (40,) * (num_rows < 8))
     for bucket in buckets:
-        for plan in plans_for(bucket, capacity):
+        for plan in plans_for(bucket, capacity, least_context(bucket, buckets) - 1):
             if bucket.num_seqs * capacity.max_model_len >= bucket.num_tokens:
                 assert choose_bucket(buckets, plan) == bucket, [entry.count for entry in plan.entries]

@@ -13,9 +13,17 @@ from tests.execution.driver import make_request
 from tinyvllm.config import Capacity, EngineConfig, Limits
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.errors import InvariantError, TinyvllmError
-from tinyvllm.execution.buckets import FEW_ROWS, Bucket, choose_bucket, first_buckets, make_buckets
+from tinyvllm.execution.buckets import (
+    FEW_ROWS,
+    Bucket,
+    choose_bucket,
+    first_buckets,
+    least_context,
+    make_buckets,
+    within,
+)
 from tinyvllm.execution.limits import device_limits, resolve_limits
-from tinyvllm.scheduling.plan import Scheduled, StepPlan
+from tinyvllm.scheduling.plan import ContinuedPlan, Scheduled, StepPlan
 
 
 def buckets_of(seqs: int, tokens: int, **config: Any) -> list[Bucket]:
@@ -165,6 +173,86 @@ def test_layouts_hold_the_longest_sequence() -> None:
     assert (prefill.num_tokens, prefill.num_seqs, prefill.max_blocks) == (32, 4, 7)
 
 
+# -- graphs for short contexts -----------------------------------------------------------------------------------------
+
+SPECULATION = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}
+SHORT = 16  # tokens
+
+
+def short_of_few(num_rows: int, verifies: bool) -> tuple[int, ...]:
+    return () if num_rows > 4 else (2 * SHORT,) if verifies else (SHORT // 2, SHORT) if num_rows == 1 else (SHORT,)
+
+
+def with_short(**config: Any) -> list[Bucket]:
+    return make_buckets(Limits(8, 64), EngineConfig("tiny", **config), short_of_few)
+
+
+def decoding(*lengths: int, drafts: int = 0) -> StepPlan:
+    """A plan in which requests of so many tokens decode, each with drafts."""
+    requests = [make_request([1] * length) for length in lengths]
+    return StepPlan(
+        tuple(Scheduled(one, one.num_tokens - 1, 1 + drafts, (2,) * drafts) for one in requests),
+    )
+
+
+def test_steps_of_few_rows_have_a_second_graph_for_short_contexts() -> None:
+    buckets = with_short(**SPECULATION)
+    names = [bucket.name for bucket in buckets if not bucket.is_for_prompts]
+    assert names[:9] == [
+        "decode 1 up to 8", "decode 1 up to 16", "decode 1", "decode 2 up to 16", "decode 2", "decode 4 up to 16",
+        "decode 4", "decode 8", "verify 2 up to 32",
+    ]  # fmt: skip
+    assert [bucket.name for bucket in first_buckets(buckets)] == ["prefill 64", "decode 8", "verify 40"]
+    assert not any(bucket.max_context for bucket in buckets_of(8, 64)), "only where a backend wants some"
+    few = make_buckets(Limits(2, 8), EngineConfig("tiny"), short_of_few)
+    assert [bucket.name for bucket in first_buckets(few)] == ["prefill 8", "decode 2"], "these hold everything"
+
+
+@pytest.mark.parametrize(
+    ("plan", "name"),
+    [
+        (decoding(SHORT // 2), "decode 1 up to 8"),
+        (decoding(SHORT // 2 + 1), "decode 1 up to 16"),
+        (decoding(SHORT), "decode 1 up to 16"),
+        (decoding(SHORT + 1), "decode 1"),
+        (decoding(2, 5, SHORT), "decode 4 up to 16"),
+        (decoding(2, 5, SHORT + 1), "decode 4"),
+        (decoding(*[3] * 5), "decode 8"),
+        (decoding(2 * SHORT - 2, drafts=2), "verify 3 up to 32"),
+        (decoding(2 * SHORT - 1, drafts=2), "verify 3"),
+        (decoding(3, 2 * SHORT - 1, drafts=1), "verify 4 up to 32"),
+        (ContinuedPlan(decoding(3, 4), [4, SHORT - 1]), "decode 2 up to 16"),
+        (ContinuedPlan(decoding(3, 4), [4, SHORT]), "decode 2"),
+    ],
+)
+def test_a_step_takes_the_graph_of_the_shortest_contexts_that_holds_it(plan: StepPlan, name: str) -> None:
+    buckets = with_short(**SPECULATION)
+    chosen = choose_bucket(buckets, plan)
+    assert chosen.name == name
+    assert least_context(chosen, buckets) <= plan.longest <= (chosen.max_context or plan.longest)
+
+
+def test_the_least_context_of_a_graph_is_more_than_shorter_ones_hold() -> None:
+    buckets = with_short()
+    assert [least_context(one, buckets) for one in buckets[:5]] == [1, 1 + SHORT // 2, 1 + SHORT, 1, 1 + SHORT]
+
+
+def test_without_adapters_a_step_of_a_long_context_takes_no_graph_with_them() -> None:
+    names = [choose_bucket(with_short(enable_lora=True), decoding(length)).name for length in (SHORT, SHORT + 1)]
+    assert names == ["decode 1 up to 16", "decode 1"]
+
+
+def test_graphs_for_short_contexts_are_left_out_where_all_contexts_are_nearly_as_short() -> None:
+    buckets = with_short()
+    assert within(buckets, 2 * SHORT) == buckets
+    assert within(buckets, 2 * SHORT - 1) == [bucket for bucket in buckets if bucket.max_context != SHORT]
+
+
+def test_a_short_contexts_inputs_have_tables_for_no_longer_one() -> None:
+    capacity = Capacity(num_blocks=100, block_size=8, max_model_len=100, max_num_seqs=4, max_num_batched_tokens=32)
+    assert [Bucket.decode(2, limit).layout(capacity).max_blocks for limit in (16, 17, None)] == [2, 3, 13]
+
+
 # -- limits that nobody gave ------------------------------------------------------------------------------------------
 
 
@@ -218,9 +306,6 @@ def drafted(*entries: tuple[int, int], prompt: int = 0) -> StepPlan:
     if prompt:
         scheduled.append(Scheduled(make_request([1] * prompt), 0, prompt))
     return StepPlan(tuple(scheduled))
-
-
-SPECULATION = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}
 
 
 def test_steps_with_drafts_have_graphs_of_their_own() -> None:

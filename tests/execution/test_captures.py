@@ -17,8 +17,9 @@ from tinyvllm.execution import captures as captures_module
 from tinyvllm.execution.buckets import Bucket, first_buckets
 from tinyvllm.execution.capacity import scratch_bytes
 from tinyvllm.execution.captures import Captures
-from tinyvllm.execution.graphs import PendingGraph
+from tinyvllm.execution.graphs import Graph, PendingGraph
 from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 
 CONFIG = EngineConfig(
@@ -123,6 +124,34 @@ def test_a_plan_runs_in_the_smallest_graph_that_is_there(runner: ModelRunner) ->
     while runner.captures.num_to_come:
         capture_one(runner.captures)
     assert ran_in([1, 2, 3]) == [8, 1]
+
+
+def test_sequences_that_outgrow_a_graph_for_short_contexts_go_on_in_the_other(
+    files: ModelFiles, whole: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens, and the graph changes exactly where the longest sequence no longer fits."""
+    limit, num_tokens, prompts = 24, 12, [PROMPTS[0] * 3, PROMPTS[0]]
+    monkeypatch.setattr(CpuBackend, "short_contexts", lambda self, num_rows, verifies: (limit,) * (num_rows == 4))
+    runner, took = load_runner(files, CONFIG), []
+    runner.warm_up()
+    assert set(runner.buckets) == {*whole.buckets, Bucket.decode(4, limit)}
+    graph_for = runner.captures.graph_for
+
+    def watch(plan: StepPlan) -> Graph:
+        graph = graph_for(plan)
+        if plan.is_decode:
+            took.append((plan.longest, graph.bucket.max_context))
+        return graph
+
+    monkeypatch.setattr(runner.captures, "graph_for", watch)
+    found = [make_request(prompt, temperature=0.7) for prompt in prompts]
+    generate(runner, found, num_tokens)
+    longest = max(map(len, prompts))
+    assert longest < limit < longest + num_tokens
+    assert took == [(n, limit if n <= limit else None) for n in range(longest + 1, longest + num_tokens)]
+    expected = [make_request(prompt, temperature=0.7) for prompt in prompts]
+    generate(whole, expected, num_tokens)
+    assert [one.output_ids for one in found] == [one.output_ids for one in expected]
 
 
 def test_a_graph_that_cannot_be_made_is_said_once_and_the_others_go_on(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -18,7 +19,7 @@ from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.errors import DeviceError
 from tinyvllm.execution import tune as tune_module
 from tinyvllm.execution import tune_process
-from tinyvllm.execution.buckets import Bucket
+from tinyvllm.execution.buckets import Bucket, choose_bucket
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.execution.tune import (
     MOST_TURNS,
@@ -213,6 +214,12 @@ def test_a_plan_fills_its_bucket(runner: ModelRunner, bucket: Bucket) -> None:
     assert (plan.num_tokens, plan.is_decode) == (bucket.num_tokens, bucket.is_decode)
     blocks = [block for entry in plan.entries for block in entry.request.tables[0]]
     assert len(set(blocks)) == len(blocks) and 0 not in blocks and max(blocks) < runner.capacity.num_blocks
+
+
+def test_the_plan_of_a_graph_for_short_contexts_runs_in_no_other(runner: ModelRunner) -> None:
+    pair = [Bucket.decode(2, 40), BUCKET]
+    with mock.patch.object(type(runner), "buckets", pair):
+        assert [choose_bucket(pair, make_plan(runner, bucket)) for bucket in pair] == pair
 
 
 def run_process(tmp_path: Path, worker: object, budget_s: float = 60.0) -> tuple[tune_process.Outcome, list[Event]]:

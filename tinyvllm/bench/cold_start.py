@@ -15,7 +15,7 @@ from tinyvllm.bench.latency import prefill_plans
 from tinyvllm.bench.memory import MemoryWatch
 from tinyvllm.bench.trust import Trust
 from tinyvllm.config import Capacity, EngineConfig, SamplingParams
-from tinyvllm.execution.buckets import lengths_that_fill
+from tinyvllm.execution.buckets import least_context, lengths_that_fill
 from tinyvllm.scheduling.block_manager import fixed_states, fixed_tables
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
@@ -212,7 +212,7 @@ def _answer_once(runner: ModelRunner) -> float:
 
 
 def _call(runner: ModelRunner, bucket: Bucket, start: BucketStart, num_calls: int) -> BucketStart:
-    plans = plans_for(bucket, runner.capacity)
+    plans = plans_for(bucket, runner.capacity, least_context(bucket, runner.buckets) - 1)
     calls_s = []
     for _ in range(max(num_calls, MIN_WARM_UP_CALLS)):
         before_s = time.perf_counter()
@@ -234,7 +234,7 @@ def plans_for(
     The sequences own blocks from the start of the pool, so it must hold nothing else."""
     size, limit = capacity.block_size, capacity.max_model_len
     if bucket.is_decode:
-        lengths = [min(context, limit - 2) + 1] * bucket.num_tokens
+        lengths = [min(context, min(limit, bucket.max_context or limit) - 2) + 1] * bucket.num_tokens
     elif bucket.is_verify:
         lengths = [max(0, min(context, limit - 2 - bucket.num_drafts)) + 1]
     else:

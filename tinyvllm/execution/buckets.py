@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import TypeAlias
 
 from tinyvllm.config import Capacity, EngineConfig, Limits
 from tinyvllm.errors import InvariantError, TinyvllmError
@@ -20,6 +22,7 @@ MOST_VERIFY_ROWS = 64  # token rows of the largest step with drafts alone
 # sizes of steps with drafts: with one sequence each row counts, since a token more costs little but is seldom accepted
 VERIFY_SIZES = (2, 3, 4, 6, 8, 12, 16, 32, 64)
 FEW_ROWS = 16  # sequences of a token bucket for one prompt or a few
+ShortContexts: TypeAlias = Callable[[int, bool], Sequence[int]]  # as `Operations.short_contexts`
 LOGITS_SHARE = 16  # a graph for few sequences pays if the logits of all are over 1/16 of a step's rows
 
 
@@ -35,14 +38,15 @@ class Bucket:
     is_for_few: bool = False  # another bucket has as many tokens for more sequences
     is_verify: bool = False
     has_adapters: bool = False  # its rows may have adapters; plans without any run in a bucket without
+    max_context: int | None = None  # tokens of the longest sequence, those of the step included; None: any number
 
     @classmethod
-    def decode(cls, num_seqs: int) -> Bucket:
-        return cls(num_seqs, True, num_seqs)
+    def decode(cls, num_seqs: int, max_context: int | None = None) -> Bucket:
+        return cls(num_seqs, True, num_seqs, max_context=max_context)
 
     @classmethod
-    def verify(cls, num_rows: int) -> Bucket:
-        return cls(num_rows, False, num_rows, is_verify=True)
+    def verify(cls, num_rows: int, max_context: int | None = None) -> Bucket:
+        return cls(num_rows, False, num_rows, is_verify=True, max_context=max_context)
 
     @property
     def is_for_prompts(self) -> bool:
@@ -57,10 +61,13 @@ class Bucket:
     def name(self) -> str:
         kind = "verify" if self.is_verify else "decode" if self.is_decode else "prefill"
         size = f"{self.num_tokens} of {self.num_seqs}" if self.is_for_few else f"{self.num_tokens}"
+        if self.max_context is not None:
+            size += f" up to {self.max_context}"
         return f"{kind} {size}" + (" with adapters" if self.has_adapters else "")
 
     def layout(self, capacity: Capacity) -> StepLayout:
-        max_blocks = -(-capacity.max_model_len // capacity.block_size)
+        longest = min(self.max_context or capacity.max_model_len, capacity.max_model_len)
+        max_blocks = -(-longest // capacity.block_size)
         return StepLayout(
             num_tokens=self.num_tokens,
             num_seqs=self.num_seqs,
@@ -81,25 +88,54 @@ class Bucket:
             and (self.has_adapters or not plan.has_adapters)
             and plan.num_tokens <= self.num_tokens
             and max(len(plan.requests), plan.num_logit_rows) <= self.num_seqs
+            and (self.max_context is None or plan.longest <= self.max_context)
         )
 
 
-def make_buckets(limits: Limits, config: EngineConfig) -> list[Bucket]:
+def make_buckets(
+    limits: Limits, config: EngineConfig, short_contexts: ShortContexts = lambda num_rows, verifies: ()
+) -> list[Bucket]:
     """Decode buckets by batch, then verify buckets by rows, then token buckets, for prefill and mixed steps, by tokens
     and sequences. With adapters, each kind has its buckets a second time, after the others. The last of each kind holds
-    all that the limits allow of that kind; the very last holds any plan without drafts."""
+    all that the limits allow of that kind; the very last holds any plan without drafts.
+
+    short_contexts: the backend's."""
     max_num_seqs, max_num_batched_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
     decode = config.decode_buckets or _series(1, max_num_seqs)
     tokens = config.token_buckets or _series(SMALLEST_TOKENS, max_num_batched_tokens)
     _check("decode-buckets", decode, "max-num-seqs", max_num_seqs)
     _check("token-buckets", tokens, "max-num-batched-tokens", max_num_batched_tokens)
     by_tokens = [bucket for n in sorted(set(tokens)) for bucket in _token_buckets(n, max_num_seqs)]
-    verify = [Bucket.verify(n) for n in _verify_sizes(limits, config)]
-    kinds = [[Bucket.decode(n) for n in sorted(set(decode))], verify, by_tokens]
+    by_seqs = _with_short([Bucket.decode(n) for n in sorted(set(decode))], short_contexts)
+    verify = _with_short([Bucket.verify(n) for n in _verify_sizes(limits, config)], short_contexts)
+    kinds = [by_seqs, verify, by_tokens]
     if not config.enable_lora:
         return [bucket for kind in kinds for bucket in kind]
     with_adapters = [[*kind, *[replace(bucket, has_adapters=True) for bucket in kind]] for kind in kinds]
     return [bucket for kind in with_adapters for bucket in kind]
+
+
+def _with_short(buckets: Iterable[Bucket], short_contexts: ShortContexts) -> list[Bucket]:
+    """Before each bucket the same for short contexts, where their kernels are faster."""
+    return [
+        replace(bucket, max_context=limit)
+        for bucket in buckets
+        for limit in (*short_contexts(bucket.num_tokens, bucket.is_verify), None)
+    ]
+
+
+def within(buckets: Iterable[Bucket], max_model_len: int) -> list[Bucket]:
+    """Those that pay where no context has more than `max_model_len` tokens: one for short contexts does if others may
+    be twice as long."""
+    return [one for one in buckets if one.max_context is None or 2 * one.max_context <= max_model_len]
+
+
+def least_context(bucket: Bucket, buckets: Iterable[Bucket]) -> int:
+    """The fewest tokens that the longest sequence of a plan has if it runs in a bucket, and not in one of `buckets` for
+    shorter contexts."""
+    limits = (one.max_context for one in buckets if replace(one, max_context=bucket.max_context) == bucket)
+    most = bucket.max_context or math.inf
+    return 1 + max((limit for limit in limits if limit is not None and limit < most), default=0)
 
 
 def max_verify_rows(limits: Limits, config: EngineConfig) -> int:
@@ -177,8 +213,9 @@ def first_fit(ranked: Iterable[Bucket], plan: StepPlan) -> Bucket | None:
     return None
 
 
-def _rank(bucket: Bucket) -> tuple[bool, bool, int, int, bool]:
-    return not bucket.is_decode, not bucket.is_verify, bucket.num_tokens, bucket.num_seqs, bucket.has_adapters
+def _rank(bucket: Bucket) -> tuple[bool, bool, int, int, bool, float]:
+    kind = not bucket.is_decode, not bucket.is_verify
+    return *kind, bucket.num_tokens, bucket.num_seqs, bucket.has_adapters, bucket.max_context or math.inf
 
 
 def lengths_that_fill(bucket: Bucket, max_model_len: int) -> list[int]:

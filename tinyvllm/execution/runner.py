@@ -23,7 +23,7 @@ from tinyvllm.device.private_folder import default_root
 from tinyvllm.device.program_store import ProgramStore, open_program_store
 from tinyvllm.errors import DeviceError, TinyvllmError
 from tinyvllm.execution.adapters import AdapterTable
-from tinyvllm.execution.buckets import Bucket, make_buckets
+from tinyvllm.execution.buckets import Bucket, make_buckets, within
 from tinyvllm.execution.capacity import NO_DRAFT, DraftMemory
 from tinyvllm.execution.captures import Captures
 from tinyvllm.execution.captures import Progress as Progress  # re-exported for callers
@@ -131,7 +131,7 @@ def make_runner(
         setting.backend,
         placed.pool,
         placed.capacity,
-        setting.buckets,
+        within(setting.buckets, placed.capacity.max_model_len),
         store,
         setting.num_instances,
         setting.capture,
@@ -159,7 +159,7 @@ def _make_setting(model_config: ModelConfig, config: EngineConfig, draft: DraftM
         backend,
         kv_formats(config, backend, model_config),
         limits,
-        tuple(make_buckets(limits, config)),
+        tuple(make_buckets(limits, config, backend.short_contexts)),
         num_instances=2 if overlaps else 1,
         capture=capture,
         free_bytes=free_bytes,
@@ -258,7 +258,8 @@ class ModelRunner:
     @property
     def verify_sizes(self) -> tuple[int, ...]:
         """Token rows of the graphs for steps with drafts, ascending."""
-        return tuple(bucket.num_tokens for bucket in self.captures.buckets if bucket.is_verify)
+        whole = (bucket for bucket in self.captures.buckets if bucket.max_context is None)
+        return tuple(bucket.num_tokens for bucket in whole if bucket.is_verify)
 
     @property
     def max_in_flight(self) -> int:

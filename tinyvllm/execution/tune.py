@@ -20,7 +20,7 @@ import numpy as np
 from tinyvllm.config import SamplingParams
 from tinyvllm.device.compiling import num_workers
 from tinyvllm.device.handle import DeviceHandle
-from tinyvllm.execution.buckets import Bucket, lengths_that_fill
+from tinyvllm.execution.buckets import Bucket, least_context, lengths_that_fill
 from tinyvllm.execution.captures import POLL_S
 from tinyvllm.execution.graphs import Graph, PendingGraph
 from tinyvllm.execution.inspector import RunnerInspector
@@ -335,7 +335,9 @@ def make_plan(runner: ModelRunner, bucket: Bucket, logprobs: int | None = None) 
     if not bucket.is_for_prompts:
         num_seqs = bucket.num_seqs if bucket.is_decode else 1
         room = (capacity.num_blocks - 1) // num_seqs * capacity.block_size - bucket.num_drafts
-        lengths = [max(1, min(capacity.max_model_len // 2, room // 2, MOST_CONTEXT))] * num_seqs
+        longest = min(bucket.max_context or capacity.max_model_len, capacity.max_model_len)
+        lengths = [max(1, min(longest // 2, room // 2, MOST_CONTEXT))] * num_seqs
+        lengths[0] = max(lengths[0], least_context(bucket, runner.buckets))
     else:
         lengths = lengths_that_fill(bucket, min(capacity.max_model_len, capacity.num_tokens))
     num_drafts, vocab_size = bucket.num_drafts, runner.model_config.vocab_size

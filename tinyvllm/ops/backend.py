@@ -332,6 +332,10 @@ class Operations(Protocol):
 
     coverage: Coverage
 
+    def short_contexts(self, num_rows: int, verifies: bool) -> tuple[int, ...]:
+        """The numbers of tokens up to which contexts have faster kernels, ascending, in steps that decode so many rows
+        or verify drafts in them, and in graphs that are for no longer contexts."""
+
     def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Tensor:
         """(T * K,): the rows of `table` named by the token ids in the step's field `ids`, times `scale`. An id of
         -1 - r stands for the token in row r of the step's `previous_output`."""

@@ -103,6 +103,9 @@ class ReferenceBackend:
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
+    def short_contexts(self, num_rows: int, verifies: bool) -> tuple[int, ...]:
+        return ()
+
     def _upload(self, values: np.ndarray) -> Tensor:
         return self.device.upload(np.ascontiguousarray(values, np.float32))
 

@@ -86,6 +86,13 @@ class StepPlan:
         return sum(entry.count for entry in self.entries)
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, those of this step and drafts included."""
+        if self.num_tokens == len(self.starts):
+            return max(self.starts) + 1
+        return max(entry.start + entry.count for entry in self.entries)
+
+    @cached_property
     def only_decodes(self) -> bool:
         """Every entry is one token that samples, and nothing else is wanted of the step: the next may continue it."""
         return self.is_decode and not self.scored and not self.hidden_rows

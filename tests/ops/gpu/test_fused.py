@@ -73,7 +73,8 @@ from tinyvllm.model.weights.quant import QUANTIZED_KINDS
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm, Step, pool_groups
 from tinyvllm.ops.gpu.attention_decode import existing_tile
 from tinyvllm.ops.gpu.attention_decode_hopper import StreamedAttentionSpec
-from tinyvllm.ops.gpu.attention_decode_row import DecodeSpec
+from tinyvllm.ops.gpu.attention_decode_row import DecodeSpec, short_contexts
+from tinyvllm.ops.gpu.attention_split import SHORTEST_SPAN
 from tinyvllm.ops.gpu.fused import FusedGpuBackend, Summed
 from tinyvllm.ops.gpu.matrix import MatrixSpec
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector
@@ -270,6 +271,28 @@ def test_the_parts_of_a_rows_context_take_one_turn(heads: int, kv_heads: int, co
     spec = decode_spec(heads, kv_heads, 128, context)
     assert 1 <= spec.num_splits * spec.head_groups <= MULTIPROCESSORS
     assert 2 * spec.num_splits * spec.head_groups > MULTIPROCESSORS or spec.num_splits == (8 if context == 1024 else 32)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (32, 8, 64), (28, 4, 128), (32, 32, 128)])
+def test_graphs_for_short_contexts_have_no_splits_that_are_always_idle(heads: int, kv_heads: int, dim: int) -> None:
+    whole = decode_spec(heads, kv_heads, dim, 8192)
+    assert whole.is_long and whole.fetches_ahead
+    for limit in short_contexts(1, False):
+        spec = decode_spec(heads, kv_heads, dim, limit)
+        assert not spec.fetches_ahead and spec.num_splits <= whole.num_splits
+        assert spec.num_splits * SHORTEST_SPAN <= limit
+    for limit in short_contexts(5, True):
+        verifying = replace(decode_spec(heads, kv_heads, dim, limit, 5), reads_own=True)
+        assert not verifying.is_split and not verifying.fetches_ahead
+    assert short_contexts(2, False) == short_contexts(16, True) == ()
+
+
+def test_only_cuda_has_graphs_for_short_contexts() -> None:
+    assert rendered("CUDA").short_contexts(1, False) == short_contexts(1, False) != ()
+    assert rendered("METAL").short_contexts(1, False) == ()
+    own: dict[str, Any] = dict(lanes=Lanes("METAL"), mma=Mma("METAL", dtypes.half))
+    kinds = [replace(decode_spec(32, 8, 128, longest), **own) for longest in (512, 8192)]
+    assert len({(spec.num_splits, spec.num_warps, spec.tiles_ahead, spec.fetches_ahead) for spec in kinds}) == 1
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,9 @@ class CpuBackend(DeviceSampling):
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
+    def short_contexts(self, num_rows: int, verifies: bool) -> tuple[int, ...]:
+        return ()
+
     def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Activation:
         tokens, previous = step.num_tokens, step.previous_output
         sources = [step.inputs] if previous is None else [step.inputs, previous]

@@ -113,6 +113,9 @@ class GpuBackend(DeviceSampling):
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
+    def short_contexts(self, num_rows: int, verifies: bool) -> tuple[int, ...]:
+        return ()
+
     def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Tensor:
         rows, cols, at = table.used_rows, table.num_cols, step.layout.offset(ids)
         previous = step.previous_output

@@ -26,7 +26,7 @@ from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.formats.runs import covers
 from tinyvllm.ops.gpu.attention_decode import decode_kernel
 from tinyvllm.ops.gpu.attention_decode_hopper import StreamedAttentionSpec, attend_streamed
-from tinyvllm.ops.gpu.attention_decode_row import GROUPS_WANTED, DecodeSpec
+from tinyvllm.ops.gpu.attention_decode_row import GROUPS_WANTED, DecodeSpec, short_contexts
 from tinyvllm.ops.gpu.attention_prefill import attend_tiles, store_rows
 from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
 from tinyvllm.ops.gpu.attention_split import SplitHeads, combine_kernel
@@ -207,6 +207,10 @@ class FusedGpuBackend(GpuBackend):
         return "float32" if self.dtype == "float32" else "float16"
 
     # -- operations ---------------------------------------------------------------------------------------------------
+
+    def short_contexts(self, num_rows: int, verifies: bool) -> tuple[int, ...]:
+        """On CUDA alone: METAL's kernels for one row are the same for all contexts."""
+        return short_contexts(num_rows, verifies) if self.lanes.kind == "CUDA" else ()
 
     def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Tensor:
         if step.num_tokens == 1 or table.num_cols % RUN_COLS:

@@ -28,11 +28,7 @@ def started(module: str, arguments: Sequence[str], env: Mapping[str, str], **opt
 
 
 def forked(program: str, arguments: Sequence[str], env: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
-    """As `started`, with this process's modules; `program` may also be code, of several lines, as for `python -c`.
-
-    The test's time limit has its signal alone from here on."""
-    # the child's own timer would wait for a lock that this one's thread holds (StopClock has one)
-    faulthandler.cancel_dump_traceback_later()
+    """As `started`, with this process's modules; `program` may also be code, of several lines, as for `python -c`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from Python 3.12 on, of a fork beside threads: it takes none of their locks
         return subprocess.Popen(
@@ -46,7 +42,10 @@ def fork_options(
     """Options of subprocess.Popen that make the child run `program` where it would otherwise become another program.
 
     `fds` stay open in it. It never returns to its caller, whose frames keep alive what they refer to.
+    A test's time limit has its signal alone from here on.
     """
+    # the child's own timer would wait for a lock that this one's thread holds (StopClock has one)
+    faulthandler.cancel_dump_traceback_later()
 
     def run() -> None:
         code = 1

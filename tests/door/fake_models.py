@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 
+from tests.forking import forking_instead_of
 from tests.server import fake_load
 from tinyvllm.config import EngineConfig
 from tinyvllm.door.fleet import Plan
@@ -93,9 +94,15 @@ class RunningDoor:
 
 @contextlib.contextmanager
 def running_door(
-    *models: ModelSettings, door: dict[str, Any] | None = None, plan: dict[str, str] | None = None, **settings: Any
+    *models: ModelSettings,
+    door: dict[str, Any] | None = None,
+    plan: dict[str, str] | None = None,
+    is_forked: bool = True,
+    **settings: Any,
 ) -> Iterator[RunningDoor]:
-    """door: DoorSettings' other fields. plan: Plan's; without it, devices are fake. settings: ServerSettings'."""
+    """door: DoorSettings' other fields. plan: Plan's; without it, devices are fake. settings: ServerSettings'.
+
+    `is_forked`: its processes have this process's modules, instead of importing their own."""
     sock = bind("127.0.0.1", 0)
     found: list[DoorServer] = []
     is_serving = threading.Event()
@@ -109,7 +116,10 @@ def running_door(
         **(plan or {"examine": EXAMINE, "load": LOAD}),
     )
     work = serve_door(DoorSettings(models=models, **(door or {})), how, sock, on_serving=on_serving, access_log=False)
-    thread = threading.Thread(target=event_loop.run, args=(work,))
+    start = asyncio.create_subprocess_exec
+    if is_forked:  # uvloop has no function that runs in the child
+        asyncio.create_subprocess_exec = forking_instead_of(start)
+    thread = threading.Thread(target=asyncio.run if is_forked else event_loop.run, args=(work,))
     thread.start()
     try:
         assert is_serving.wait(20)
@@ -119,3 +129,4 @@ def running_door(
             found[0].handle_exit(15, None)
             found[0].handle_exit(15, None)  # at once
         thread.join()
+        asyncio.create_subprocess_exec = start

@@ -176,6 +176,16 @@ def compile_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixt
 @pytest.fixture
 def compiling_processes() -> Iterator[None]:
     """Engines have processes that trace and compile, in every run."""
+    yield from _with_compiling_processes()
+
+
+@pytest.fixture(scope="module")
+def shared_compiling_processes() -> Iterator[None]:
+    """The same ones for a file's tests: their template takes over two seconds to start."""
+    yield from _with_compiling_processes()
+
+
+def _with_compiling_processes() -> Iterator[None]:
     from tinygrad.helpers import PARALLEL, Context
 
     from tinyvllm.device.compiling import _end_pool

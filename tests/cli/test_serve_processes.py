@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from tests.builders import write_byte_tokenizer
+from tests.forking import forked
 from tests.server.fake_load import ANSWER
 from tinyvllm.cli import server_flags
 from tinyvllm.cli.server_flags import ProcessFlags, default_front_ends
@@ -27,12 +28,15 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to 
 
 ROOT = Path(__file__).parents[2]
 
-# The command line, whose engines have a fake device.
+# The command line, whose engines have a fake device. Its processes are forked: tests/server/test_supervisor.py has real
+# ones.
 PROGRAM = """
 import functools
+from tests.forking import fork_children
 from tinyvllm.cli import main
 from tinyvllm.server import supervisor
 
+fork_children()
 supervisor.ServePlan = functools.partial(supervisor.ServePlan, load="tests.server.fake_load:answering")
 main()
 """
@@ -43,13 +47,13 @@ def serving(model: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], l
     """The process, and the two lines with which it greets."""
     write_byte_tokenizer(model)
     (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "serve", str(model), "--port", "0", *flags],
+    with forked(
+        PROGRAM,
+        ["serve", str(model), "--port", "0", *flags],
+        {**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
     ) as process:
         try:
             assert process.stdout is not None
@@ -82,8 +86,7 @@ def test_a_dead_engine_is_an_error_of_the_command(tmp_path: Path) -> None:
         text = httpx.get(greeting.split("served on ")[1].split()[0] + "/metrics").text
         assert 'process="engine 0"' in text
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        engine = next(pid for pid in children if b"engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes())
-        os.kill(int(engine), signal.SIGKILL)
+        os.kill(int(children[0]), signal.SIGKILL)  # engines are started first
         log = process.communicate(timeout=60)[1]
         assert process.returncode == 1
         assert "error: engine 0 was killed by SIGKILL" in log.splitlines()[-1]

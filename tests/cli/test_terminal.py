@@ -69,8 +69,8 @@ A <div> stays.
 def open_tty(tmp_path: Path, *arguments: str, reply: str = ANSWER, **environment: str) -> Tty:
     model = tmp_path / "tiny.gguf"
     model.write_bytes(b"GGUF")
-    command = [sys.executable, "-c", PROGRAM, arguments[0], str(model), *arguments[1:]]
-    return Tty(command, {"REPLY": reply, "PYTHONPATH": str(ROOT), "TINYVLLM_CACHE": str(tmp_path), **environment})
+    environment = {"REPLY": reply, "PYTHONPATH": str(ROOT), "TINYVLLM_CACHE": str(tmp_path), **environment}
+    return Tty([arguments[0], str(model), *arguments[1:]], environment, PROGRAM)
 
 
 # ---- Markdown ----
@@ -150,7 +150,7 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, "generate", str(model), "-p", "hi", "--max-tokens", "100000"]
     environment = {**os.environ, "REPLY": "x" * 5000, "PYTHONPATH": str(ROOT)}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
+    with subprocess.Popen(command, env=environment, **pipes) as process:  # a whole process, from its start to its end
         assert process.stdout is not None and process.stderr is not None
         process.stdout.read(1)
         process.stdout.close()

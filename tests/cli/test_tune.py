@@ -9,14 +9,31 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.execution import tune_workers
 from tinyvllm.cli.commands import app
 from tinyvllm.config import CACHE_DIR_VARIABLE, ModelFiles
+from tinyvllm.execution import tune_process
 
 
 def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["tune", *arguments])
 
 
+def test_a_search_prints_the_times_of_candidates_and_counts_them(
+    tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a worker that plays a device; tests/execution/test_tune.py searches for real, in one process."""
+    monkeypatch.chdir(tmp_path)  # where that worker keeps its choices
+    monkeypatch.setattr(tune_process, "run_worker", tune_workers.well)
+    result = run(str(tiny_gguf_files.path), "--json", "-", "--log-level", "error")
+    assert result.exit_code == 0, result.output
+    assert f"{tune_workers.NUM_CANDIDATES} candidates tried, 0 unusable; results are in " in result.stdout
+    (row,) = json.loads(result.stdout.splitlines()[-1])
+    assert (row["bucket"], row["kernel"], row["before_s"], row["best_s"]) == ("decode 1", "kernel", 0.5, 0.5)
+    assert "decode 1" in result.stdout and "500.000 ms" in result.stdout and "unchanged" in result.stdout
+
+
+@pytest.mark.sweep
 def test_a_search_prints_what_it_found_and_the_next_one_finds_it_done(
     tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,19 +34,18 @@ DOOR_FLAGS = ("--keep-alive", "5m")  # a door, which loads the model at the firs
 SLACK_S = 3.0  # for a busy machine
 
 # The command line, whose engine has a fake device. In processes of their own, its module is loaded by name. They are
-# forked, on asyncio's loop, unless told otherwise: uvloop has no function that runs in the child.
+# forked, unless told otherwise.
 PROGRAM = """
-import asyncio, functools, sys
-from tests.forking import forking_instead_of
+import functools, sys
+from tests.forking import fork_children
 from tests.server import fake_load
 from tinyvllm.cli import engine as engines, main
 from tinyvllm.door import fleet
 from tinyvllm.engine.async_engine import AsyncEngine
-from tinyvllm.server import event_loop, output_queue, supervisor
+from tinyvllm.server import output_queue, supervisor
 
 if sys.argv.pop(1) == "fork":
-    event_loop.run = asyncio.run
-    asyncio.create_subprocess_exec = forking_instead_of(asyncio.create_subprocess_exec)
+    fork_children()
 load, max_log_chars = sys.argv.pop(1), int(sys.argv.pop(1))
 output_queue.MAX_LOG_CHARS = max_log_chars
 load_here = getattr(fake_load, load)

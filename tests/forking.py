@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from tinyvllm import faults
+from tinyvllm.server.output_queue import exit_now
 
 MAX_FDS = 1 << 12  # descriptors above are not closed
 
@@ -95,7 +96,7 @@ def run_in_fork(
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        exit_now(code)  # with what a server has queued of its log
 
 
 def _forget_parent(fds: Sequence[int]) -> None:

@@ -56,20 +56,24 @@ def names_of_threads() -> set[str]:
     return {PROBE_NAME, *(thread.name for thread in threading.enumerate())}
 
 
-def spin(done: threading.Event) -> None:
+def spin(done: threading.Event, turns: list[int]) -> None:
     while not done.is_set():
+        turns[0] += 1
         sum(range(100))
 
 
 def record_beside_a_hog() -> Recording:
-    """Steps that wait for their device with the lock released, while a thread runs Python all the time."""
-    done = threading.Event()
-    hog = threading.Thread(target=spin, args=(done,), name="hog")
+    """Steps that wait for their device with the lock released, while a thread runs Python all the time. A step takes as
+    long as that thread takes for a thousand turns, so that it has run, whatever else wants the cores."""
+    done, turns = threading.Event(), [0]
+    hog = threading.Thread(target=spin, args=(done, turns), name="hog")
     measure.start(watches=True)
     hog.start()
     for _ in range(100):
         with measure.span(measure.STEP, kind="decode"), measure.span(measure.WAIT):
-            time.sleep(0.002)
+            end = turns[0] + 1000
+            while turns[0] < end:
+                time.sleep(0.002)
     done.set()
     hog.join()
     return measure.stop()

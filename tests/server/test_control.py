@@ -59,10 +59,9 @@ def is_running(pid: int) -> bool:
     return not stat.parent.parent.joinpath("self").exists()
 
 
-def wait_until_gone(pids: list[int], timeout_s: float = 10.0) -> None:
-    end_s = time.monotonic() + timeout_s
+def wait_until_gone(pids: list[int]) -> None:
+    """Within the test's own time limit: how soon they get a core depends on what else runs."""
     while any(map(is_running, pids)):
-        assert time.monotonic() < end_s, [pid for pid in pids if is_running(pid)]
         time.sleep(0.02)
 
 

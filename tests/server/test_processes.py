@@ -134,6 +134,8 @@ def test_large_bodies_are_parsed_by_a_front_end_of_their_own(tmp_path: Path) -> 
             assert too_large.status_code == 413 and "larger than" in too_large.json()["error"]["message"]
             requests = 'http_requests_total{handler="/v1/completions",method="POST",status="2xx"}'
             assert value_of(client.get("/metrics").text, requests) == 4, "each is counted once"
+        refusals = '"POST /v1/completions HTTP/1.1" 413'
+        server.wait_for(lambda: any(refusals in line for line in server.log))  # before its process dies with the rest
         os.kill(server.pids()["front-end 2"], signal.SIGKILL)
         server.wait_for(
             lambda: (
@@ -144,7 +146,7 @@ def test_large_bodies_are_parsed_by_a_front_end_of_their_own(tmp_path: Path) -> 
             )
         )
         server.stop()
-        lines = [line for line in server.log if '"POST /v1/completions HTTP/1.1" 413' in line]
+        lines = [line for line in server.log if refusals in line]
         assert len(lines) == 1 and "127.0.0.1:" in lines[0], "one access line, with the client's address"
 
 

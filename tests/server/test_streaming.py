@@ -7,6 +7,7 @@ import copy
 import json
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -23,6 +24,7 @@ from tinyvllm.server.events import frame, json_string
 from tinyvllm.server.generation import Item
 from tinyvllm.server.intake import Heading
 from tinyvllm.server.message import OutputFormat
+from tinyvllm.server.openai import response_events
 from tinyvllm.server.openai.chat_answers import ChatEvents
 from tinyvllm.server.openai.completion_answers import CompletionEvents, CompletionForm, Echo
 from tinyvllm.server.openai.protocol.chat import ChatChunk, ChatChunkChoice, ChatDelta
@@ -94,7 +96,8 @@ def test_a_texts_event_in_a_response_is_what_the_writer_makes(texts: list[str]) 
         assert writer.frame_text(make_delta(text)) == frame_event(event)
     last = make_delta("z", finish_reason="stop")
     assert writer.frame_text(last) is None
-    assert [*map(frame_event, writer.push(last))] == [*map(frame_event, other.push(last))]
+    with mock.patch.object(response_events, "time", mock.Mock(time=lambda: 2.0)):  # the last event has the second
+        assert [*map(frame_event, writer.push(last))] == [*map(frame_event, other.push(last))]
     assert writer.answer.output[0].content[0].text == "".join(["a", *texts, "z"])  # type: ignore[union-attr]
 
 

@@ -51,6 +51,11 @@ def read_package(package: Path = PACKAGE) -> tuple[Module, ...]:
     return tuple(modules)
 
 
+def functions_in(path: Path) -> tuple[Function, ...]:
+    """Those of one module."""
+    return tuple(_functions(ast.parse(path.read_text(encoding="utf-8"), str(path))))
+
+
 def imported_names(tree: ast.AST) -> Iterator[str]:
     """Every dotted name that a file imports, anywhere in the file; relative names begin with a dot.
 

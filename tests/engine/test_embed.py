@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.builders import TinyLlama, make_weights, write_tiny_hf_llama
+from tests.engine.test_sampling import SETTINGS
 from tests.model.test_llama import numpy_llama
+from tests.sweeps import swept
 from tinyvllm.config import EngineConfig, ModelFiles, SamplingParams
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.errors import ContextLengthError, RequestError
@@ -30,13 +33,7 @@ def start(files: ModelFiles, **settings: Any) -> AsyncEngine:
     """With few blocks and short steps: prompts come in pieces, and some are preempted."""
     config = EngineConfig(
         str(files.path),
-        max_model_len=64,
-        max_num_seqs=3,
-        max_num_batched_tokens=16,
-        token_buckets=(16,),
-        num_gpu_blocks_override=11,
-        block_size=8,
-        kv_cache_dtype="float32",
+        **SETTINGS,
         **settings,
     )
     return AsyncEngine.start(config)
@@ -50,8 +47,10 @@ def expected(prompt: list[int], pooling: str) -> np.ndarray:
     return pooled / np.linalg.norm(pooled)
 
 
-@pytest.mark.parametrize("overlaps", [False, True], ids=["in turn", "overlapped"])
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize(
+    ("pooling", "overlaps"),
+    swept(itertools.product(["mean", "last"], [False, True]), [("mean", True), ("last", False)]),
+)
 async def test_embeddings_are_pooled_states_beside_requests_that_generate(
     files: ModelFiles, pooling: str, overlaps: bool
 ) -> None:
@@ -72,7 +71,7 @@ async def test_embeddings_are_pooled_states_beside_requests_that_generate(
     for prompt, embedding in zip(PROMPTS * 2, found, strict=True):
         np.testing.assert_allclose(embedding, expected(prompt, pooling), atol=2e-4)
         assert embedding.dtype == np.float32 and abs(np.linalg.norm(embedding) - 1) < 1e-5
-    assert engine.stats().num_free_blocks == 10
+    assert engine.stats().num_free_blocks == SETTINGS["num_gpu_blocks_override"] - 1
     await engine.shutdown()
 
 

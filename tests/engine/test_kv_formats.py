@@ -15,14 +15,16 @@ from tinyvllm.cli.commands import app
 from tinyvllm.config import EngineConfig
 from tinyvllm.errors import TinyvllmError
 
-SETTINGS: dict[str, Any] = {
-    "max_model_len": 96,
+NUM_BLOCKS = 24
+SETTINGS: dict[str, Any] = {  # those of tests/execution/test_tiers_on_device.py, whose programs serve here, too
+    "dtype": "float32",
+    "max_model_len": 160,
     "max_num_seqs": 2,
     "max_num_batched_tokens": 32,
+    "num_gpu_blocks_override": NUM_BLOCKS,
+    "block_size": 8,
     "decode_buckets": (2,),
     "token_buckets": (32,),
-    "block_size": 8,
-    "num_gpu_blocks_override": 30,
 }
 PARAMS = SamplingParams(max_tokens=6, temperature=0.0, logprobs=1, ignore_eos=True)
 
@@ -38,7 +40,9 @@ def test_a_prefix_found_in_a_quantized_cache_gives_the_same_numbers(tmp_path: Pa
     capacity = loaded.runner.capacity
     assert capacity.kv_cache_dtype == "q8_0 keys, q4_0 values"
     pool_bytes = sum(tensor.nbytes() for tensor in loaded.runner.pool.tensors)
-    assert sum(capacity.memory.kv_groups) == pool_bytes == 30 * 8 * 2 * 2 * (32 + 2 + 16 + 2)  # blocks, tokens, layers
+    assert (
+        sum(capacity.memory.kv_groups) == pool_bytes == NUM_BLOCKS * 8 * 2 * 2 * (32 + 2 + 16 + 2)
+    )  # blocks, tokens, layers
     assert any("KV cache in q8_0 keys, q4_0 values: 0.2 KiB a token" in line for line in capacity.explanation)
     llm.close()
 

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 from tests.builders import write_tiny_hf_llama
+from tests.engine.requests import SETTINGS
 from tinyvllm import LLM, SamplingParams
+from tinyvllm.config import ModelFiles
 
 pytestmark = pytest.mark.timeout(1800)
 
 TINY: dict[str, Any] = {"layers": 1, "hidden": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "ffn": 32}
-EACH = 120  # tokens of a request
+EACH = 40  # tokens of a request
 
 
 def generate(llm: LLM, num_tokens: int) -> None:
@@ -43,9 +45,8 @@ def counts() -> dict[str, int]:
 
 
 @pytest.mark.parametrize("num_tokens", [240, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_a_long_generation_leaves_no_buffer_behind(tmp_path: Path, num_tokens: int) -> None:
-    files = write_tiny_hf_llama(tmp_path / "model", **TINY)
-    llm = LLM(str(files.path), max_model_len=128, max_num_seqs=1, max_num_batched_tokens=16, token_buckets=(16,))
+def test_a_long_generation_leaves_no_buffer_behind(tiny_gguf_files: ModelFiles, num_tokens: int) -> None:
+    llm = LLM(str(tiny_gguf_files.path), **SETTINGS)
     generate(llm, EACH)
     before = counts()
     assert before["Buffer"] > 10 and before["bytes"] > 0, before

@@ -11,6 +11,7 @@ import pytest
 from tests.builders import TinyLlama, make_weights, write_tiny_hf_llama
 from tests.model.test_llama import numpy_llama
 from tests.ops.sampling.wishes import Wish
+from tests.sweeps import swept
 from tinyvllm.config import SamplingParams
 from tinyvllm.engine.llm import LLM, RequestOutput
 from tinyvllm.ops.sampling.reference import gumbel_max, uniforms
@@ -31,7 +32,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "overlapped"])
+@pytest.fixture(scope="module", params=swept([False, True], [True]), ids=["in turn", "overlapped"])
 def llm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     files = write_tiny_hf_llama(tmp_path_factory.mktemp("models") / "sampling", seed=MODEL.seed)
     llm = LLM(str(files.path), async_scheduling=request.param, **SETTINGS)

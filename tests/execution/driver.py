@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
+from tests.builders import GGUFTweaks, write_tiny_gguf
 from tinyvllm.config import Capacity, EngineConfig, ModelFiles, SamplingParams
 from tinyvllm.device.handle import open_device
 from tinyvllm.execution.buckets import Bucket, choose_bucket
@@ -23,6 +25,19 @@ from tinyvllm.scheduling.request import Request, TokenLogprobs
 from tinyvllm.storage.model_config import read_model_config
 
 GREEDY = {"temperature": 0.0}
+# One row and several, a small and a larger budget of tokens. What needs no other sizes takes these: programs are
+# compiled once in a run.
+FOUR_GRAPHS = EngineConfig(
+    "tiny",
+    max_model_len=96,
+    max_num_seqs=4,
+    max_num_batched_tokens=24,
+    num_gpu_blocks_override=49,
+    block_size=8,
+    decode_buckets=(1, 4),
+    token_buckets=(8, 24),
+    kv_cache_dtype="float32",
+)
 # of starts that are compared: few graphs, and small ones
 TINY = EngineConfig(
     "tiny",
@@ -32,6 +47,11 @@ TINY = EngineConfig(
     num_gpu_blocks_override=33,
     block_size=8,
 )
+
+
+def write_mixed_gguf(path: Path) -> ModelFiles:
+    """Q, K and V in two formats, so that attention's inputs come in parts."""
+    return write_tiny_gguf(path, quant="Q4_1", tweaks=GGUFTweaks(quant_of={"attn_v": "Q8_0"}), tie=False)
 
 
 class Runner(Protocol):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
 
 import pytest
 
-from tests.builders import write_tiny_gguf
-from tests.execution.driver import generate, make_request
-from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, Limits, ModelFiles
+from tests.execution.driver import FOUR_GRAPHS, generate, make_request, write_mixed_gguf
+from tinyvllm.config import Limits, ModelFiles
 from tinyvllm.device.recording import Call
 from tinyvllm.execution import captures as captures_module
 from tinyvllm.execution.buckets import Bucket, first_buckets
@@ -22,16 +20,7 @@ from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 
-CONFIG = EngineConfig(
-    "tiny",
-    max_model_len=96,
-    max_num_seqs=4,
-    max_num_batched_tokens=32,
-    num_gpu_blocks_override=49,
-    block_size=8,
-    decode_buckets=(1, 4),
-    token_buckets=(8, 32),
-)
+CONFIG = FOUR_GRAPHS
 PROMPTS = [list(b"to be"), list(b"or not to be, that is the question:"), [7], list(b"whether 'tis nobler")]
 PATIENCE_S = 60
 
@@ -39,17 +28,9 @@ PATIENCE_S = 60
 pytestmark = pytest.mark.usefixtures("shared_compiling_processes")  # which `advance` takes graphs from
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs are compiled once for all tests here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory, cache: None) -> ModelFiles:
-    return write_tiny_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return write_mixed_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +102,7 @@ def test_a_plan_runs_in_the_smallest_graph_that_is_there(runner: ModelRunner) ->
         del runner.execute
         return sizes
 
-    assert ran_in([1, 2, 3]) == [32, 4]
+    assert ran_in([1, 2, 3]) == [24, 4]
     while runner.captures.num_to_come:
         capture_one(runner.captures)
     assert ran_in([1, 2, 3]) == [8, 1]

@@ -8,25 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.builders import write_tiny_hf_llama
-from tests.execution.driver import generate, make_request
-from tinyvllm.config import EngineConfig, LoraModule, ModelFiles
+from tests.execution.driver import FOUR_GRAPHS, generate, make_request, write_mixed_gguf
+from tinyvllm.config import LoraModule, ModelFiles
 from tinyvllm.execution.capacity import GIB
 from tinyvllm.execution.draft_model import DraftModel, draft_settings, load_draft_model, measure_draft
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.scheduling.request import Request
 
-CONFIG = EngineConfig(
-    "tiny",
-    max_model_len=96,
-    max_num_seqs=4,
-    max_num_batched_tokens=24,
-    num_gpu_blocks_override=49,
-    block_size=8,
-    decode_buckets=(4,),
-    token_buckets=(24,),
-    kv_cache_dtype="float32",
-)
+CONFIG = replace(FOUR_GRAPHS, decode_buckets=(4,), token_buckets=(24,))
 PROMPTS = [list(b"to be"), list(b"or not to be, that is the question:"), [7], list(b"whether 'tis nobler")]
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -39,7 +28,7 @@ LENGTH = 20  # tokens of output
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    return write_tiny_hf_llama(tmp_path_factory.mktemp("models") / "tiny", tie=False)
+    return write_mixed_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")

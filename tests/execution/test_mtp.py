@@ -28,10 +28,10 @@ CONFIG = EngineConfig(
     "tiny",
     dtype="float32",
     kv_cache_dtype="float32",
-    max_model_len=96,
+    max_model_len=512,
     max_num_seqs=4,
     max_num_batched_tokens=8,
-    num_gpu_blocks_override=25,
+    num_gpu_blocks_override=66,
     block_size=8,
     decode_buckets=(4,),  # these, as tests/engine's of this family, which share its programs
     token_buckets=(8,),

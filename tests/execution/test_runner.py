@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.builders import GGUFTweaks, TinyLlama, make_weights, write_safetensors, write_tiny_gguf, write_tiny_hf_llama
-from tests.execution.driver import EagerRunner, generate, give_blocks, make_request
+from tests.builders import TinyLlama, make_weights, write_safetensors, write_tiny_hf_llama
+from tests.execution.driver import FOUR_GRAPHS, EagerRunner, generate, give_blocks, make_request, write_mixed_gguf
 from tinyvllm.config import EngineConfig, ModelFiles
 from tinyvllm.errors import CapacityError, InvariantError
 from tinyvllm.execution.buckets import make_buckets
@@ -21,25 +21,13 @@ from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request, TokenLogprobs
 
-CONFIG = EngineConfig(
-    "tiny",
-    max_model_len=96,
-    max_num_seqs=4,
-    max_num_batched_tokens=24,
-    num_gpu_blocks_override=49,
-    block_size=8,
-    decode_buckets=(1, 4),
-    token_buckets=(8, 24),
-    kv_cache_dtype="float32",
-)
+CONFIG = FOUR_GRAPHS
 PROMPTS = [list(b"to be"), list(b"or not to be, that is the question:"), [7], list(b"whether 'tis nobler")]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    """Q, K and V in two formats, so that attention's inputs come in parts."""
-    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
-    return write_tiny_gguf(path, quant="Q4_1", tweaks=GGUFTweaks(quant_of={"attn_v": "Q8_0"}), tie=False)
+    return write_mixed_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf")
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +55,10 @@ def alone(runner: ModelRunner) -> list[list[int]]:
 
 def test_graphs_equal_the_eager_reference(files: ModelFiles) -> None:
     """With float32, because the reference does not round rows for products on x86."""
-    runner = load_runner(files, replace(CONFIG, dtype="float32"))
+    config = replace(CONFIG, dtype="float32", decode_buckets=(4,), token_buckets=(24,))
+    runner = load_runner(files, config)
     runner.warm_up()
-    eager = EagerRunner(files, runner.capacity, make_buckets(resolve_limits(CONFIG), CONFIG))
+    eager = EagerRunner(files, runner.capacity, make_buckets(resolve_limits(config), config))
     params: list[dict[str, Any]] = [
         {"logprobs": 3},
         {"temperature": 0.8, "seed": 3, "logprobs": 0},

@@ -12,6 +12,7 @@ import pytest
 
 from tests.builders import write_tiny_gguf
 from tests.execution.driver import TINY, generate, make_request
+from tests.sweeps import swept
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.execution import step_code
@@ -132,11 +133,17 @@ def test_other_settings_make_their_own_steps_out_of_the_same_programs(
     assert tokens == first.tokens
 
 
-def test_damaged_files_are_rebuilt(first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles) -> None:
-    for path in cache.glob("*/*"):
+@pytest.mark.parametrize("are_all", swept([False, True], [False]), ids=["some", "all"])
+def test_damaged_files_are_rebuilt(first: FirstStart, cache: Path, tiny_gguf_files: ModelFiles, are_all: bool) -> None:
+    """All steps, and some or all of the programs that they are made of."""
+    steps = set(cache.glob("*/step-*"))
+    programs = sorted(set(cache.glob("*/*")) - steps)
+    assert len(programs) == first.num_programs
+    damaged = programs if are_all else programs[::8]
+    for path in [*steps, *damaged]:
         path.write_bytes(path.read_bytes()[:-1])
     store, tokens = start(tiny_gguf_files)
-    assert counts(store) == (0, first.num_programs)
+    assert counts(store) == (0, len(damaged))
     assert tokens == first.tokens
     assert counts(start(tiny_gguf_files)[0]) == (NUM_STEPS, 0)
 

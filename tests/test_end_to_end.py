@@ -20,12 +20,13 @@ from tinyvllm.engine.async_engine import AsyncEngine
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+NUM_TOKENS = 40  # of each answer
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SMALL: dict[str, Any] = {
     "max_model_len": 512,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 64,  # the longest prompt takes seven chunks, in steps with the others' decodes
-    "num_gpu_blocks_override": 49,  # 768 tokens, where the prompts and outputs of eight need more: preemption
+    "num_gpu_blocks_override": 33,  # 512 tokens, where the prompts and outputs of eight need more: preemption
     "decode_buckets": (1, 8),
     "token_buckets": (64,),
     "cpu_cores": 1,
@@ -50,13 +51,13 @@ def test_tokens_equal_the_reference_through_chunks_batches_preemption_and_prefix
     first = llm.generate(prompts, GREEDY)
     assert llm.stats.num_preemptions > 0, "the pool was meant to be too small"
     for case, output in zip(cases, first, strict=True):
-        assert list(output.outputs[0].token_ids) == case["output_ids"], case["name"]
+        assert list(output.outputs[0].token_ids) == case["output_ids"][:NUM_TOKENS], case["name"]
 
     hits = 0
     for case, prompt in list(zip(cases, prompts, strict=True))[-1:]:
         for _ in range(2):  # alone, and again with its prompt in the cache
             (output,) = llm.generate([prompt], GREEDY)
-            assert list(output.outputs[0].token_ids) == case["output_ids"], case["name"]
+            assert list(output.outputs[0].token_ids) == case["output_ids"][:NUM_TOKENS], case["name"]
         hits += output.num_cached_tokens
         assert output.num_cached_tokens == (len(case["prompt_ids"]) - 1) // 16 * 16, case["name"]
     assert hits > 0
@@ -65,22 +66,22 @@ def test_tokens_equal_the_reference_through_chunks_batches_preemption_and_prefix
 
 def test_logprobs_of_chosen_tokens_agree_with_the_reference(llm: LLM, smollm2_reference: dict[str, Any]) -> None:
     """With the default float16 pool. In float32 every logprob agrees: tests/execution/test_real_model.py (sweep)."""
-    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=0)
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
     cases = smollm2_reference["prompts"][:4]
     outputs = llm.generate([{"prompt_token_ids": case["prompt_ids"]} for case in cases], params)
     for case, output in zip(cases, outputs, strict=True):
         assert output.outputs[0].logprobs is not None
-        for found, ids, values in zip(output.outputs[0].logprobs, case["top_ids"], case["top_logprobs"], strict=True):
+        for found, ids, values in zip(output.outputs[0].logprobs, case["top_ids"], case["top_logprobs"], strict=False):
             assert found[ids[0]].logprob == pytest.approx(values[0], abs=1e-2)
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_a_batch(llm: LLM) -> None:
-    params = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=7, max_tokens=24, ignore_eos=True)
+    params = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=7, max_tokens=12, ignore_eos=True)
     (alone,) = llm.generate(["Once upon a time"], params)
-    others = [SamplingParams(temperature=1.0, seed=seed, max_tokens=30) for seed in range(7)]
+    others = [SamplingParams(temperature=1.0, seed=seed, max_tokens=16) for seed in range(7)]
     batch = llm.generate(["Once upon a time", *["The sea"] * 7], [params, *others])
     assert batch[0].outputs[0].token_ids == alone.outputs[0].token_ids
-    other_seed = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=8, max_tokens=24, ignore_eos=True)
+    other_seed = SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=8, max_tokens=12, ignore_eos=True)
     assert llm.generate(["Once upon a time"], other_seed)[0].outputs[0].token_ids != alone.outputs[0].token_ids
 
 

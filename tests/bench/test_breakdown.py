@@ -99,7 +99,7 @@ def test_text_needs_a_tokenizer() -> None:
 
 # -- the command -----------------------------------------------------------------------------------------------------
 
-QUICK = "--batch 1,2 --tokens 3 --repeats 1 --log-level warning --cpu-cores 1 --max-num-batched-tokens 64 --chip m4"
+QUICK = "--batch 1,2 --tokens 3 --repeats 1 --log-level warning --cpu-cores 1 --max-num-batched-tokens 16 --chip m4"
 
 
 @pytest.fixture(scope="module")
@@ -184,13 +184,14 @@ def test_tokens_and_memory_are_shown_block_by_block(run: tuple[Any, Path], figur
     assert [row["token"] for row in figures["tokens"]] == [1, 2, 3]
     for row in figures["tokens"]:
         assert row["total_ms"] == pytest.approx(row["sampling_ms"] + sum(row["stages_ms"].values()), rel=0.5)
-        assert 0 < row["device_ms"] < row["total_ms"] and row["kernels"] > 0 and row["syncs"] == 1
+        assert 0 < row["device_ms"] < row["total_ms"] and row["kernels"] > 0
+    assert [row["syncs"] for row in figures["tokens"]] == [3, 1, 1], "of a prompt of 39 tokens, in three steps"
     blocks = {row["block"]: row for row in figures["memory"]}
-    assert list(blocks)[:4] == ["import", "load", "capture 5 graphs", "warm-up calls"]
+    assert list(blocks)[:4] == ["import", "load", "capture 3 graphs", "warm-up calls"]
     assert "16 ids, batch 2, decode" in blocks and blocks["load"]["device_delta_bytes"] > 0
     if sys.platform.startswith("linux"):
         assert all(row["rss_peak_bytes"] >= row["rss_bytes"] > 0 for row in blocks.values())
-    assert "Token by token" in run[0].stdout and "capture 5 graphs" in run[0].stdout
+    assert "Token by token" in run[0].stdout and "capture 3 graphs" in run[0].stdout
 
 
 def test_csv_has_a_line_for_each_case_and_stage(run: tuple[Any, Path], figures: dict[str, Any]) -> None:

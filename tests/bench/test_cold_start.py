@@ -6,19 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.execution.driver import TINY
 from tinyvllm.bench.cold_start import ColdStart, plans_for, start_engine
 from tinyvllm.bench.subject import Subject
 from tinyvllm.config import CACHE_DIR_VARIABLE, Capacity, EngineConfig, Limits, ModelFiles
 from tinyvllm.execution.buckets import choose_bucket, first_buckets, least_context, make_buckets
 
-CONFIG = EngineConfig(
-    "tiny", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=32, num_gpu_blocks_override=17, block_size=8
-)
+CONFIG = TINY
 
 
 def start(files: ModelFiles) -> ColdStart:
     runner, found = start_engine(Subject.of_files(files), CONFIG, lambda *stage: None, 1.0, 2.0, 0)
-    assert runner.num_captures == len(runner.buckets) == len(found.buckets) == 4
+    assert runner.num_captures == len(runner.buckets) == len(found.buckets) == 3
     first = {bucket.name for bucket in first_buckets(runner.buckets)}
     assert {bucket.name for bucket in found.buckets[:2]} == first
     runner.close()

@@ -29,6 +29,7 @@ from tinyvllm.device.program_store import ProgramStore, slim
 from tinyvllm.errors import CacheError, InvariantError
 
 MOST_ROWS = 1 << 12  # of a program for any number of rows; times a vocabulary's size it is an int32
+MOST_BLOCKS = 1 << 6  # the same of a program whose work items are blocks of 64 rows
 
 # the PTX with which a kernel waits for the previous one: a program that has it may start early (cuda_graph.py)
 AWAIT_PREVIOUS = "griddepcontrol.wait"
@@ -162,13 +163,18 @@ def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> bool:
 
 
 def launch_rows(
-    make: Callable[[int], Callable[..., UOp]], tensors: Sequence[Tensor], num_rows: int, shared: Sequence[Tensor]
+    make: Callable[[int], Callable[..., UOp]],
+    tensors: Sequence[Tensor],
+    num_rows: int,
+    shared: Sequence[Tensor],
+    most: int = MOST_ROWS,
 ) -> bool:
-    """`launch` for `make(MOST_ROWS)`, of whose rows only `num_rows` run. Except for the `shared` tensors, each has as
-    many elements in every row. Returns False also if steps of different numbers of rows do not share the kernel."""
+    """`launch` for `make(most)`, of whose rows only `num_rows` run. Except for the `shared` tensors, each has as
+    many elements in every row. Returns False also if steps of different numbers of rows do not share the kernel.
+    most: MOST_ROWS, or for rows that are blocks of rows, MOST_BLOCKS."""
     recorder = realize.capturing[0] if _kept and realize.capturing else None
     of_rows = [tensor for tensor in tensors if all(tensor is not one for one in shared)]
-    if not isinstance(recorder, _Recorder) or not recorder.shares_rows or num_rows > MOST_ROWS:
+    if not isinstance(recorder, _Recorder) or not recorder.shares_rows or num_rows > most:
         return False
     if any(tensor.numel() % num_rows for tensor in of_rows):
         return False
@@ -176,9 +182,9 @@ def launch_rows(
     slots = []
     for slot, tensor in enumerate(tensors):
         is_shared = any(tensor is one for one in shared)
-        size = tensor.numel() if is_shared else tensor.numel() // num_rows * MOST_ROWS
+        size = tensor.numel() if is_shared else tensor.numel() // num_rows * most
         slots.append(UOp.placeholder((size,), tensor.dtype, slot))
-    call = make(MOST_ROWS)(*slots).call(*[tensor.uop.base for tensor in tensors])
+    call = make(most)(*slots).call(*[tensor.uop.base for tensor in tensors])
     recorder.add_linear(UOp(Ops.LINEAR, src=(call,)), {})
     recorder.rows[-1] = num_rows
     return True
@@ -189,11 +195,14 @@ def with_rows(program: UOp, num_rows: int | None) -> UOp:
     if num_rows is None:
         return program
     info, sink = program.arg, program.src[0]
-    sizes = tuple(num_rows if size == MOST_ROWS else size for size in info.global_size)
-    if sum(size == MOST_ROWS for size in info.global_size) != 1:
-        raise InvariantError(f"{info.name} has work items {info.global_size}, of which one should be {MOST_ROWS}")
+    most = next((most for most in (MOST_ROWS, MOST_BLOCKS) if most in info.global_size), MOST_ROWS)
+    sizes = tuple(num_rows if size == most else size for size in info.global_size)
+    if sum(size == most for size in info.global_size) != 1:
+        raise InvariantError(
+            f"{info.name} has work items {info.global_size}, of which one should be {MOST_ROWS} or {MOST_BLOCKS}"
+        )
     old = sink.arg.estimates
-    estimates = Estimates(*(amount * num_rows // MOST_ROWS for amount in (old.ops, old.lds, old.mem)))
+    estimates = Estimates(*(amount * num_rows // most for amount in (old.ops, old.lds, old.mem)))
     sink = sink.replace(arg=replace(sink.arg, estimates=estimates))
     return program.replace(src=(sink, *program.src[1:]), arg=replace(info, global_size=sizes))
 

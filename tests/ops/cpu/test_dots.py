@@ -18,7 +18,9 @@ from tests.sweeps import swept
 from tinyvllm.arrays import CODE_BITS, Format, to_float32
 from tinyvllm.config import LayerKind, count_physical
 from tinyvllm.device.handle import DeviceHandle, has_dot_instructions, open_device
-from tinyvllm.ops.backend import Norm
+from tinyvllm.device.recording import record
+from tinyvllm.device.replay import make_replay
+from tinyvllm.ops.backend import Epilogue, Norm
 from tinyvllm.ops.cpu import backend as cpu_backend
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.cpu.cores import MOST_CORES, count_cores
@@ -107,6 +109,30 @@ def test_a_row_does_not_depend_on_its_neighbors_or_on_the_cores(name: str, bits:
     alone = np.concatenate([multiply(one, host, x[i : i + 1]) for i in (0, 19)])
     np.testing.assert_array_equal(together[[0, 19]], alone)
     np.testing.assert_array_equal(multiply(one, host, x[:8])[:1], alone[:1], "rounded by the product")
+
+
+@x86
+def test_whole_blocks_of_rows_are_computed_by_one_program() -> None:
+    """That of a recorded step, which is launched for each block."""
+    device = open_device(1)
+    backend = CpuBackend(device, None, [LayerKind(4, 2, 32)], x_bits=16)
+    host, norm = make_host("Q4_1", 32, COLS), Norm(device.upload(np.ones(COLS, np.float32)), eps=1e-5)
+    matrix, launched = backend.matrix(host), []
+    for num_rows in (64, 192):
+        x = normal(num_rows, COLS)
+        read, residual = device.upload(x), device.upload(normal(num_rows, 32))
+
+        def trace(read: Tensor = read, residual: Tensor = residual, rows: int = num_rows) -> Tensor:
+            out = backend.linear("test", read, [matrix], rows, norm, Epilogue(residual=residual))[0]
+            return backend.parts_of(out)[0].realize()
+
+        step = record(trace)
+        make_replay(device, step)()
+        found = device.read(step.output).view(np.float32)
+        np.testing.assert_array_equal(found, np.asarray(trace().numpy()).reshape(-1))
+        launched.append([(call.target.arg.name, call.target.arg.global_size[0]) for call in step.calls])
+    names = f"norm_fixed_4096x{COLS}_32", f"test_Q4_1_4096x32x{COLS}"
+    assert launched == [[(name, blocks) for name in names] for blocks in (1, 3)]
 
 
 @pytest.mark.parametrize(("normed_first", "bits"), [(False, 16), (True, 16), (True, 8)])

@@ -43,6 +43,7 @@ from tinyvllm.ops.cpu.columns import GateSpec, GroupNormSpec, gate_columns_kerne
 from tinyvllm.ops.cpu.cores import Team, count_cores, share
 from tinyvllm.ops.cpu.dots import DOT_ROWS, FEW_DOT_ROWS
 from tinyvllm.ops.cpu.expert_layers import ExpertProducts, route_rows, scale_activation
+from tinyvllm.ops.cpu.fixed_rows import run_in_blocks
 from tinyvllm.ops.cpu.inputs import Inputs
 from tinyvllm.ops.cpu.latent_attention import latent_attention_kernel, write_latents_kernel
 from tinyvllm.ops.cpu.linear import (
@@ -558,13 +559,16 @@ class CpuBackend(DeviceSampling):
             spec = choose(spec)
             out = empty(num_tokens * spec.out_cols, device=core)
             operands = [*shard.planes, *x.tensors, *([] if x.norm is None else [x.norm.weight])]
+            shared = list(shard.planes)
             if epilogue.bias is not None:
                 operands.append(epilogue.bias)
+                shared.append(epilogue.bias)
             if epilogue.residual is not None:
                 operands.append(tensors_of(epilogue.residual)[i])
             if epilogue.out_scale is not None:
                 operands.append(epilogue.out_scale)
-            outs += run_kernel(linear_kernel(spec), [out], operands)
+                shared.append(epilogue.out_scale)
+            outs += _run_product(spec, out, operands, shared)
             widths.append(spec.out_cols)
         return sharded(outs, widths)
 
@@ -646,6 +650,17 @@ def _require_panels(num_rows: int) -> None:
     """The rows of gate and up are interleaved in halves of panels."""
     if num_rows % PANEL:
         raise UnsupportedModelError(f"the feed-forward has {num_rows} columns, which is not a multiple of {PANEL}")
+
+
+def _run_product(spec: LinearSpec, out: Tensor, operands: list[Tensor], shared: list[Tensor]) -> list[Tensor]:
+    """shared: the operands whose size does not depend on the number of rows of x."""
+    if not spec.has_fixed_rows:
+        return run_kernel(linear_kernel(spec), [out], operands)
+
+    def make(num_tokens: int) -> KernelFn:
+        return linear_kernel(replace(spec, num_tokens=num_tokens))
+
+    return run_in_blocks(make, spec.num_tokens, [out], operands, shared)
 
 
 def _embed_rows(spec: EmbedSpec, num_tokens: int) -> KernelFn:

@@ -7,18 +7,19 @@ another, rows of 2,048 columns are 4 KiB apart, and 64 of them share 8 of the 64
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tinygrad import UOp, dtypes
+from tinygrad import Tensor, UOp, dtypes
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
+from tinyvllm.device.recording import MOST_BLOCKS
 from tinyvllm.ops.cpu.product import NormSpec, Shard, rms_scale, take_shards
 from tinyvllm.ops.formats.dots import HALF_WORD, dot_cols
 from tinyvllm.ops.formats.matrix import low_bits
-from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, cached_kernel, finish
+from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, cached_kernel, finish, run_kernel, run_row_kernel
 
 LEAST_PEAK = 0x0DA24260  # the bits of 1e-30: of smaller values, 32767 / value could be infinite
 BLOCK_ROWS = 64  # at most, of a block
@@ -59,6 +60,21 @@ def rows_of_block(num_rows: int) -> int:
     """Rows of a block: a divisor of `num_rows`, of which as many as possible are computed at a time."""
     at_once = next(n for n in (4, 2, 1) if num_rows % n == 0)
     return next(n for n in range(min(num_rows, BLOCK_ROWS), 0, -1) if num_rows % n == 0 and n % at_once == 0)
+
+
+def run_in_blocks(
+    make: Callable[[int], KernelFn],
+    num_rows: int,
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    shared: Sequence[Tensor],
+) -> list[Tensor]:
+    """`run_kernel` for `make(num_rows)`, whose work items are blocks of rounded rows. In recorded steps of any number
+    of whole blocks it is one program. `shared`: the tensors whose size does not depend on the number of rows."""
+    if rows_of_block(num_rows) != BLOCK_ROWS:
+        return run_kernel(make(num_rows), outputs, inputs)
+    num_blocks = num_rows // BLOCK_ROWS
+    return run_row_kernel(lambda count: make(count * BLOCK_ROWS), num_blocks, outputs, inputs, shared, MOST_BLOCKS)
 
 
 def groups_of_chunk(num_cols: int, group: int) -> int:
@@ -192,7 +208,9 @@ def fix_rows_kernel(spec: NormSpec, form: RowForm, normed: bool) -> KernelFn:
     def kernel(integers: UOp, factors: UOp, *rest: UOp) -> UOp:
         body, cols, operands = Body(), spec.num_cols, list(rest)
         x = take_shards(operands, spec.x_cols, cols)
-        row = body.loop(spec.num_tokens)
+        rows_each = rows_of_block(spec.num_tokens)
+        block, place = body.grid(spec.num_tokens // rows_each), body.loop(rows_each)
+        row = block * rows_each + place
         scale = rms_scale(body, x, row, spec) if normed else None
         staged, copies = body.registers(cols), []
         for shard in x:
@@ -203,7 +221,7 @@ def fix_rows_kernel(spec: NormSpec, form: RowForm, normed: bool) -> KernelFn:
             copies.append(staged.after(row)[shard.start + col].store(value).end(col))
         done = staged.after(UOp.group(*copies))
         rows = FixedRows(integers, factors, spec.num_tokens, cols, form)
-        stores = fix_row(body, lambda col: done[col], row, rows).end(row)
+        stores = fix_row(body, lambda col: done[col], row, rows).end(place, block)
         size = spec.num_tokens * cols
         kind = "fixed" if form.bits == 16 else f"fixed{form.bits}"
         name = f"{'norm_' if normed else ''}{kind}_{spec.num_tokens}x{cols}_{form.group}"

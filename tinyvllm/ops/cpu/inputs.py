@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from tinygrad import Tensor, dtypes
 
 from tinyvllm.ops.backend import Norm
-from tinyvllm.ops.cpu.fixed_rows import RowForm, fix_rows_kernel
+from tinyvllm.ops.cpu.fixed_rows import RowForm, fix_rows_kernel, run_in_blocks
 from tinyvllm.ops.cpu.linear import rms_norm_kernel
 from tinyvllm.ops.cpu.product import STAGED_ROWS, NormSpec
 from tinyvllm.ops.cpu.sharded import Activation, tensors_of, widths_of
 from tinyvllm.ops.formats.matrix import Matrix
-from tinyvllm.ops.kernel.body import KernelFn, empty, run_kernel, run_row_kernel
+from tinyvllm.ops.kernel.body import KernelFn, empty, run_row_kernel
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,13 @@ class Inputs:
     def _round(self, form: RowForm, core: int) -> tuple[Tensor, ...]:
         groups, name = self._shape[0] * self._shape[1] // form.group, self._cores[core]
         outs = [empty(groups * form.words, dtypes.short, name), empty(groups * 2, device=name)]
-        return tuple(run_kernel(fix_rows_kernel(self._spec(), form, self._norm is not None), outs, self._read()))
+        spec, read = self._spec(), self._read()
+
+        def make(num_rows: int) -> KernelFn:
+            return fix_rows_kernel(replace(spec, num_tokens=num_rows), form, self._norm is not None)
+
+        shared = [] if self._norm is None else read[-1:]
+        return tuple(run_in_blocks(make, spec.num_tokens, outs, read, shared))
 
     def _norm_rows(self, core: int) -> tuple[Tensor, ...]:
         out = empty(self._shape[0] * self._shape[1], device=self._cores[core])

@@ -77,10 +77,21 @@ class LinearSpec(Tunable):
         most = self.tile_rows + (self.num_tokens == self.tile_rows + 1)  # to unpack a panel again would cost more
         return self.knob("rows_per_pass", next(n for n in range(most, 0, -1) if self._fits(n)))
 
+    @property
+    def has_fixed_rows(self) -> bool:
+        """Whether x was rounded beforehand."""
+        return self.layout == "dot" and self.num_tokens > STAGED_ROWS
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of rounded rows, with each of which all panels are multiplied while it is in the cache. Reading the
+        matrix again takes less than a block that has left the cache: 16 panels of 4-bit codes are as large as 64 rows
+        of x in their columns."""
+        return self.num_tokens // rows_of_block(self.num_tokens) if self.has_fixed_rows else 1
+
     def _fits(self, rows: int) -> bool:
         """Whether all passes can have this many rows."""
-        many = self.layout == "dot" and self.num_tokens > STAGED_ROWS
-        return (rows_of_block(self.num_tokens) if many else self.num_tokens) % rows == 0
+        return (rows_of_block(self.num_tokens) if self.has_fixed_rows else self.num_tokens) % rows == 0
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         rows = tuple(rows for rows in ROWS_PER_PASS if rows != self.rows_per_pass and self._fits(rows))
@@ -114,7 +125,8 @@ def linear_kernel(spec: LinearSpec) -> KernelFn:
             x = [Shard(x[0].buffer, 0, spec.num_cols, stride, block * spec.block_stride)]
         tile = _multiply_panel(body, spec, planes, x, panel, blocks)
         stores = _epilogue(body, spec, out, bias, ending, panel, tile)
-        nbytes = int(spec.num_rows * spec.num_cols * spec.format.code_bits) // 8
+        # each block of rows reads the matrix again
+        nbytes = int(spec.num_rows * spec.num_cols * spec.format.code_bits) // 8 * spec.num_blocks
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
         return finish(stores.end(*tile.loops, panel, *blocks), _name(spec), ops=ops, nbytes=nbytes)
 
@@ -124,7 +136,7 @@ def linear_kernel(spec: LinearSpec) -> KernelFn:
 def _take_input(body: Body, spec: LinearSpec, operands: list[UOp]) -> list[Shard] | FixedRows:
     """x as the product reads it, removed from the front of the operands with the norm's weight."""
     tokens, has_dots = spec.num_tokens, spec.layout == "dot"
-    if has_dots and tokens > STAGED_ROWS:
+    if spec.has_fixed_rows:
         return FixedRows(operands.pop(0), operands.pop(0), tokens, spec.num_cols, spec.x_form)
     x = take_shards(operands, () if spec.block_rows else spec.x_cols, spec.num_cols)
     norm_weight = operands.pop(0) if spec.norm_eps is not None else None
@@ -171,12 +183,10 @@ class _Tile:
 
 
 def _loop_over_blocks(body: Body, spec: LinearSpec, x: list[Shard] | FixedRows) -> list[UOp]:
-    """The loop over blocks of rounded rows, if they are more than a pass has: all panels are multiplied with a block
-    while it is in the cache. Reading the matrix again takes less than a block that has left the cache: 16 panels of
-    4-bit codes are as large as 64 rows of x in their columns."""
+    """The blocks of rounded rows, if they are more than a pass has: work items, so that a program serves any number."""
     if not isinstance(x, FixedRows) or spec.num_tokens <= spec.rows_per_pass:
         return []
-    return [body.loop(spec.num_tokens // rows_of_block(spec.num_tokens))]
+    return [body.grid(spec.num_blocks)]
 
 
 def _multiply_panel(

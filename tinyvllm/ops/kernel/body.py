@@ -16,7 +16,7 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo
 
 from tinyvllm.device.disk_cache import share_disk_cache
-from tinyvllm.device.recording import launch, launch_rows
+from tinyvllm.device.recording import MOST_ROWS, launch, launch_rows
 from tinyvllm.errors import InvariantError
 
 share_disk_cache()  # before the first kernel is compiled, on whatever thread
@@ -138,12 +138,13 @@ def run_row_kernel(
     outputs: Sequence[Tensor],
     inputs: Iterable[Tensor],
     shared: Sequence[Tensor] = (),
+    most: int = MOST_ROWS,
 ) -> list[Tensor]:
     """`run_kernel` for `make(num_rows)`, a kernel whose rows are independent work items (`Body.grid`), and nothing else
-    in it depends on their number. In recorded steps of any number of rows it is one program, made for MOST_ROWS, of
+    in it depends on their number. In recorded steps of any number of rows it is one program, made for `most`, of
     which each step launches as many as it has. `shared`: the tensors whose size does not depend on it."""
     tensors = [*outputs, *inputs]
-    if launch_rows(make, tensors, num_rows, shared):
+    if launch_rows(make, tensors, num_rows, shared, most):
         return tensors[: len(outputs)]
     return run_kernel(make(num_rows), outputs, tensors[len(outputs) :])
 

@@ -69,7 +69,8 @@ def test_routers_choose_what_numpy_chooses(backend: Backend, name: str) -> None:
     check_routing(run_routing(backend, ROUTERS[name]), expected_routing(ROUTERS[name]))
 
 
-LIKES = ("one row", "more experts than pairs", "one row with a shared expert")  # of what other layers have, too
+# of what other layers have, too
+LIKES = ("one row", "one row with biases", "more experts than pairs", "one row with a shared expert")
 
 
 @pytest.mark.parametrize("name", swept(LAYERS, [name for name in LAYERS if name not in LIKES]))
@@ -103,7 +104,7 @@ def test_several_cores_give_what_one_gives(device: DeviceHandle, name: str) -> N
     assert largest_difference(found, expected) < 2e-5
 
 
-@pytest.mark.parametrize("num_tokens", swept((1, 2, 7), (1, 7)))
+@pytest.mark.parametrize("num_tokens", swept((1, 2, 7), [7]))
 def test_experts_that_nobody_chose_are_not_read(backend: Backend, num_tokens: int) -> None:
     """Their weights are NaN."""
     case = Case(make_kind(32, 2), "float16", num_tokens)

@@ -34,7 +34,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", swept(CASES, [CASES[3], CASES[5], CASES[9]]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", swept(CASES, [CASES[3], CASES[5]]), ids=lambda case: case.name)
 def test_attention_over_quantized_keys_and_values_equals_the_reference(
     backend: Backend, reference: ReferenceBackend, case: Case
 ) -> None:
@@ -70,7 +70,7 @@ def test_a_layer_reads_the_quantized_keys_of_another(backend: Backend, reference
 
 @pytest.mark.parametrize(
     ("case", "bad"),
-    swept(product((CASES[1], CASES[5], CASES[7]), (math.nan, math.inf)), [(CASES[1], math.inf), (CASES[5], math.nan)]),
+    swept(product((CASES[1], CASES[5], CASES[7]), (math.nan, math.inf)), [(CASES[5], math.nan)]),
     ids=lambda value: getattr(value, "name", str(value)),
 )
 @pytest.mark.filterwarnings("ignore:invalid value")

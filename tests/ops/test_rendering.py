@@ -6,8 +6,10 @@ default some steps are left out: python -m pytest -m "sweep and not gpu" tests/o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 from tinygrad import Device, dtypes
@@ -40,8 +42,15 @@ from tinyvllm.ops.step_inputs import StepLayout
 # -- the GPU kind ---------------------------------------------------------------------------------------------------
 
 
+def on_targets(default: str) -> Callable[[Any], Any]:
+    """The targets of a test: by default one, since others spell the same kernels, and tests/metal runs METAL's."""
+    cases = [((default,),), (tuple(GENERAL_TARGETS),)]
+    return pytest.mark.parametrize("targets", swept(cases, cases[:1]), ids=[default, "every target"])
+
+
+@on_targets("OpenCL")
 @pytest.mark.parametrize("is_decode", swept((True, False), [False]), ids=["decode", "mixed"])
-def test_a_step_renders_within_the_limits(is_decode: bool) -> None:
+def test_a_step_renders_within_the_limits(is_decode: bool, targets: tuple[str, ...]) -> None:
     layout = StepLayout(4, 4, 2, 16) if is_decode else StepLayout(16, 3, 2, 16)
     backend, mixed = gpu_backend("float16"), not is_decode
     outputs = plan_layer(backend, layout, ("Q4_K", "Q6_K"), is_decode=is_decode, samples=False, normed=mixed)
@@ -49,7 +58,7 @@ def test_a_step_renders_within_the_limits(is_decode: bool) -> None:
     names = {kernel.arg.name.split("_")[0] for kernel in kernels}
     assert names >= {"embed", "write", "attention"}
     for kernel in kernels:
-        check_limits(kernel, *GENERAL_TARGETS)
+        check_limits(kernel, *targets)
 
 
 WAYS = [("Q5_1", "Q8_0"), ("bfloat16", "bfloat16"), ("Q4_0", "Q5_0")]  # to store most matrices, and V and down
@@ -62,7 +71,8 @@ def test_every_way_to_store_weights_renders(formats: tuple[str, str]) -> None:
         check_limits(kernel, *GENERAL_TARGETS)
 
 
-def test_general_experts_render_within_the_limits() -> None:
+@on_targets("CUDA sm_90")
+def test_general_experts_render_within_the_limits(targets: tuple[str, ...]) -> None:
     """Of one row and of several, with groups, biases and a shared expert's weight."""
     kind = make_kind(8, 2, score="sigmoid", num_groups=4, top_groups=2, has_choice_bias=True, has_expert_scale=True)
     kind, backend = replace(kind, has_biases=True, has_shared_gate=True), gpu_backend("float16")
@@ -74,7 +84,7 @@ def test_general_experts_render_within_the_limits() -> None:
         assert routing.shared is not None
         out = backend.experts(x, routing, layer, tokens, norm, Epilogue(post_norm=norm, residual=x))
         for kernel in kernels_of([backend.scale_rows(out, routing.shared, tokens)]):
-            check_limits(kernel, *GENERAL_TARGETS)
+            check_limits(kernel, *targets)
 
 
 @pytest.mark.parametrize(
@@ -100,14 +110,15 @@ def test_sampling_renders_within_the_limits() -> None:
         check_limits(kernel, *GENERAL_TARGETS)
 
 
+@on_targets("CUDA sm_90")
 @pytest.mark.parametrize("vocab", swept((300, 49152), [300]))
-def test_a_step_with_logits_processing_renders_within_the_limits(vocab: int) -> None:
+def test_a_step_with_logits_processing_renders_within_the_limits(vocab: int, targets: tuple[str, ...]) -> None:
     """One vocabulary is not a multiple of a mask's word."""
     kernels = kernels_of([plan_processed(gpu_backend("float16"), vocab)])
     names = [kernel.arg.name.split("_")[0] for kernel in kernels]
     assert names == ["logprobs", "process", "bias", "typical", "leaders", "draw", "count"]
     for kernel in kernels:
-        check_limits(kernel, *GENERAL_TARGETS)
+        check_limits(kernel, *targets)
 
 
 def test_hidden_states_are_stored_one_by_one() -> None:

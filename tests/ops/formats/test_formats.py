@@ -19,7 +19,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tests.ops.builders import largest_difference, make_host, normal
 from tests.ops.formats.drawn import BY_NAME, FORMATS, affine, any_format, draw_matrix
 from tests.ops.rendering import rendered
-from tests.sweeps import swept
+from tests.sweeps import examples, swept
 from tinyvllm.arrays import (
     DENSE_BITS,
     E2M1,
@@ -96,7 +96,7 @@ def assert_close(values: np.ndarray, host: QuantizedMatrix) -> None:
 # -- every reader gives the values of `to_float32` ---------------------------------------------------------------------
 
 
-@settings(max_examples=6, deadline=None)
+@examples(3, 12)
 @given(fmt=any_format(has_grids=False), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 99))
 def test_any_format_is_unpacked_to_its_values(fmt: Format, layout: str, seed: int) -> None:
     host = draw_matrix(fmt, 40, COLS, seed)
@@ -105,7 +105,7 @@ def test_any_format_is_unpacked_to_its_values(fmt: Format, layout: str, seed: in
     assert_close(unpack(matrix).numpy(), host)
 
 
-@settings(max_examples=8, deadline=None)
+@examples(4, 16)
 @given(fmt=any_format(), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 99))
 def test_any_format_is_read_value_by_value(fmt: Format, layout: str, seed: int) -> None:
     host = draw_matrix(fmt, 40, COLS, seed)
@@ -124,7 +124,7 @@ def test_a_known_format_is_unpacked_to_its_values(fmt: Format, layout: str) -> N
     assert_close(unpack(pack(host, layout, None, "CPU")).numpy(), host)
 
 
-@settings(max_examples=6, deadline=None)
+@examples(3, 12)
 @given(fmt=any_format().filter(covers), seed=st.integers(0, 99))
 def test_any_format_that_runs_cover_is_read_by_runs(fmt: Format, seed: int) -> None:
     host = draw_matrix(fmt, 32, COLS, seed)
@@ -261,7 +261,7 @@ def test_no_fused_kernel_can_be_made_for_what_it_does_not_read(kernel: str, fmt:
     ("kind", "tokens", "fmt"),
     swept(
         product(("METAL", "CUDA"), (1, 3, 64), UNREAD),
-        [("METAL", 1, UNREAD[0]), ("CUDA", 3, UNREAD[1]), ("CUDA", 64, UNREAD[0])],
+        [("METAL", 1, UNREAD[0]), ("CUDA", 3, UNREAD[1])],
     ),
     ids=lambda value: getattr(value, "name", None),
 )
@@ -279,7 +279,7 @@ def test_fused_backends_multiply_what_they_do_not_cover_by_the_general_product(
     assert backend.coverage.lines() == [said]
 
 
-@pytest.mark.parametrize(("kind", "tokens"), swept(product(("METAL", "CUDA"), (1, 8)), [("METAL", 1), ("CUDA", 8)]))
+@pytest.mark.parametrize(("kind", "tokens"), swept(product(("METAL", "CUDA"), (1, 8)), [("CUDA", 8)]))
 def test_a_product_reads_the_packed_planes_once_and_nothing_else_of_the_matrix(kind: str, tokens: int) -> None:
     """Whatever the format: no kernel reads or writes unpacked weights."""
     for name in BY_NAME:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from tests.builders import encode_floats
 from tests.ops.builders import DENSE, FORMATS, QUANTIZED, make_host, make_step, make_step_of, normal
+from tests.sweeps import swept
 from tinyvllm.arrays import QuantizedMatrix, to_float32
 from tinyvllm.device.handle import DeviceHandle, has_half
 from tinyvllm.ops.backend import Backend
@@ -18,9 +20,12 @@ from tinyvllm.ops.reference import ReferenceBackend
 from tinyvllm.ops.sampling.sample import OUT_TOKEN, OUT_WIDTH
 from tinyvllm.ops.step_inputs import StepLayout
 
+LAYOUTS = ("panel", "row")
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("layout", ["panel", "row"])
+
+@pytest.mark.parametrize(
+    ("fmt", "layout"), swept(product(FORMATS, LAYOUTS), [(fmt, LAYOUTS[i % 2]) for i, fmt in enumerate(FORMATS)])
+)
 def test_packing_and_unpacking_gives_the_same_values(device: DeviceHandle, kind: str, fmt: str, layout: str) -> None:
     host = make_host(fmt, 40, 512)
     matrix = pack(host, layout, None, device.name)

@@ -15,6 +15,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
 from tinygrad.uop.ops import Ops
 
+from tests import sweeps
 from tests.ops.attention import (
     DECODE,
     FEATURES,
@@ -158,15 +159,16 @@ def test_a_decoding_step_renders_within_the_limits(kind: str, case: tuple[int, t
     kernels = kernels_of(plan_layer(backend, layout, formats, is_decode=True, samples=False, normed=tokens == 3))
     assert "decode" in {kernel.arg.name.split("_")[0] for kernel in kernels}
     for kernel in kernels:
-        check_limits(kernel, KINDS[kind])
+        if not kernel.arg.name.startswith("decode") or sweeps.is_sweeping:  # the test below has attention
+            check_limits(kernel, KINDS[kind])
 
 
-@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.sweep), "CUDA"])
-def test_decoding_with_wide_heads_renders_within_the_limits(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "dim"), swept(product(KINDS, (64, 256)), [("CUDA", 64)]))
+def test_decoding_with_many_heads_renders_within_the_limits(kind: str, dim: int) -> None:
     """Two threadgroups serve the sixteen heads that share a KV head."""
-    layer = LayerKind(32, 2, 256, Rope(10000.0), has_sinks=True, window=40)
+    layer = LayerKind(32, 2, dim, Rope(10000.0), has_sinks=True, window=40)
     kernels = kernels_of(plan_attention(rendered(kind), layer, "float16", is_decode=True))
-    assert [kernel.arg.name for kernel in kernels] == ["decode_attention_4x32x256"]
+    assert [kernel.arg.name for kernel in kernels] == [f"decode_attention_4x32x{dim}"]
     check_limits(kernels[0], KINDS[kind])
 
 

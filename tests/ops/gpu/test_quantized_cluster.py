@@ -15,6 +15,7 @@ from tinygrad.codegen import to_program
 from tests.ops.builders import make_host, normal
 from tests.ops.gpu.test_quantized_stream import small_matrix
 from tests.ops.rendering import check_limits, make_renderer, rendered
+from tests.sweeps import swept
 from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import open_device
 from tinyvllm.ops.formats.matrix import Matrix, pack
@@ -114,14 +115,14 @@ def render(spec: ClusteredMatrixSpec) -> UOp:
     return clustered_matrix_kernel(spec)(*buffers)
 
 
-@pytest.mark.parametrize(
-    ("fmt", "tokens", "rows", "cols", "activation"),
-    [
-        ("Q4_K", 8, 28672, 4096, "silu"),
-        ("affine4_g64-float16", 3, 4096, 14336, None),
-        ("FP8-float32", 8, 6144, 4096, None),
-    ],
-)
+KERNELS = [
+    ("Q4_K", 8, 28672, 4096, "silu"),
+    ("affine4_g64-float16", 3, 4096, 14336, None),
+    ("FP8-float32", 8, 6144, 4096, None),
+]
+
+
+@pytest.mark.parametrize(("fmt", "tokens", "rows", "cols", "activation"), swept(KERNELS, [KERNELS[0], KERNELS[2]]))
 def test_kernels_have_the_memory_and_the_clusters_that_they_say(
     fmt: str, tokens: int, rows: int, cols: int, activation: str | None
 ) -> None:

@@ -4,6 +4,7 @@ DEV=CUDA python -m pytest -m gpu tests/ops/gpu/test_quantized_stream.py tests/op
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from tinygrad.dtype import DType
 
 from tests.ops.builders import make_host, normal
 from tests.ops.rendering import check_limits, make_renderer, rendered
+from tests.sweeps import swept
 from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import open_device
 from tinyvllm.ops.formats.matrix import Matrix, pack
@@ -50,8 +52,10 @@ def streamed(fmt: str, tokens: int, rows: int, cols: int, **more: Any) -> Stream
     return StreamedMatrixSpec(num_tokens=tokens, **shape, **more)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("tokens", [1, 3, 8])
+RINGS = [*itertools.product(("Q4_K", "Q6_K", "FP8-float32", "NVFP4-e4m3"), (1, 8))]
+
+
+@pytest.mark.parametrize(("fmt", "tokens"), swept(itertools.product(FORMATS, (1, 3, 8)), RINGS))
 def test_a_ring_holds_each_stage_until_it_is_read(fmt: str, tokens: int) -> None:
     for rows, cols in SHAPES:
         activation = "silu" if rows % 32 == 0 and cols < 4096 else None

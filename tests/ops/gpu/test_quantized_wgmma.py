@@ -15,6 +15,7 @@ from tinygrad.codegen import to_program
 
 from tests.ops.builders import make_host, normal
 from tests.ops.rendering import check_limits, kernels_of, make_renderer, rendered
+from tests.sweeps import swept
 from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import open_device
 from tinyvllm.ops.backend import Epilogue, Norm
@@ -104,14 +105,17 @@ def render(spec: QuantizedWgmmaSpec) -> UOp:
     )
 
 
+KERNELS = [
+    ("Q4_K", 64, 4096, 14336, None),
+    ("Q6_K", 13, 6144, 4096, "silu"),
+    ("Q8_0", 40, 512, 4096, "silu"),
+    ("Q4_K", 500, 28672, 4096, "silu"),
+]
+
+
 @pytest.mark.parametrize(
     ("fmt", "tokens", "rows", "cols", "activation"),
-    [
-        ("Q4_K", 64, 4096, 14336, None),
-        ("Q6_K", 13, 6144, 4096, "silu"),
-        ("Q8_0", 40, 512, 4096, "silu"),
-        ("Q4_K", 500, 28672, 4096, "silu"),
-    ],
+    swept(KERNELS, [KERNELS[0], KERNELS[2]]),
 )
 def test_kernels_have_the_memory_that_they_say(
     fmt: str, tokens: int, rows: int, cols: int, activation: str | None
@@ -125,7 +129,9 @@ def test_kernels_have_the_memory_that_they_say(
     assert f"wgmma.mma_async.sync.aligned.m64n{spec.token_cols}k16" in source
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(512, 4096), (512, 6144), (128, 4096), (40, 4096)])
+@pytest.mark.parametrize(
+    ("tokens", "rows"), swept([(512, 4096), (512, 6144), (128, 4096), (40, 4096)], [(512, 6144), (40, 4096)])
+)
 def test_only_the_warps_that_multiply_reach_the_products(tokens: int, rows: int) -> None:
     """Also where a threadgroup has one tile (512 x 4,096): the warps that copy would wait for their own copies."""
     spec = quantized("Q4_K", tokens, rows, 4096)

@@ -17,6 +17,7 @@ from tests.ops.formats.drawn import BY_NAME
 from tests.ops.gpu.products import chained_products
 from tests.ops.gpu.test_stream import MATRICES
 from tests.ops.rendering import make_renderer, rendered
+from tests.sweeps import swept
 from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import AWAIT_PREVIOUS
@@ -77,7 +78,7 @@ def test_a_stream_of_codes_has_one_loop_each_and_the_memory_that_it_says(tokens:
     assert source.count("cvt.rn.f16x2.e4m3x2") == 4 * CODE_COLS // 16
 
 
-@pytest.mark.parametrize("tokens", [8, SCALED_TOKENS, 200, MAX_TOKENS])
+@pytest.mark.parametrize("tokens", swept([8, SCALED_TOKENS, 200, MAX_TOKENS], [8, 200]))
 @pytest.mark.parametrize(("rows", "cols", "is_gated"), MATRICES)
 def test_a_stream_of_codes_computes_every_row_once(tokens: int, rows: int, cols: int, is_gated: bool) -> None:
     for spec in candidates(stream(tokens, rows, cols, is_gated)):

@@ -38,9 +38,13 @@ class Module:
         return f"{self.name}.py"
 
 
-@cache
 def read_package(package: Path = PACKAGE) -> tuple[Module, ...]:
-    """Every module of the package, by path."""
+    """Every module of the package, by path. A package is read once."""
+    return _read_package(package)
+
+
+@cache
+def _read_package(package: Path) -> tuple[Module, ...]:
     modules = []
     for path in sorted(package.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
@@ -56,12 +60,20 @@ def functions_in(path: Path) -> tuple[Function, ...]:
     return tuple(_functions(ast.parse(path.read_text(encoding="utf-8"), str(path))))
 
 
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything inside `node` that may hold statements, or is one."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield child
+            yield from _statements(child)
+
+
 def imported_names(tree: ast.AST) -> Iterator[str]:
     """Every dotted name that a file imports, anywhere in the file; relative names begin with a dot.
 
     `from tinyvllm.ops import gpu` yields "tinyvllm.ops.gpu", whether that is a module or not.
     """
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -75,6 +87,8 @@ def imported_names(tree: ast.AST) -> Iterator[str]:
 
 def _functions(node: ast.AST, prefix: str = "") -> Iterator[Function]:
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):  # most nodes are in one
+            continue
         inner = prefix
         if isinstance(child, AnyFunction | ast.ClassDef):
             inner = f"{prefix}{child.name}."

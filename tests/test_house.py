@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests.house import PACKAGE, ROOT, Function, read_package
 
@@ -34,10 +36,18 @@ def test_the_length_of_a_function_includes_nested_ones(tmp_path: Path) -> None:
     assert module.functions == (Function("A.f", 4), Function("A.f.g", 2))
 
 
-def test_the_script_prints_every_file_in_one_room() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "house.py")]
-    done = subprocess.run([*command, "--json", "--functions", "3"], capture_output=True, text=True, check=True)
-    house = json.loads(done.stdout)
+def test_the_script_prints_every_file_in_one_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = str(ROOT / "scripts" / "house.py")
+
+    def printed(*arguments: str) -> str:
+        """In this process, which has read the package."""
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(script, run_name="__main__")
+        return capsys.readouterr().out
+
+    house = json.loads(printed("--json", "--functions", "3"))
     rooms = {room["room"]: room for room in house["rooms"]}
     files = [path for room in rooms.values() for path in room["files"]]
     assert sorted(files) == sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -45,6 +55,6 @@ def test_the_script_prints_every_file_in_one_room() -> None:
     assert [function["lines"] for function in house["functions"]] == sorted(
         (function["lines"] for function in house["functions"]), reverse=True
     )
-    plain = subprocess.run([*command, "--functions", "3"], capture_output=True, text=True, check=True).stdout
+    plain = printed("--functions", "3")
     assert f"{len(rooms)} rooms, {len(files)} files" in plain
     assert house["functions"][2]["function"] in plain

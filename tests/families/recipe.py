@@ -60,8 +60,6 @@ class Recipe:
     vectors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # modules stored as one, by its name
     gguf_more: Mapping[str, np.ndarray] = field(default_factory=dict)  # tensors that only GGUF has
-    # Another recipe has all of its features, or it runs in another format: in Hugging Face's with -m sweep
-    is_swept: bool = False
     # What GGUF stores under other names or in another form: the tensors of this model by llama.cpp's names
     gguf_tensors: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None
     # The same for mlx-lm, before anything is quantized; None: experts are stacked

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tinygrad import dtypes
 
+from tests import sweeps
 from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
 from tests.ops.rendering import GENERAL_TARGETS, check_limits, gpu_backend, kernels_of, unwritten
@@ -77,5 +78,5 @@ def check_step(config: ModelConfig, *, is_decode: bool) -> None:
     logits = model(Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode))
     kernels = kernels_of([logits])
     assert {kernel.arg.name.split("_")[0] for kernel in kernels} >= {"embed", "write", "attention"}
-    for kernel in kernels:
-        check_limits(kernel, *GENERAL_TARGETS)
+    for kernel in kernels:  # by default for one: tests/ops/test_rendering.py says why
+        check_limits(kernel, *(GENERAL_TARGETS if sweeps.is_sweeping else ("CUDA sm_90",)))

@@ -1,8 +1,9 @@
 """Tiny seeded models of transformers' classes through the whole engine: its greedy tokens and logprobs, however the
 work is cut and from either format. Expected: data/*.json, which write_references.py makes.
 
-By default every family runs once, or one with layers like its own, with one graph for prompts and one for decoding:
-here, in GGUF, or as one of MLX's (test_mlx.py). All recipes, and graphs for several sizes:
+By default every recipe is computed in NumPy, and those with the most to keep between steps by an engine, with one graph
+for prompts and one for decoding: latents and a convolution's states here, windows in test_windows.py. All recipes, and
+graphs for several sizes:
 python -m pytest -m sweep tests/families"""
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tests.families.recipe import write_gguf, write_hf
 from tests.families.recipes import RECIPES
 from tests.families.recipes.gemma3 import write_multimodal_hf
 from tests.families.write_references import DATA, NUM_STEPS, NUM_TOP, weights_sum
+from tests.reference_model import next_logprobs
 from tests.sweeps import swept
 from tinyvllm import LLM, SamplingParams
 from tinyvllm.config import ModelFiles
@@ -69,11 +71,26 @@ def check_engine(files: ModelFiles, cases: list[dict[str, Any]], **settings: Any
     llm.close()
 
 
-# each other recipe has a like among these, or runs by default in GGUF
-DEFAULT = [name for name, recipe in RECIPES.items() if not recipe.is_swept]
+# of each of them another recipe has the layers
+LIKES = ("gemma3_capped", "gemma4_31b", "deepseek_v2_lite", "qwen3_5", "qwen3_next")
 
 
-@pytest.mark.parametrize("name", DEFAULT)
+@pytest.mark.parametrize("name", swept(RECIPES, RECIPES.keys() - LIKES))
+def test_logprobs_in_numpy_are_transformers(tmp_path: Path, name: str) -> None:
+    *_, case = read_cases(name)
+    check_numpy(write_hf(tmp_path / "tiny", RECIPES[name]), case)
+
+
+def check_numpy(files: ModelFiles, case: dict[str, Any], count: int = 8) -> None:
+    """The first `count` tokens after a prompt that is several windows long."""
+    tokens, top = case["tokens"][:count], case["top"][:count]
+    found = next_logprobs(files, [*case["prompt"].encode(), *tokens[:-1]], count)
+    assert found.argmax(axis=1).tolist() == tokens
+    for row, expected in zip(found, top, strict=True):
+        assert {token: row[token] for token, _ in expected} == pytest.approx(dict(expected), abs=ATOL)
+
+
+@pytest.mark.parametrize("name", swept(RECIPES, ["glm4_moe_lite", "lfm2"]))
 def test_tokens_and_logprobs_are_transformers(tmp_path: Path, name: str) -> None:
     check_engine(write_hf(tmp_path / "tiny", RECIPES[name]), read_cases(name), decode_buckets=(4,))
 
@@ -90,11 +107,16 @@ def check_alone(files: ModelFiles, case: dict[str, Any], max_num_seqs: int = 1) 
     llm.close()
 
 
-# test_gguf.py says of all of them that GGUF holds the same model
 GGUF_NAMES = [name for name, recipe in RECIPES.items() if recipe.gguf_arch]
 
 
-@pytest.mark.parametrize("name", swept(GGUF_NAMES, ["qwen2", "gemma2"]))
+def test_logprobs_of_gguf_in_numpy_are_transformers(tmp_path: Path) -> None:
+    """test_gguf.py says that GGUF holds the same models."""
+    check_numpy(write_gguf(tmp_path / "tiny.gguf", RECIPES["qwen2"]), read_cases("qwen2")[-1])
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", GGUF_NAMES)
 def test_gguf_gives_the_same(tmp_path: Path, name: str) -> None:
     check_alone(write_gguf(tmp_path / "tiny.gguf", RECIPES[name]), read_cases(name)[-1])
 

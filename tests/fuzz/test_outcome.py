@@ -56,7 +56,7 @@ def test_a_seed_names_a_mutation() -> None:
         rng = Random(seed)
         return dump_json(mutate_json(rng, TREE, 2)), mutate_bytes(rng, bytes(100))
 
-    cases = [mutated(seed) for seed in range(300)]
-    assert cases == [mutated(seed) for seed in range(300)]
-    assert len({text for text, _ in cases}) > 200
+    cases = [mutated(seed) for seed in range(60)]
+    assert cases == [mutated(seed) for seed in range(60)]
+    assert len({text for text, _ in cases}) > 40
     assert TREE == {"a": [1, 2.5, "three"], "b": {"c": None, "d": True}}

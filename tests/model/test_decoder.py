@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything here imports tinygrad)
 from tests.ops.builders import Piece, make_step
+from tests.sweeps import swept
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.config import LayerKind, ModelConfig, Rope
 from tinyvllm.device.handle import open_device
@@ -79,12 +81,13 @@ def run(model: SharedKeys, step: Step) -> np.ndarray:
     return np.asarray(recorded.output.numpy())
 
 
-def test_a_layer_may_read_an_earlier_layers_keys_and_values() -> None:
+@pytest.mark.parametrize("decodes", swept((False, True), [False]))  # tests/ops/test_kv_formats.py decodes
+def test_a_layer_may_read_an_earlier_layers_keys_and_values(decodes: bool) -> None:
     weights, count = NamedWeights(), len(TOKENS)
     many, one = StepLayout(8, 1, 2, 8), StepLayout(1, 1, 2, 8)
     expected = logits(ReferenceBackend(open_device()), weights, (many, Piece(0, count)))
     of_second = {name.removeprefix("model.layers.1.self_attn.") for name in weights.names if "layers.1.self" in name}
     assert of_second == {"q_proj.weight", "q_proj.bias", "q_norm.weight", "o_proj.weight"}
-    for steps in ([(many, Piece(0, count))], [(many, Piece(0, count - 1)), (one, Piece(count - 1))]):
-        found = logits(CpuBackend(open_device(), None), NamedWeights(), *steps)
-        np.testing.assert_allclose(found, expected, atol=1e-4)
+    steps = [(many, Piece(0, count - 1)), (one, Piece(count - 1))] if decodes else [(many, Piece(0, count))]
+    found = logits(CpuBackend(open_device(), None), NamedWeights(), *steps)
+    np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -170,7 +170,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", swept(SHAPES, ("untied", "llama3 rope", "linear rope", "qwen3", "a part of a panel")))
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_of_the_plain_reference_equal_the_implementation_in_numpy(tmp_path: Path, name: str) -> None:
+    tiny = TinyLlama(**SHAPES[name])
+    model = load(write_tiny_hf_llama(tmp_path, **SHAPES[name]), ReferenceBackend)
+    check(model, numpy_llama(tiny, make_weights(tiny), PROMPT))
+
+
+@pytest.mark.parametrize("name", swept(SHAPES, ("qwen3", "a part of a panel")))
 def test_logits_equal_the_implementation_in_numpy(tmp_path: Path, name: str) -> None:
     numbers = SHAPES[name]
     files = write_tiny_hf_llama(tmp_path, **numbers)
@@ -178,10 +185,8 @@ def test_logits_equal_the_implementation_in_numpy(tmp_path: Path, name: str) -> 
     check(load(files), numpy_llama(tiny, make_weights(tiny), PROMPT))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "family"),
-    swept(product(("float16", "bfloat16"), ("llama", "qwen3")), [("bfloat16", "qwen3")]),
-)
+@pytest.mark.sweep  # tests/ops multiplies by such weights
+@pytest.mark.parametrize(("dtype", "family"), [*product(("float16", "bfloat16"), ("llama", "qwen3"))])
 def test_half_precision_checkpoints_are_computed_in_float32(tmp_path: Path, dtype: str, family: str) -> None:
     files, numbers = write_tiny_hf_llama(tmp_path, dtype=dtype, family=family), {"family": family}
     check(load(files), numpy_llama(TinyLlama(family=family), weights_of(files, numbers), PROMPT))
@@ -206,7 +211,8 @@ KINDS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", swept(KINDS, ["q4_k_m"]))
+@pytest.mark.sweep  # by default: two kinds in a model, below, and all of them in tests/ops
+@pytest.mark.parametrize("name", KINDS)
 def test_quantized_gguf_equals_its_own_values_in_numpy(tmp_path: Path, name: str) -> None:
     quant, quant_of, numbers = KINDS[name]
     files = write_tiny_gguf(tmp_path / "tiny.gguf", quant=quant, tweaks=GGUFTweaks(quant_of=quant_of), **numbers)

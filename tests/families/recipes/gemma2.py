@@ -27,6 +27,5 @@ RECIPES = {
         layer_norms=NORMS,
         post_norms=POST_NORMS,
         norm_offset=1.0,
-        is_swept=True,
     ),
 }

@@ -56,7 +56,6 @@ RECIPES = {
             "final_logit_softcapping": 25.0,
         },
         seed=2,
-        is_swept=True,
         layer_norms=NORMS,
         post_norms=POST_NORMS,
         more_shapes=head_norms,

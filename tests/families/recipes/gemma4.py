@@ -165,7 +165,6 @@ RECIPES = {
             "embedding_length_per_layer_input": 0,
             "attention.head_count_kv": [2, 1, 2, 1],
         },
-        is_swept=True,
     ),
     "gemma4_26b": make(
         sizes(2, 64, 4, 2, 32, 96)
@@ -192,6 +191,5 @@ RECIPES = {
             "expert_used_count": 2,
             "expert_feed_forward_length": 32,
         },
-        is_swept=True,
     ),
 }

@@ -17,7 +17,6 @@ RECIPES = {
         seed=2,
         biases=BIASES,
         fused=FUSED,
-        is_swept=True,
     ),
     "glm4": Recipe(
         "Glm4ForCausalLM",

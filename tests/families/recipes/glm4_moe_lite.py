@@ -158,7 +158,6 @@ RECIPES = {
         "deepseek2",
         LITE,
         seed=1,
-        is_swept=True,
         more_shapes=layer_shapes,
         gguf_keys=GGUF_KEYS  # as older files have it
         | {

@@ -24,7 +24,6 @@ RECIPES = {
         "llama",
         sizes(3, 96, 4, 2, 48, 160) | {"model_type": "mistral", "sliding_window": 17, "rope_theta": 1e6},
         seed=1,
-        is_swept=True,
         gguf_keys={"attention.sliding_window": 17},
     ),
     "ministral": Recipe(
@@ -38,7 +37,6 @@ RECIPES = {
             "rope_theta": 1e6,
         },
         seed=1,
-        is_swept=True,
     ),
     "ministral3": Recipe(
         "Ministral3ForCausalLM",

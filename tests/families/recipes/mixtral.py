@@ -22,6 +22,5 @@ RECIPES = {
         seed=4,
         more_shapes=layer_shapes,
         gguf_keys={"expert_count": 4, "expert_used_count": 2},
-        is_swept=True,
     ),
 }

@@ -36,7 +36,6 @@ RECIPES = {
         seed=1,
         layer_norms=NORMS,
         more_shapes=whole_norms,
-        is_swept=True,
     ),
     "olmo3": Recipe(
         "Olmo3ForCausalLM",

@@ -29,6 +29,5 @@ RECIPES = {
         seed=7,
         more_shapes=layer_shapes,
         gguf_keys={"expert_count": 6, "expert_used_count": 2},
-        is_swept=True,
     ),
 }

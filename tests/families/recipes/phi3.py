@@ -16,7 +16,7 @@ FUSED = {
 SHORT, LONG = [1.0 + 0.05 * i for i in range(12)], [1.0 + 0.4 * i for i in range(12)]
 
 
-def recipe(original: int, window: int | None, seed: int, *, is_swept: bool) -> Recipe:
+def recipe(original: int, window: int | None, seed: int) -> Recipe:
     """Longrope's long factors apply where `original` is less than the longest context of the tests, 192."""
     config: dict[str, Any] = {
         "model_type": "phi3",
@@ -43,11 +43,10 @@ def recipe(original: int, window: int | None, seed: int, *, is_swept: bool) -> R
             "rope_factors_long.weight": np.array(LONG, np.float32),
         },
         fused=FUSED,
-        is_swept=is_swept,
     )
 
 
 RECIPES = {
-    "phi3": recipe(original=256, window=19, seed=1, is_swept=True),
-    "phi3_long": recipe(original=2, window=None, seed=2, is_swept=False),
+    "phi3": recipe(original=256, window=19, seed=1),
+    "phi3_long": recipe(original=2, window=None, seed=2),
 }

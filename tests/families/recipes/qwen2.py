@@ -11,7 +11,6 @@ RECIPES = {
         "qwen2",
         sizes(3, 96, 6, 2, 16, 160) | {"model_type": "qwen2", "rope_theta": 1e6},
         seed=2,
-        is_swept=True,
         biases=BIASES,
     ),
     "qwen2_windowed": Recipe(
@@ -20,7 +19,6 @@ RECIPES = {
         sizes(3, 64, 4, 2, 16, 96)
         | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1},
         seed=1,
-        is_swept=True,
         biases=BIASES,
     ),
 }

@@ -235,7 +235,6 @@ RECIPES = {
         qwen35_tensors,
         mixer_shapes,
         seed=1,
-        is_swept=True,
     ),
     "qwen3_5_moe": recipe(
         "Qwen3_5MoeForCausalLM",
@@ -260,6 +259,5 @@ RECIPES = {
         qwen3next_tensors,
         next_shapes,
         seed=2,
-        is_swept=True,
     ),
 }

@@ -31,6 +31,5 @@ RECIPES = {
         seed=3,
         more_shapes=layer_shapes,
         gguf_keys={"expert_count": 8, "expert_used_count": 3, "expert_feed_forward_length": 64},
-        is_swept=True,
     ),
 }

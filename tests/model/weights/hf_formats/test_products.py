@@ -1,4 +1,4 @@
-"""Every format of directories in a whole engine on the CPU: the greedy tokens of the same model with dense weights."""
+"""Every format of directories in a model on the CPU: the logits of the same model with dense weights, in NumPy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from tests.builders import TinyLlama, make_weights, write_tiny_hf_llama
 from tests.model.weights.hf_formats.directory import assemble
@@ -17,24 +16,21 @@ from tests.model.weights.hf_formats.test_layouts import draw_affine, interleave,
 from tests.model.weights.hf_formats.write_compressed import DATA as COMPRESSED
 from tests.model.weights.hf_formats.write_mlx import CASES as MLX_CASES
 from tests.model.weights.hf_formats.write_mlx import DATA as MLX
+from tests.ops.builders import Piece, largest_difference, make_step
 from tests.ops.formats.drawn import draw_matrix
-from tinyvllm import LLM, SamplingParams
 from tinyvllm.arrays import Format, HostMatrix, QuantizedMatrix, Scales, to_float32
-from tinyvllm.execution import runner
+from tinyvllm.config import ModelConfig
+from tinyvllm.device.handle import open_device
+from tinyvllm.model.registry import complete_config, make_model
+from tinyvllm.ops.backend import Backend, Step
+from tinyvllm.ops.cpu.backend import CpuBackend
+from tinyvllm.ops.reference import ReferenceBackend
+from tinyvllm.ops.step_inputs import StepLayout
+from tinyvllm.storage.model_config import read_model_config
 
 WIDTH = 128  # of every matrix: whole groups of each format
 NUM_LAYERS = 2
-ENGINE: dict[str, Any] = {
-    "dtype": "float32",
-    "kv_cache_dtype": "float32",
-    "max_model_len": 64,
-    "max_num_seqs": 1,
-    "max_num_batched_tokens": 16,
-    "num_gpu_blocks_override": 9,
-    "block_size": 8,
-    "decode_buckets": (1,),
-    "token_buckets": (16,),
-}
+PROMPT = b"two are company, three"
 SIZES: dict[str, Any] = {
     "layers": NUM_LAYERS,
     "hidden": WIDTH,
@@ -106,22 +102,23 @@ class Mixed:
         """Nothing is left over."""
 
 
-def generate(files: Path, source: Mixed, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    monkeypatch.setattr(runner, "open_checkpoint", lambda *_: source)
-    monkeypatch.setattr(runner, "require_tensors", lambda *_: None)  # the source has no headers
-    llm = LLM(str(files), **ENGINE)
-    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-    (choice,) = llm.generate("two are company, three", params)[0].outputs
-    llm.close()
-    return list(choice.token_ids)
+def next_logits(source: Mixed, config: ModelConfig, ops: Backend) -> np.ndarray:
+    """Of the token after the prompt."""
+    model = make_model(complete_config(config), source, ops, 64, lambda done, total: None)
+    layout = StepLayout(32, 1, 8, 8)
+    buffer = make_step(layout, [Piece(0, len(PROMPT))])
+    layout.views(buffer)["token_ids"][: len(PROMPT)] = list(PROMPT)
+    pool = ops.make_pool(model.pool_groups, 9, layout.block_size, "float32")
+    logits: np.ndarray = model(Step(layout, ops.device.upload(buffer), pool, is_decode=False)).numpy()
+    return logits[: config.vocab_size]
 
 
-def test_greedy_tokens_are_those_of_the_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_are_those_of_the_dense_model(tmp_path: Path) -> None:
     formats = list(read_formats(tmp_path / "parts"))
     assert len(formats) <= NUM_LAYERS * len(MODULES), "some formats would not be used"
-    files = write_tiny_hf_llama(tmp_path / "tiny", **SIZES)
-    packed = Mixed(formats, is_packed=True)
-    tokens = generate(files.path, packed, monkeypatch)
+    config = replace(read_model_config(write_tiny_hf_llama(tmp_path / "tiny", **SIZES)), tie_embeddings=False)
+    device, packed = open_device(1), Mixed(formats, is_packed=True)
+    found = next_logits(packed, config, CpuBackend(device, None))
     assert packed.names == {fmt.name for fmt in formats}
-    assert len(set(tokens)) > 3
-    assert tokens == generate(files.path, Mixed(formats, is_packed=False), monkeypatch)
+    expected = next_logits(Mixed(formats, is_packed=False), config, ReferenceBackend(device))
+    assert largest_difference(found, expected) < 1e-4

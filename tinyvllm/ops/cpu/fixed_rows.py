@@ -209,8 +209,11 @@ def fix_rows_kernel(spec: NormSpec, form: RowForm, normed: bool) -> KernelFn:
         body, cols, operands = Body(), spec.num_cols, list(rest)
         x = take_shards(operands, spec.x_cols, cols)
         rows_each = rows_of_block(spec.num_tokens)
-        block, place = body.grid(spec.num_tokens // rows_each), body.loop(rows_each)
-        row = block * rows_each + place
+        num_blocks = spec.num_tokens // rows_each
+        block, place = body.grid(num_blocks), body.loop(rows_each)
+        # clang cannot know the range of a work item's number: without the mask, norms take 1.3 times as long
+        bounded = block & (MOST_BLOCKS - 1) if num_blocks <= MOST_BLOCKS else block
+        row = bounded * rows_each + place
         scale = rms_scale(body, x, row, spec) if normed else None
         staged, copies = body.registers(cols), []
         for shard in x:

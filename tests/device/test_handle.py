@@ -12,6 +12,7 @@ from tinygrad.helpers import from_mv
 
 from tinyvllm.config import CORES_VARIABLE, usable_cores
 from tinyvllm.device import handle
+from tinyvllm.device.environment import prepare_environment
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.kinds import KINDS
 from tinyvllm.errors import DeviceError
@@ -53,6 +54,15 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are() -> None:
         environment = {**os.environ, "DEV": name}
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
         assert done.stderr.splitlines()[-1].endswith(says), done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["abc", "-1", ""])
+def test_a_number_of_processes_that_tinygrad_could_not_read_is_refused(
+    monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setenv("PARALLEL", wrong)
+    with pytest.raises(DeviceError, match=f"^PARALLEL is '{wrong}': give the number of processes that compile"):
+        prepare_environment()
 
 
 def test_an_environment_variable_limits_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

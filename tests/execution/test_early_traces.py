@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -18,6 +19,7 @@ from tests.sweeps import swept
 from tinyvllm.config import CACHE_DIR_VARIABLE, Limits, ModelConfig, ModelFiles
 from tinyvllm.device.compile_workers import Job
 from tinyvllm.device.compiling import Pending
+from tinyvllm.errors import EngineDeadError
 from tinyvllm.execution import early_traces, pending_steps, tracing
 from tinyvllm.execution.buckets import first_buckets, make_buckets
 from tinyvllm.execution.early_traces import EarlyTraces
@@ -142,6 +144,25 @@ def test_what_no_process_has_begun_is_traced_here(
         runner.warm_up_first()
     assert traced.call_count == 2 and runner.captures._early is None
     assert "compiling process" not in caplog.text
+
+
+def test_a_load_that_fails_takes_back_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that no process has begun: here all of them."""
+    jobs: list[Job] = []
+
+    def begin(function: Callable[[Any], Any], argument: object, what: str, urgency: int) -> Pending:
+        jobs.append(Job(function, argument))
+        return Pending(jobs[-1], what)
+
+    def fail(stage: str, done: int, total: int) -> None:
+        assert not any(job.is_done() for job in jobs)
+        raise EngineDeadError("the engine was shut down")
+
+    monkeypatch.setattr(early_traces, "begin_elsewhere", begin)
+    monkeypatch.setattr(early_traces, "MANY_WORKERS", 1)
+    with pytest.raises(EngineDeadError):
+        load_runner(write_tiny_gguf(tmp_path / "tiny.gguf"), replace(TINY, compile_cache=False), fail)
+    assert len(jobs) == 5 and all(job.answer.cancelled() for job in jobs)
 
 
 def _shape(files: ModelFiles) -> ModelConfig:

@@ -14,12 +14,14 @@ import pytest
 from tests.builders import TinyLlama, make_weights, write_safetensors, write_tiny_hf_llama
 from tests.execution.driver import FOUR_GRAPHS, EagerRunner, generate, give_blocks, make_request, write_mixed_gguf
 from tinyvllm.config import EngineConfig, ModelFiles
+from tinyvllm.device.handle import has_dot_instructions
 from tinyvllm.errors import CapacityError, InvariantError
 from tinyvllm.execution.buckets import make_buckets
 from tinyvllm.execution.limits import resolve_limits
-from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.execution.runner import ModelRunner, load_random_runner, load_runner
 from tinyvllm.scheduling.plan import Scheduled, StepPlan
 from tinyvllm.scheduling.request import Request, TokenLogprobs
+from tinyvllm.storage.model_config import read_model_config
 
 CONFIG = FOUR_GRAPHS
 PROMPTS = [list(b"to be"), list(b"or not to be, that is the question:"), [7], list(b"whether 'tis nobler")]
@@ -150,6 +152,16 @@ def test_every_bucket_is_captured_once_and_none_while_serving(files: ModelFiles)
     assert stages == [("warm-up", done, 4) for done in range(5)]
     outputs_of(runner, num_tokens=3, chunk=5)
     assert runner.num_captures == len(make_buckets(resolve_limits(CONFIG), CONFIG)) == 4
+
+
+@pytest.mark.skipif(not has_dot_instructions(), reason="activations are rounded on x86 alone")
+@pytest.mark.parametrize(("kind", "warns"), [("Q8_0", True), ("Q4_1", False)])
+def test_activation_bits_without_effect_are_named(
+    files: ModelFiles, caplog: pytest.LogCaptureFixture, kind: str, warns: bool
+) -> None:
+    config = replace(CONFIG, activation_bits=8)
+    load_random_runner(replace(read_model_config(files), name="tiny"), kind, config).close()
+    assert ("--activation-bits is 8, but has no effect" in caplog.text) == warns
 
 
 def test_a_step_before_warm_up_is_our_bug(files: ModelFiles) -> None:

@@ -15,9 +15,10 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 def prepare_environment() -> None:
     """Choose the device (DEV) unless the user has, and make its settings. Raises DeviceError for a device that is not
-    known, and if it is too late."""
+    known, for a PARALLEL that tinygrad could not read, and if it is too late."""
     wanted = {"DEV": os.environ.get("DEV") or default_device()}
     check_known(wanted["DEV"])
+    _check_parallel(os.environ.get("PARALLEL"))
     settings = kind_of(wanted["DEV"]).settings
     wanted |= {key: os.environ.get(key, value) for key, value in settings.items()}
     late = {key: value for key, value in wanted.items() if os.environ.get(key) != value}
@@ -39,6 +40,14 @@ def num_processes() -> int:
     """tinygrad's PARALLEL, by tinygrad's own rule, for those who have not imported it."""
     default = 0 if _number("VIZ", 0) else _number("NUM_CPU_THREADS", _num_cpus())
     return _number("PARALLEL", default // max(1, _number("PYTEST_XDIST_WORKER_COUNT", 1)))
+
+
+def _check_parallel(given: str | None) -> None:
+    if given is not None and not (given.isascii() and given.isdigit()):
+        raise DeviceError(
+            f"PARALLEL is {given!r}: give the number of processes that compile, 0 for none besides this one, or leave "
+            "it unset for one per core"
+        )
 
 
 def _number(key: str, default: int) -> int:

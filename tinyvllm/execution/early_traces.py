@@ -80,6 +80,12 @@ class EarlyTraces:
             part.withdraw()
         self._parts.clear()
 
+    def abandon(self) -> None:
+        """Keep what no process has begun from being done, because the load has failed."""
+        for trace in self.traces.values():
+            trace.withdraw()
+        self.withdraw()
+
 
 def is_worth_it(setting: Setting) -> bool:
     """Whether the load takes longer than the traces, and there are no adapters or drafts. Not on a CPU: its cores are

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -45,6 +45,8 @@ from tinyvllm.model.weights.random import AlikeWeights, RandomWeights
 from tinyvllm.ops.backend import Backend, KVPool, check_formats, pool_groups
 from tinyvllm.ops.backends import make_backend
 from tinyvllm.ops.cpu.cores import count_cores
+from tinyvllm.ops.cpu.fixed_rows import RowForm
+from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.tuning import choices_path, load_choices
 from tinyvllm.ops.sampling.logits_processing import SamplingState
@@ -125,7 +127,13 @@ def make_runner(
         if early is not None:
             early.advance()
 
-    placed = place(setting, source, advance)
+    try:
+        placed = place(setting, source, advance)
+    except BaseException:
+        if early is not None:
+            early.abandon()
+        raise
+    _warn_if_nothing_is_rounded(config, placed.model.matrices)
     return ModelRunner(
         placed.model,
         setting.backend,
@@ -166,6 +174,16 @@ def _make_setting(model_config: ModelConfig, config: EngineConfig, draft: DraftM
         share=share,
         draft=draft,
     )
+
+
+def _warn_if_nothing_is_rounded(config: EngineConfig, matrices: Iterable[Matrix]) -> None:
+    """Products of 8-bit codes take activations of 16 bits whatever is asked for."""
+    rounds = any(matrix.layout == "dot" and RowForm.of(matrix.format, 8).bits == 8 for matrix in matrices)
+    if config.activation_bits == 8 and not rounds:
+        logger.warning(
+            "--activation-bits is 8, but has no effect: only products with matrices of fewer than 8 bits round "
+            "activations to 8 bits, and this model has none"
+        )
 
 
 def _make_backend(device: DeviceHandle, config: EngineConfig, model_config: ModelConfig) -> Backend:

@@ -14,6 +14,8 @@ from unittest import mock
 import pytest
 
 from tests.execution import tune_workers
+from tests.families.recipe import write_hf
+from tests.families.recipes import RECIPES
 from tinyvllm.arrays import Format
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.errors import DeviceError
@@ -220,6 +222,17 @@ def test_the_plan_of_a_graph_for_short_contexts_runs_in_no_other(runner: ModelRu
     pair = [Bucket.decode(2, 40), BUCKET]
     with mock.patch.object(type(runner), "buckets", pair):
         assert [choose_bucket(pair, make_plan(runner, bucket)) for bucket in pair] == pair
+
+
+def test_a_step_that_is_checked_reads_no_state_that_steps_write(tmp_path: Path) -> None:
+    """Else a candidate would be compared with what another state gave."""
+    config = EngineConfig("tiny", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=8, num_gpu_blocks_override=9)
+    runner = load_runner(write_hf(tmp_path / "tiny", RECIPES["qwen3_5"]), config)
+    runner.captures.remake(BUCKET)
+    checked, timed = make_plan(runner, BUCKET, 5), make_plan(runner, BUCKET)
+    first = runner.execute(checked)
+    runner.execute(timed)
+    assert runner.execute(checked).logprobs == first.logprobs
 
 
 def run_process(tmp_path: Path, worker: object, budget_s: float = 60.0) -> tuple[tune_process.Outcome, list[Event]]:

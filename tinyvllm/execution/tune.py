@@ -177,8 +177,8 @@ class _Steps:
         self._expected = StepOutput((), ())
         self._turn_s = PROMPT_TURN_S if bucket.is_for_prompts and not self._device.is_cpu else TURN_S
         if not bucket.is_for_prompts:  # it reads keys and values, which are all zero in a new pool
-            last_block = max(max(entry.request.tables[0]) for entry in self._plan.entries)
-            RunnerInspector(runner).fill_pool(last_block + 1, POOL_SEED)
+            tables = [table for entry in self._plan.entries for table in entry.request.tables]
+            RunnerInspector(runner).fill_pool(1 + max(map(max, tables), default=0), POOL_SEED)
 
     def first(self) -> _Step:
         """The step with the current choices, whose results are those that are expected from then on."""
@@ -330,7 +330,8 @@ def _is_near(token: int, logprobs: TokenLogprobs) -> bool:
 
 def make_plan(runner: ModelRunner, bucket: Bucket, logprobs: int | None = None) -> StepPlan:
     """A full step: a decode bucket's sequences, or a verify bucket's only one, at half the longest context for which
-    the pool has room; or prompts that fill a token bucket. logprobs: how many are asked for."""
+    the pool has room; or prompts that fill a token bucket. With `logprobs`, for so many tokens, it computes the same
+    each time: recurrent states are read where nothing is written, if there is room."""
     capacity, rng = runner.capacity, np.random.default_rng(TOKEN_SEED)
     if not bucket.is_for_prompts:
         num_seqs = bucket.num_seqs if bucket.is_decode else 1
@@ -342,10 +343,12 @@ def make_plan(runner: ModelRunner, bucket: Bucket, logprobs: int | None = None) 
         lengths = lengths_that_fill(bucket, min(capacity.max_model_len, capacity.num_tokens))
     num_drafts, vocab_size = bucket.num_drafts, runner.model_config.vocab_size
     tables = fixed_tables(capacity.groups, [-(-(length + num_drafts) // capacity.block_size) for length in lengths])
-    states, entries = fixed_states(capacity, len(lengths)), []
+    states, entries, unwritten = fixed_states(capacity, len(lengths)), [], capacity.num_state_slots - 1
     for index, length in enumerate(lengths):
         prompt, drafts = (rng.integers(0, vocab_size, count).tolist() for count in (length, num_drafts))
         params, state = SamplingParams(temperature=0.0, logprobs=logprobs), states[index]
+        if state is not None and logprobs is not None and len(lengths) < unwritten:
+            state.read_slot = unwritten
         request = Request(f"tune-{index}", prompt, params, tables=tables[index], state=state)
         start = 0 if bucket.is_for_prompts else len(prompt) - 1
         entries.append(Scheduled(request, start, len(prompt) + num_drafts - start, tuple(drafts)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import json
 import logging
@@ -58,6 +59,7 @@ pytest.register_assert_rewrite("tests.ops", "tests.builders")
 hypothesis.settings.register_profile("tinyvllm", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("tinyvllm")
 
+CERTIFICATES = os.environ.get("SSL_CERT_FILE")
 SHOWN_VERSIONS = ("tinygrad", "numpy", "tokenizers", "safetensors", "gguf", "fastapi", "openai")
 STDERR = pytest.StashKey[int]()
 GRACE_S = 30.0  # for a test to fail by the limit's signal, and for its teardown
@@ -121,13 +123,31 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    """Compile as compiling processes do, which ask less of tinygrad: a tenth of the time of a large kernel."""
+    """Compile as compiling processes do, which ask less of tinygrad: a tenth of the time of a large kernel. And let
+    clients of HTTP share what they trust."""
+    if "httpx" in sys.modules:
+        _share_certificates()
     if "tinygrad" in sys.modules:
         from tinygrad.uop.ops import UOp
 
         from tinyvllm.device.compiling import depends_on_any
 
         UOp.op_in_backward_slice_with_self = depends_on_any
+
+
+def _share_certificates() -> None:
+    """Each client would read those of the public authorities anew, 36 ms of a core, and tests make some thousand."""
+    from httpx._transports import default
+
+    module: Any = default  # it does not export the function
+    read = module.create_ssl_context
+    read_once = functools.cache(read)
+
+    def shared(verify: Any, cert: Any, trust_env: bool) -> Any:
+        is_usual = verify is True and cert is None and os.environ.get("SSL_CERT_FILE") == CERTIFICATES
+        return (read_once if is_usual else read)(verify=verify, cert=cert, trust_env=trust_env)
+
+    module.create_ssl_context = shared
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

@@ -181,6 +181,7 @@ def logging_as_before() -> Iterator[None]:
     root.setLevel(level)
     for name in names:
         logging.getLogger(name).setLevel(logging.NOTSET)
+        logging.getLogger(name).propagate = True  # uvicorn changes it where no access is logged
 
 
 @pytest.fixture(scope="session", autouse=True)

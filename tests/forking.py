@@ -1,5 +1,6 @@
 """Processes that are forked from the test's own, so that they need not import what it has imported: that takes most of
-them longer than all else. Tests of a start itself, such as tests/cli's of `tinyvllm serve`, start new ones."""
+them longer than all else. They must not use tinygrad's device, which this process may have opened: they would share its
+memory, and lack its threads. Such processes, and those of tests of a start itself, are new ones."""
 
 from __future__ import annotations
 
@@ -117,9 +118,11 @@ def _forget_parent(fds: Sequence[int]) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     sys.excepthook, sys.unraisablehook = sys.__excepthook__, sys.__unraisablehook__
     threading.excepthook = threading.__excepthook__
-    for logger in (logging.getLogger(), *map(logging.getLogger, ("tinyvllm", "uvicorn", "uvicorn.access"))):
+    loggers = (logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger))
+    for logger in (logging.root, *loggers):
         logger.handlers.clear()
         logger.setLevel(logging.NOTSET if logger.parent else logging.WARNING)
+        logger.propagate, logger.disabled = True, False  # uvicorn changes it where nothing is logged
     warnings.resetwarnings()
     warnings.simplefilter("ignore")
 

@@ -14,13 +14,15 @@ import pytest
 
 from tests.builders import write_tiny_hf_llama
 from tests.door.fake_models import ROOT, running_door
+from tests.engine.requests import SETTINGS
 from tinyvllm.config import EngineConfig
 from tinyvllm.door.settings import ModelSettings
 from tinyvllm.door.specs import EXAMINE
 from tinyvllm.server.specs import LOAD_ENGINE
 
 REAL = {"examine": EXAMINE, "load": LOAD_ENGINE}
-LIMITS: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 1, "max_num_batched_tokens": 16}
+# those of tests/engine, whose programs serve here, too
+LIMITS: dict[str, Any] = {**SETTINGS, "decode_buckets": (4,)}
 
 
 def tiny(directory: Path, name: str, seed: int) -> ModelSettings:
@@ -33,7 +35,8 @@ def tiny(directory: Path, name: str, seed: int) -> ModelSettings:
 
 async def test_a_real_model_makes_room_for_another(tmp_path: Path) -> None:
     models = tiny(tmp_path, "a", 0), tiny(tmp_path, "b", 1)
-    with running_door(*models, door={"max_loaded": 1}, plan=REAL) as door:
+    # not forked: tests before may have opened the device, whose memory and threads no fork can use
+    with running_door(*models, door={"max_loaded": 1}, plan=REAL, is_forked=False) as door:
         async with door.client() as client:
             answers = [await complete(client, name) for name in "ab"]
             assert answers[0] != answers[1]

@@ -91,6 +91,7 @@ def test_a_prediction_lists_what_it_rests_on_and_how_far_it_is_off() -> None:
     assert 30 < document["tok_s"] < document["roof_tok_s"] < 60
 
 
+@pytest.mark.sweep  # the pieces are tests/profiling/test_roofline.py's
 def test_a_prompt_is_predicted_in_the_pieces_that_it_would_be_computed_in() -> None:
     flags = ("--predict", "m4", "--shape", "tinyllama-1.1b", "--prefill", "1024", "--json", "-")
     usual, whole = (

@@ -55,6 +55,7 @@ def alone(runner: ModelRunner) -> list[list[int]]:
     return [request.output_ids for request in requests]
 
 
+@pytest.mark.sweep  # by default, against a llama in NumPy: tests/engine/test_sampling.py
 def test_graphs_equal_the_eager_reference(files: ModelFiles) -> None:
     """With float32, because the reference does not round rows for products on x86."""
     config = replace(CONFIG, dtype="float32", decode_buckets=(4,), token_buckets=(24,))

@@ -21,9 +21,9 @@ async def test_rough_traffic_leaves_nothing_behind(tmp_path: Path) -> None:
     model = tmp_path / "tiny.gguf"
     model.write_bytes(b"GGUF")  # the fake device does not read it
     with serving_process("fake", str(model), tmp_path / "log", "--async-scheduling") as process:
-        figures = await run_traffic(process, num_requests=150, concurrency=32, has_grammar=True)
+        figures = await run_traffic(process, num_requests=80, concurrency=32, has_grammar=True)
         check_nothing_is_left(figures)
-        assert set(figures.outcomes) >= KINDS and sum(figures.outcomes.values()) == 150
+        assert set(figures.outcomes) >= KINDS and sum(figures.outcomes.values()) == 80
         outcomes = await stop_under_load(process, concurrency=16)
     assert sum(outcomes.values()) == 16 and outcomes["complete"]
     assert "Traceback" not in (tmp_path / "log").read_text(encoding="utf-8")

@@ -294,7 +294,7 @@ def cut_messages(draw: st.DrawFn) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("family", FORMATS)
-@examples(60, 300)
+@examples(25, 300)
 @hypothesis.given(cut_messages())
 def test_every_cut_gives_the_same_calls(family: str, cut: tuple[str, list[str]]) -> None:
     message, pieces = cut
@@ -302,7 +302,7 @@ def test_every_cut_gives_the_same_calls(family: str, cut: tuple[str, list[str]])
 
 
 @pytest.mark.parametrize("family", FORMATS)
-@examples(40, 200)
+@examples(20, 200)
 @hypothesis.given(st.text(alphabet='abc{}[]"<>:,\\ \n|_', max_size=60))
 def test_no_word_of_a_message_without_calls_is_lost(family: str, message: str) -> None:
     text, calls = read(family, [message])

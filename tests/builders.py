@@ -7,13 +7,15 @@ follow: 256 `<|endoftext|>`, 257 `<|im_start|>`, 258 `<|im_end|>`; 259 is the on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gguf
 import ml_dtypes
@@ -388,3 +390,14 @@ def rope_divisors(model: TinyLlama) -> np.ndarray:
     wavelength = 2 * math.pi * model.rope_theta ** (np.arange(0, model.head_dim, 2, dtype=np.float64) / model.head_dim)
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+@contextlib.contextmanager
+def without_logits_processing() -> Iterator[None]:
+    """Engines that are made inside compile nothing for logits processing, which their requests must not ask for. Their
+    steps must not be kept for others: half of a small engine's kernels are spared."""
+    from tinyvllm.execution.step_code import StepCode
+
+    sample = StepCode.sample
+    with mock.patch.object(StepCode, "sample", lambda code, logits, state=None: sample(code, logits)):
+        yield

@@ -23,7 +23,7 @@ NUM_POSITIONS, BLOCK_SIZE = 192, 8
 
 def next_logprobs(files: ModelFiles, token_ids: Sequence[int], count: int) -> np.ndarray:
     """(count, V): of the token after each of the last `count` of `token_ids`. These come in three steps: two thirds of
-    them, the others but the last, and the last in a step that decodes."""
+    them, the others but the last, and the last in a step that decodes; in two where there are few."""
     config = read_model_config(files)
     checkpoint = open_checkpoint(files, config)
     config = complete_config(with_own_head(config, checkpoint))
@@ -33,11 +33,12 @@ def next_logprobs(files: ModelFiles, token_ids: Sequence[int], count: int) -> np
     states, blocks = model.config.states, NUM_POSITIONS // BLOCK_SIZE
     pool = ops.make_pool(model.pool_groups, count * blocks + 1, BLOCK_SIZE, "float32", states, 2 if states else 0)
     last = len(token_ids) - 1
-    first = min(last - count, last * 2 // 3)
-    assert first > 0 and last < NUM_POSITIONS, f"{len(token_ids)} tokens for {count} rows"
+    first = max(0, min(last - count, last * 2 // 3))
+    assert count - 1 <= last < NUM_POSITIONS, f"{len(token_ids)} tokens for {count} rows"
     rows = np.empty((0, config.vocab_size))
-    for piece in (Piece(0, first), Piece(first, last - first), Piece(last)):
-        # `count` rows of logits, of one sequence: the others have no tokens
+    for piece in (Piece(0, first), Piece(first, last - first), Piece(last)) if first else (Piece(0, last), Piece(last)):
+        # `count` rows of logits, of one sequence: the others have no tokens. A step's first may lie before its tokens,
+        # and is then dropped
         num_tokens = count if piece.start == last else piece.count
         layout = StepLayout(num_tokens, count, blocks, BLOCK_SIZE, len(model.pool_groups), has_states=bool(states))
         buffer = make_step(layout, [piece])

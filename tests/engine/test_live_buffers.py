@@ -25,12 +25,12 @@ TINY: dict[str, Any] = {"layers": 1, "hidden": 32, "heads": 2, "kv_heads": 2, "h
 EACH = 40  # tokens of a request
 
 
-def generate(llm: LLM, num_tokens: int) -> None:
-    """One request after another, at least `num_tokens` tokens in all, each with its own prompt."""
-    params = SamplingParams(max_tokens=EACH, ignore_eos=True, temperature=1.0, seed=1)
-    for start in range(0, num_tokens, EACH):
+def generate(llm: LLM, num_tokens: int, each: int = EACH) -> None:
+    """One request of `each` tokens after another, at least `num_tokens` tokens in all, each with its own prompt."""
+    params = SamplingParams(max_tokens=each, ignore_eos=True, temperature=1.0, seed=1)
+    for start in range(0, num_tokens, each):
         (output,) = llm.generate([f"{start:05}"], params)
-        assert len(output.outputs[0].token_ids) == EACH
+        assert len(output.outputs[0].token_ids) == each
 
 
 def counts() -> dict[str, int]:

@@ -1,16 +1,12 @@
-"""What the engine is asked on METAL and on the CPU, so that the answers can be compared.
-
-`answer` runs one on the device of this process. For the CPU's answers that is another process, whose command is
-`python -m tests.metal.scenarios FOLDER NAME...`: it makes the models in FOLDER, where the tests find them, and prints
-the answers as JSON, a line each.
-"""
+"""What the engine is asked on METAL. `python -m tests.metal.scenarios PATH NAME` makes a scenario's model there, and
+prints the answer on the command's device as JSON."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +35,7 @@ CROWDED: dict[str, Any] = {
     "num_gpu_blocks_override": 6,
     "decode_buckets": (4,),
     "token_buckets": (16,),
+    "compile_cache": False,
 }
 EXACT = {"dtype": "float32", "kv_cache_dtype": "float32"}
 BRIEF: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 16}
@@ -57,7 +54,7 @@ class Scenario:
     prompts: tuple[str, ...] = PROMPTS
     max_tokens: int = 16
     sampling: tuple[Mapping[str, Any], ...] = ()
-    tie: float = 1e-3  # greedy tokens may differ where the CPU's two likeliest logprobs are nearer than this
+    tie: float = 1e-3  # a greedy token may have a logprob so far below the likeliest one's
 
 
 def _dense(dtype: str, shape: Mapping[str, Any]) -> Callable[[Path], ModelFiles]:
@@ -152,23 +149,20 @@ SCENARIOS |= {kind: Scenario(_quantized(kind), BRIEF, PROMPTS[:3], max_tokens=8,
 
 @dataclass
 class Answer:
-    """What an engine gave. `gaps`: on the CPU, how far apart the two likeliest logprobs were, by token."""
+    """What an engine gave for each prompt, and for the first one again."""
 
+    prompts: list[list[int]]
     tokens: list[list[int]]
     logprobs: list[list[dict[int, float]] | None]
     cached_tokens: int
     num_preemptions: int
     num_captures: int
-    num_accepted: int = 0  # drafts
-    gaps: list[list[float]] = field(default_factory=list)
+    num_accepted: int  # drafts
 
 
-def answer(name: str, path: Path, *, with_gaps: bool = False) -> Answer:
-    """Run one scenario on this process's device, with the model in `path`, which is made if it is not there."""
-    scenario = SCENARIOS[name]
-    made = path.with_suffix(".gguf")
-    source = made if made.exists() else path if path.exists() else scenario.write(path).path
-    llm = LLM(str(source), **scenario.engine)
+def answer(scenario: Scenario, files: ModelFiles) -> Answer:
+    """Run a scenario on this process's device."""
+    llm = LLM(str(files.path), **scenario.engine)
     captures = llm.stats.num_captures
     params = [
         SamplingParams(max_tokens=scenario.max_tokens, ignore_eos=True, **{"temperature": 0.0, **given})
@@ -178,6 +172,7 @@ def answer(name: str, path: Path, *, with_gaps: bool = False) -> Answer:
     again = llm.generate([scenario.prompts[0]], [params[0]])  # its prompt is in the cache, at least for some blocks
     assert llm.stats.num_captures == captures, "a graph was captured while serving"
     found = Answer(
+        prompts=[list(output.prompt_token_ids) for output in [*outputs, *again]],
         tokens=[list(output.outputs[0].token_ids) for output in [*outputs, *again]],
         logprobs=[_plain(output.outputs[0].logprobs) for output in [*outputs, *again]],
         cached_tokens=again[0].num_cached_tokens,
@@ -185,9 +180,6 @@ def answer(name: str, path: Path, *, with_gaps: bool = False) -> Answer:
         num_captures=captures,
         num_accepted=llm.stats.num_accepted_tokens,
     )
-    if with_gaps:
-        greedy = SamplingParams(max_tokens=scenario.max_tokens, ignore_eos=True, temperature=0.0, logprobs=2)
-        found.gaps = [_gaps(output.outputs[0].logprobs) for output in llm.generate(list(scenario.prompts), greedy)]
     llm.close()
     return found
 
@@ -198,15 +190,6 @@ def _plain(logprobs: Any) -> list[dict[int, float]] | None:
     return [{token: entry.logprob for token, entry in found.items()} for found in logprobs]
 
 
-def _gaps(logprobs: Any) -> list[float]:
-    best = [sorted((entry.logprob for entry in found.values()), reverse=True) for found in logprobs]
-    return [values[0] - values[1] for values in best]
-
-
-def main(folder: Path, names: list[str]) -> None:
-    for name in names:
-        print(json.dumps(vars(answer(name, folder / name, with_gaps=True))), flush=True)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    scenario = SCENARIOS[sys.argv[2]]
+    print(json.dumps(vars(answer(scenario, scenario.write(Path(sys.argv[1]))))))

@@ -1,110 +1,79 @@
-"""The whole engine on METAL gives the tokens that it gives on the CPU."""
+"""The whole engine on METAL gives the tokens that NumPy gives."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import sweeps
+from tests.builders import without_logits_processing
 from tests.metal.scenarios import QUANTIZED, SCENARIOS, Answer, answer
 from tests.metal.simulator import Settings, without_checks
+from tests.reference_model import next_logprobs
 from tests.sweeps import swept
 from tinyvllm.config import ModelFiles
 
 pytestmark = pytest.mark.timeout(600)  # an engine compiles for 10 s on an idle core, and there may be no idle one
 
 
-class CpuProcess:
-    """The CPU's answers, made in another process meanwhile."""
-
-    def __init__(self, folder: Path, names: list[str]) -> None:
-        self.folder, self._names = folder, names
-        self._answers: dict[str, Answer] = {}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.metal.scenarios", str(folder), *names],
-            env=os.environ | {"DEV": "CPU"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def answer(self, name: str) -> Answer:
-        assert self._process.stdout is not None
-        while name not in self._answers:
-            line = self._process.stdout.readline()
-            assert line, f"the CPU's process ended with {self._process.wait()} before {name}"
-            self._answers[self._names[len(self._answers)]] = Answer(**json.loads(line))
-        return self._answers[name]
-
-    def close(self) -> None:
-        assert self._process.stdout is not None
-        self._process.terminate()
-        self._process.wait()
-        self._process.stdout.close()
+def assert_greedy(found: Answer, files: ModelFiles, tie: float) -> None:
+    """Token for token in NumPy, but where that is undecided itself."""
+    compared, total = 0, sum(map(len, found.tokens))
+    for prompt, tokens in zip(found.prompts, found.tokens, strict=True):
+        logprobs = next_logprobs(files, [*prompt, *tokens[:-1]], len(tokens))
+        for place, (token, row) in enumerate(zip(tokens, logprobs, strict=True)):
+            gap = row.max() - row[token]
+            assert gap < tie, f"{tokens} after {prompt}: {row.argmax()} is likelier by {gap:.4f} at {place}"
+            compared += gap == 0
+    assert compared >= 0.8 * total, f"only {compared} of {total} tokens were the likeliest"
 
 
-@pytest.fixture(scope="module")
-def cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CpuProcess]:
-    """Of the scenarios that this run has tests for, in their order."""
-    chosen = (item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec"))
-    names = list(dict.fromkeys(name for name in chosen if name in SCENARIOS))
-    process = CpuProcess(tmp_path_factory.mktemp("scenarios"), names)
-    yield process
-    process.close()
-
-
-def assert_same_tokens(found: Answer, expected: Answer, tie: float) -> None:
-    """Token for token, up to a place where the CPU itself was undecided."""
-    compared = 0
-    sequences = zip(found.tokens, expected.tokens, [*expected.gaps, expected.gaps[0]], strict=True)
-    for index, (tokens, wanted, gaps) in enumerate(sequences):
-        for place, (token, right, gap) in enumerate(zip(tokens, wanted, gaps, strict=True)):
-            if token != right:
-                assert gap < tie, f"sequence {index}: {tokens}, on the CPU {wanted}; a gap of {gap:.4f} at {place}"
-                break
-            compared += 1
-    total = sum(len(tokens) for tokens in expected.tokens)
-    assert compared >= 0.8 * total, f"only {compared} of {total} tokens could be compared"
+def run(name: str, path: Path) -> Answer:
+    scenario = SCENARIOS[name]
+    files = scenario.write(path)
+    found = answer(scenario, files)
+    assert_greedy(found, files, scenario.tie)
+    return found
 
 
 @pytest.mark.parametrize("name", swept(("medium", "float16", "float32", "bfloat16"), ["float16"]))
-def test_chunks_batches_preemption_and_prefix_hits_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
-    expected = cpu.answer(name)
-    found = answer(name, cpu.folder / name)
+def test_chunks_batches_preemption_and_prefix_hits_give_numpys_tokens(name: str, tmp_path: Path) -> None:
+    """No request asks for logits processing, and by default nothing is compiled for it."""
+    with contextlib.nullcontext() if sweeps.is_sweeping else without_logits_processing():
+        found = run(name, tmp_path / name)
     assert found.num_preemptions > 0 and found.cached_tokens > 0, "the pool was meant to be small, the prompt cached"
     assert found.num_captures == len(SCENARIOS[name].engine["decode_buckets"]) + 1
-    assert_same_tokens(found, expected, SCENARIOS[name].tie)
 
 
 @pytest.mark.parametrize("name", swept(("mixed", *QUANTIZED), []))
-def test_quantized_weights_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
-    expected = cpu.answer(name)
-    assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
+def test_quantized_weights_give_numpys_tokens(name: str, tmp_path: Path) -> None:
+    run(name, tmp_path / name)
 
 
 @pytest.mark.parametrize("name", swept(("gemma3", "qwen3", "qwen2", "mistral", "qwen3_5", "mtp"), []))
-def test_every_family_gives_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
-    expected = cpu.answer(name)
-    assert_same_tokens(answer(name, cpu.folder / name), expected, SCENARIOS[name].tie)
+def test_every_family_gives_numpys_tokens(name: str, tmp_path: Path) -> None:
+    run(name, tmp_path / name)
 
 
 @pytest.mark.parametrize("name", swept(["drafts"], []))
-def test_steps_with_drafts_give_the_cpus_tokens(name: str, cpu: CpuProcess) -> None:
-    expected = cpu.answer(name)
-    found = answer(name, cpu.folder / name)
-    assert found.num_accepted > 0
-    assert_same_tokens(found, expected, SCENARIOS[name].tie)
+def test_steps_with_drafts_give_numpys_tokens(name: str, tmp_path: Path) -> None:
+    assert run(name, tmp_path / name).num_accepted > 0
 
 
-@pytest.mark.parametrize("name", swept(["sampled"], []))
-def test_samplers_with_seeds_draw_the_cpus_tokens_with_its_logprobs(name: str, cpu: CpuProcess) -> None:
-    expected = cpu.answer(name)
-    found = answer(name, cpu.folder / name)
+@pytest.mark.sweep
+def test_samplers_with_seeds_draw_the_cpus_tokens_with_its_logprobs(tmp_path: Path) -> None:
+    scenario = SCENARIOS["sampled"]
+    found = answer(scenario, scenario.write(tmp_path / "here"))
+    command = [sys.executable, "-m", "tests.metal.scenarios", str(tmp_path / "there"), "sampled"]
+    done = subprocess.run(command, env=os.environ | {"DEV": "CPU"}, capture_output=True, text=True, check=True)
+    expected = Answer(**json.loads(done.stdout))
     assert found.tokens == expected.tokens
     for rows, wanted in zip(found.logprobs, expected.logprobs, strict=True):
         assert (rows is None) == (wanted is None)

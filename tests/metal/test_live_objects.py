@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import without_logits_processing
 from tests.engine.test_live_buffers import EACH, TINY, generate, generate_batches
+from tests.metal.scenarios import SCENARIOS
 from tests.metal.simulator import Settings, live_objects, where_nothing_runs
 
 pytestmark = pytest.mark.timeout(1800)
@@ -27,15 +29,15 @@ def objects_now() -> Counter[str]:
 @pytest.mark.parametrize("num_tokens", [400, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_a_long_generation_leaves_no_objects_behind(simulator: Settings, tmp_path: Path, num_tokens: int) -> None:
     """Objects are the host's: what kernels compute changes nothing of them, so that none runs. Each token is 0."""
-    from tests.builders import write_tiny_hf_llama
     from tinyvllm import LLM
 
-    files = write_tiny_hf_llama(tmp_path / "model", **TINY)
-    with where_nothing_runs(simulator):
-        llm = LLM(str(files.path), max_model_len=128, max_num_seqs=1, max_num_batched_tokens=16)
-        generate(llm, 120)
+    scenario = SCENARIOS["float16"]  # whose programs test_engine.py needs, too
+    files = scenario.write(tmp_path / "model")
+    with where_nothing_runs(simulator), without_logits_processing():
+        llm = LLM(str(files.path), **scenario.engine)
+        generate(llm, 120, each=50)
         before, runs = objects_now(), simulator.num_graph_runs
-        generate(llm, num_tokens)
+        generate(llm, num_tokens, each=50)
         assert simulator.num_graph_runs - runs >= num_tokens, "a step is a graph's run"
         assert objects_now() == before
         llm.close()

@@ -50,7 +50,7 @@ def check(ops: Backend, reference: ReferenceBackend, case: Case, pieces: list[Pi
         np.testing.assert_array_equal(now[others], then[others])  # padding wrote to the dummy block alone
 
 
-@pytest.mark.parametrize("case", swept(DECODE, [DECODE[0], DECODE[4], DECODE[6]]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", swept(DECODE, [DECODE[0], DECODE[6]]), ids=lambda case: case.name)
 def test_decode_equals_the_reference_and_writes_its_slots_alone(
     backend: Backend, reference: ReferenceBackend, case: Case
 ) -> None:

@@ -110,7 +110,7 @@ def test_sampling_renders_within_the_limits() -> None:
         check_limits(kernel, *GENERAL_TARGETS)
 
 
-@on_targets("CUDA sm_90")
+@on_targets("METAL")
 @pytest.mark.parametrize("vocab", swept((300, 49152), [300]))
 def test_a_step_with_logits_processing_renders_within_the_limits(vocab: int, targets: tuple[str, ...]) -> None:
     """One vocabulary is not a multiple of a mask's word."""

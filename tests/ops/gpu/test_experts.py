@@ -171,12 +171,10 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("fmt", "kind", "tokens", "count"), swept(LAYERS, [("MXFP4-e8m0", "CUDA", 1, 4), ("bfloat16", "CUDA", 8, 7)])
-)
+@pytest.mark.parametrize(("fmt", "kind", "tokens", "count"), swept(LAYERS, [("MXFP4-e8m0", "CUDA", 1, 4)]))
 def test_a_layer_of_experts_renders_within_the_limits(fmt: str, kind: str, tokens: int, count: int) -> None:
     """One row takes four kernels: router, route, gate and up, down. More take a norm before them, an order, and a
-    sum."""
+    sum: tests/metal runs three."""
     backend = rendered(kind, "bfloat16" if fmt == "bfloat16" else "float16")
     kernels = kernels_of(plan(backend, Case(GPT_OSS, fmt, tokens)))
     assert len(kernels) == count and not backend.coverage.lines()

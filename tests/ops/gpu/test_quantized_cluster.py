@@ -14,7 +14,7 @@ from tinygrad.codegen import to_program
 
 from tests.ops.builders import make_host, normal
 from tests.ops.gpu.test_quantized_stream import small_matrix
-from tests.ops.rendering import check_limits, make_renderer, rendered
+from tests.ops.rendering import check_limits, make_renderer, rendered, unwritten
 from tests.sweeps import swept
 from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import open_device
@@ -147,7 +147,10 @@ def test_products_that_clusters_cover_take_them(monkeypatch: pytest.MonkeyPatch)
     backend.has_wgmma = True
 
     def kinds(fmt: str, rows: int, cols: int) -> list[str]:
-        matrix = pack(make_host(fmt, rows, cols), "row", None, "CPU")
+        small = small_matrix(fmt)
+        scale = rows * cols // (small.num_rows * small.num_cols)
+        planes = [unwritten(backend, plane.numel() * scale, plane.dtype) for plane in small.planes]
+        matrix = replace(small, num_rows=rows, num_cols=cols, used_rows=rows, planes=tuple(planes))
         tokens = (2, MAX_TOKENS, MAX_TOKENS + 1)
         return [type(backend._matrix_spec("x", Mma("CUDA", F16), matrix, t, None, F16)).__name__ for t in tokens]
 

@@ -286,6 +286,7 @@ def test_a_row_without_finite_logits_is_not_counted(device: DeviceHandle, kind: 
     assert (bench.counts == 0).all()
 
 
+@pytest.mark.sweep  # the rows above have some
 def test_as_many_biases_as_a_row_holds(device: DeviceHandle, kind: str) -> None:
     vocab = 1100
     ids = np.random.default_rng(0).permutation(vocab)[:MAX_LOGIT_BIAS].tolist()

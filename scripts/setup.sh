@@ -52,6 +52,8 @@ make_venv() {
   fi
   say "Making a virtual environment in .venv"
   "$python" -m venv --clear "$venv" || fail "could not make a virtual environment in .venv; see above for the reason"
+  # The pip that comes with Python 3.11 takes 34 CPU seconds to find what the tests need, and pip 26 takes 13.
+  "$venv/bin/python" -m pip install -qq --disable-pip-version-check --upgrade pip 2>/dev/null || true # the old one works
 }
 
 install_package() {

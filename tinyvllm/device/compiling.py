@@ -20,6 +20,7 @@ from tinygrad.helpers import BEAM, PARALLEL, Context, getenv
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import CallInfo, Ops, graph_rewrite
 
+from tinyvllm.device.clang_flags import use_fewer_copies
 from tinyvllm.device.compile_workers import BEGIN_WORKER, CompileWorkers, Job, LostJobError, end_unused
 from tinyvllm.device.disk_cache import share_disk_cache
 from tinyvllm.device.program_store import ProgramStore, slim
@@ -258,6 +259,7 @@ def begin_worker() -> None:
     share_disk_cache()
     collect_rarely()
     UOp.op_in_backward_slice_with_self = depends_on_any
+    use_fewer_copies()
     os.nice(WORKER_NICENESS)
 
 

@@ -13,13 +13,17 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from tinyvllm.device.clang_flags import use_fewer_copies
+
 RARE_RENDERERS = {"tinygrad.renderer.nir": "LVPRenderer", "tinygrad.renderer.isa.x86": "X86Renderer"}
 
 
 def cpu_runtime() -> ModuleType:
-    """tinygrad.runtime.ops_cpu."""
+    """tinygrad.runtime.ops_cpu, whose compiler takes our flags."""
     with _imported_late():
-        return importlib.import_module("tinygrad.runtime.ops_cpu")
+        runtime = importlib.import_module("tinygrad.runtime.ops_cpu")
+    use_fewer_copies()
+    return runtime
 
 
 @contextmanager

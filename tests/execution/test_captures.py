@@ -113,7 +113,9 @@ def test_sequences_that_outgrow_a_graph_for_short_contexts_go_on_in_the_other(
 ) -> None:
     """The same tokens, and the graph changes exactly where the longest sequence no longer fits."""
     limit, num_tokens, prompts = 24, 12, [PROMPTS[0] * 3, PROMPTS[0]]
-    monkeypatch.setattr(CpuBackend, "short_contexts", lambda self, num_rows, verifies: (limit,) * (num_rows == 4))
+    monkeypatch.setattr(
+        CpuBackend, "short_contexts", lambda self, layers, num_rows, verifies: (limit,) * (num_rows == 4)
+    )
     runner, took = load_runner(files, CONFIG), []
     runner.warm_up()
     assert set(runner.buckets) == {*whole.buckets, Bucket.decode(4, limit)}

@@ -167,7 +167,7 @@ def _make_setting(model_config: ModelConfig, config: EngineConfig, draft: DraftM
         backend,
         kv_formats(config, backend, model_config),
         limits,
-        tuple(make_buckets(limits, config, backend.short_contexts)),
+        tuple(make_buckets(limits, config, functools.partial(backend.short_contexts, model_config.layers))),
         num_instances=2 if overlaps else 1,
         capture=capture,
         free_bytes=free_bytes,

@@ -332,7 +332,7 @@ class Operations(Protocol):
 
     coverage: Coverage
 
-    def short_contexts(self, num_rows: int, verifies: bool) -> tuple[int, ...]:
+    def short_contexts(self, layers: Sequence[LayerKind], num_rows: int, verifies: bool) -> tuple[int, ...]:
         """The numbers of tokens up to which contexts have faster kernels, ascending, in steps that decode so many rows
         or verify drafts in them, and in graphs that are for no longer contexts."""
 

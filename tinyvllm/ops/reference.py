@@ -103,7 +103,7 @@ class ReferenceBackend:
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def short_contexts(self, num_rows: int, verifies: bool) -> tuple[int, ...]:
+    def short_contexts(self, layers: Sequence[LayerKind], num_rows: int, verifies: bool) -> tuple[int, ...]:
         return ()
 
     def _upload(self, values: np.ndarray) -> Tensor:

@@ -66,7 +66,7 @@ from tests.ops.rendering import (
 )
 from tests.sweeps import swept
 from tinyvllm.arrays import Format, to_float32
-from tinyvllm.config import LayerKind, Rope
+from tinyvllm.config import LayerKind, Rope, StateKind
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import AWAIT_PREVIOUS, record, trace_step
 from tinyvllm.device.replay import make_replay
@@ -279,19 +279,28 @@ def test_the_parts_of_a_rows_context_take_one_turn(heads: int, kv_heads: int, co
 def test_graphs_for_short_contexts_have_no_splits_that_are_always_idle(heads: int, kv_heads: int, dim: int) -> None:
     whole = decode_spec(heads, kv_heads, dim, 8192)
     assert whole.is_long and whole.fetches_ahead
-    for limit in short_contexts(1, False):
+    for limit in short_contexts(1, False, longest=0):
         spec = decode_spec(heads, kv_heads, dim, limit)
         assert not spec.fetches_ahead and spec.num_splits <= whole.num_splits
         assert spec.num_splits * SHORTEST_SPAN <= limit
-    for limit in short_contexts(5, True):
-        verifying = replace(decode_spec(heads, kv_heads, dim, limit, 5), reads_own=True)
-        assert not verifying.is_split and not verifying.fetches_ahead
-    assert short_contexts(2, False) == short_contexts(16, True) == ()
+    for rows in (2, 5, 8):
+        (limit,) = short_contexts(rows, True, longest=0)
+        spec = replace(decode_spec(heads, kv_heads, dim, limit, rows), reads_own=True)
+        assert not spec.is_split and not spec.fetches_ahead
+        (limit,) = short_contexts(rows, False, longest=0)
+        assert not decode_spec(heads, kv_heads, dim, limit, rows).is_split
 
 
 def test_only_cuda_has_graphs_for_short_contexts() -> None:
-    assert rendered("CUDA").short_contexts(1, False) == short_contexts(1, False) != ()
-    assert rendered("METAL").short_contexts(1, False) == ()
+    llama, small = (LayerKind(32, 8, dim, Rope(10000.0)) for dim in (128, 64))
+    hopper, older, metal = rendered("CUDA"), rendered("CUDA"), rendered("METAL")
+    hopper.has_wgmma = True
+    found = [backend.short_contexts([llama], 1, False) for backend in (hopper, older, metal)]
+    assert found == [(512, 1024, 8192), (512, 1024), ()]
+    assert hopper.short_contexts([small], 1, False) == (512, 1024)
+    assert [hopper.short_contexts([llama], rows, rows == 5) for rows in (2, 5, 8, 9)] == [(256,), (1024,), (256,), ()]
+    recurrent = replace(llama, state=StateKind(2, 2, 16, 16, 4, 1e-6))
+    assert hopper.short_contexts([recurrent], 1, False) == ()
     own: dict[str, Any] = dict(lanes=Lanes("METAL"), mma=Mma("METAL", dtypes.half))
     kinds = [replace(decode_spec(32, 8, 128, longest), **own) for longest in (512, 8192)]
     assert len({(spec.num_splits, spec.num_warps, spec.tiles_ahead, spec.fetches_ahead) for spec in kinds}) == 1
@@ -310,7 +319,14 @@ def test_keys_of_long_contexts_are_fetched_a_pass_ahead(dim: int, context: int, 
 
 @pytest.mark.parametrize(
     ("rows", "kv_heads", "dim", "is_streamed"),
-    [(8, 8, 128, False), (63, 8, 128, False), (64, 8, 128, True), (256, 8, 64, False), (8, 4, 256, True)],
+    [
+        (1, 8, 128, False),
+        (8, 8, 128, False),
+        (63, 8, 128, False),
+        (64, 8, 128, True),
+        (256, 8, 64, False),
+        (8, 4, 256, True),
+    ],
 )
 def test_many_threadgroups_or_wide_heads_stream_long_contexts(
     rows: int, kv_heads: int, dim: int, is_streamed: bool
@@ -319,6 +335,8 @@ def test_many_threadgroups_or_wide_heads_stream_long_contexts(
     fields = ("lanes", "mma", "layout", "num_heads", "num_kv_heads", "head_dim", "num_blocks", "qkv_cols")
     stream = StreamedAttentionSpec(qkv_partials=(1,), **{name: getattr(spec, name) for name in fields})
     assert stream.is_worthwhile == is_streamed
+    longer = replace(stream, layout=StepLayout(rows, rows, 1024, 16))
+    assert rows > 1 or longer.is_worthwhile, "one row only where contexts may be longer"
     assert spec.fetches_ahead == (rows <= 64 and dim < 256)
     assert not replace(stream, layout=StepLayout(rows, rows, 64, 16)).is_worthwhile
 
@@ -681,6 +699,7 @@ VERIFYING = [
     Case(9, 3, 64, StepLayout(4, 4, 12, 16), False, "float16", (12, 3)),
     Case(8, 2, 64, StepLayout(5, 5, 200, 16), False, "float16", (8, 2, 2)),  # split on CUDA
     Case(16, 8, 128, StepLayout(6, 6, 12, 32), False, "float16", normed=True),
+    Case(32, 8, 128, StepLayout(4, 4, 64, 16), False, "float16"),
     *[fused_case(name, StepLayout(4, 4, 12, 16), is_decode=False) for name in ("gemma 3", "glm 4", "all")],
 ]
 

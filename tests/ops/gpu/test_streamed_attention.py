@@ -110,6 +110,24 @@ def test_verifying_rows_share_keys_where_contexts_may_be_long() -> None:
             check_limits(kernel, "CUDA sm_90")
 
 
+@pytest.mark.parametrize(
+    ("context", "dim", "is_streamed"), [(16384, 128, True), (8192, 128, False), (32768, 64, False)]
+)
+def test_one_row_is_streamed_where_contexts_may_be_very_long(context: int, dim: int, is_streamed: bool) -> None:
+    backend = rendered("CUDA", is_chained=True)
+    backend.has_wgmma = True
+    kind, layout = LayerKind(32, 8, dim, Rope(10000.0)), StepLayout(1, 1, context // 16, 16)
+    pool = backend.make_pool(pool_groups([kind]), 5, 16, "float16")
+    step = Step(layout, unwritten(backend, layout.size, dtypes.int), pool, is_decode=True)
+    qkv = [unwritten(backend, 48 * dim, dtypes.half)]
+    kernels = kernels_of([backend.attend(qkv, plan_attention_layer(backend, kind, [48 * dim]), step)])
+    names = ["rotate", "stream", "combine"] if is_streamed else ["decode"]
+    assert [kernel.arg.name.split("_")[0] for kernel in kernels] == names
+    for kernel in kernels:
+        check_limits(kernel, "CUDA sm_90")
+    assert (max(backend.short_contexts([kind], 1, False)) == 8192) == (dim == 128), "so that shorter ones are not"
+
+
 VERIFYING = [
     Case(32, 8, 128, StepLayout(5, 5, 160, 16), False, "float16", verifies=True),
     Case(4, 4, 64, StepLayout(9, 9, 160, 16), False, "float16", verifies=True),

@@ -236,7 +236,7 @@ class CpuBackend(DeviceSampling):
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def short_contexts(self, num_rows: int, verifies: bool) -> tuple[int, ...]:
+    def short_contexts(self, layers: Sequence[LayerKind], num_rows: int, verifies: bool) -> tuple[int, ...]:
         return ()
 
     def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Activation:

@@ -34,7 +34,7 @@ FEW_GROUPS = 64  # threadgroups that leave half of a large GPU's cores idle: eac
 GROUPS_AHEAD = 512
 RESIDENT_WARPS = MULTIPROCESSORS * 10  # that the registers of a large GPU hold
 LONG_CONTEXT = 2048  # tokens
-FEW_ROWS = 8  # of a step that verifies drafts, which has a graph of its own for short contexts
+FEW_ROWS = 8  # of steps that have graphs of their own for short contexts
 TILE_HEADS = 8  # query heads that are rows of a matrix tile
 WIDE_HEAD = 256  # dimensions of heads of which a lane's registers do not hold keys and values of a tile at once
 CUDA_SHARED_BYTES = 48 << 10
@@ -43,15 +43,18 @@ GROUP = 32  # dimensions that share a scale where keys or values are quantized
 Runs = list[list[list[UOp]]]  # a lane's values of one head: by chunk of the matrix unit, run, and dimension in the run
 
 
-def short_contexts(num_rows: int, verifies: bool) -> tuple[int, ...]:
-    """`Operations.short_contexts` on CUDA: below LONG_CONTEXT nothing is fetched ahead, and a row's context has as many
-    splits as it may need, so that none are idle. (H200, us of steps that serve contexts of 8,192: 8B in Q4_K with 8
-    layers at 128, 500 and 1,000 tokens 394.5, 408.0, 411.6, and in these graphs 383.2, 394.3, 402.0; 1B in Q4_0 342.6,
-    363.8, 368.8, and 330.8, 345.4, 355.0; 5 rows with drafts, 6 layers of 8B, 517.3, 545.2, 546.9, and 477.9, 498.5,
-    534.2. Several rows that decode gain up to 256 tokens at most, and lose with 500.)"""
+def short_contexts(num_rows: int, verifies: bool, longest: int) -> tuple[int, ...]:
+    """`Operations.short_contexts` on CUDA, with `longest` for one row where longer contexts have another kernel. Below
+    LONG_CONTEXT nothing is fetched ahead, and a row's context has as many splits as it may need, so that none are idle.
+    (H200, us of steps that serve contexts of 8,192: 8B in Q4_K with 8 layers at 128, 500 and 1,000 tokens 394.5, 408.0,
+    411.6, and in these graphs 383.2, 394.3, 402.0; 1B in Q4_0 342.6, 363.8, 368.8, and 330.8, 345.4, 355.0; 5 rows with
+    drafts, 6 layers of 8B, 519.2, 547.9, 548.5, and 481.5, 501.2, 535.4. 8 rows that decode, 6 layers of 8B at 100 and
+    250 tokens, 479.4, 490.8, and 467.6, 478.7; with 500 they would gain nothing, and 1B's lose 4 %.)"""
+    if num_rows > FEW_ROWS:
+        return ()
     if verifies:
-        return (1024,) if num_rows <= FEW_ROWS else ()
-    return (512, 1024) if num_rows == 1 else ()
+        return (1024,)
+    return tuple(limit for limit in (512, 1024, longest) if limit) if num_rows == 1 else (256,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,16 +193,14 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
         """Parts of a context: several where the rows alone would leave most of the device idle. Several rows are split
         on CUDA only, and only if contexts may be long."""
         splits, is_cuda = MAX_SPLITS, self.lanes.kind == "CUDA"
+        groups = self.layout.num_tokens * self.head_groups
         if self.layout.num_tokens == 1:
             if is_cuda:
                 # a multiprocessor has registers for one threadgroup: those that wait for a second turn, even to find
                 # that they have no tokens, cost more than more splits gain
-                most = MULTIPROCESSORS // self.head_groups
-                splits = min(
-                    2 * MAX_SPLITS if self.is_long else self._splits_of_short, 1 << max(0, most.bit_length() - 1)
-                )
+                most = 1 << max(0, (MULTIPROCESSORS // groups).bit_length() - 1)
+                splits = min(2 * MAX_SPLITS if self.is_long else self._splits_of_short, most)
             return self.knob("num_splits", splits)
-        groups = self.layout.num_tokens * self.head_groups
         while splits > 1 and splits * groups > GROUPS_WANTED:
             splits //= 2
         return self.knob("num_splits", splits if is_cuda and self.is_long else 1)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from tinygrad import Tensor, UOp, dtypes
 
 from tinyvllm.arrays import Format, HostMatrix
-from tinyvllm.config import KVFormats, StateKind
+from tinyvllm.config import KVFormats, LayerKind, StateKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.ops.adapter_spec import (
@@ -113,7 +113,7 @@ class GpuBackend(DeviceSampling):
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def short_contexts(self, num_rows: int, verifies: bool) -> tuple[int, ...]:
+    def short_contexts(self, layers: Sequence[LayerKind], num_rows: int, verifies: bool) -> tuple[int, ...]:
         return ()
 
     def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Tensor:

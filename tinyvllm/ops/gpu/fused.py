@@ -17,7 +17,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyvllm.arrays import HostMatrix
-from tinyvllm.config import FLOAT16_KV
+from tinyvllm.config import FLOAT16_KV, LayerKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import PLAIN, Epilogue, KVPool, Norm, Step
@@ -25,7 +25,12 @@ from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.formats.runs import covers
 from tinyvllm.ops.gpu.attention_decode import decode_kernel
-from tinyvllm.ops.gpu.attention_decode_hopper import StreamedAttentionSpec, attend_streamed
+from tinyvllm.ops.gpu.attention_decode_hopper import (
+    STREAMED_CONTEXT,
+    StreamedAttentionSpec,
+    attend_streamed,
+    streams_one_row,
+)
 from tinyvllm.ops.gpu.attention_decode_row import GROUPS_WANTED, DecodeSpec, short_contexts
 from tinyvllm.ops.gpu.attention_prefill import attend_tiles, store_rows
 from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
@@ -208,9 +213,13 @@ class FusedGpuBackend(GpuBackend):
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def short_contexts(self, num_rows: int, verifies: bool) -> tuple[int, ...]:
+    def short_contexts(self, layers: Sequence[LayerKind], num_rows: int, verifies: bool) -> tuple[int, ...]:
         """On CUDA alone: METAL's kernels for one row are the same for all contexts."""
-        return short_contexts(num_rows, verifies) if self.lanes.kind == "CUDA" else ()
+        attending = [layer for layer in layers if layer.state is None and layer.latent is None]
+        if self.lanes.kind != "CUDA" or not attending:
+            return ()
+        is_streamed = self.has_wgmma and any(streams_one_row(layer.head_dim) for layer in attending)
+        return short_contexts(num_rows, verifies, longest=STREAMED_CONTEXT // 2 if is_streamed else 0)
 
     def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Tensor:
         if step.num_tokens == 1 or table.num_cols % RUN_COLS:

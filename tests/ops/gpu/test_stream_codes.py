@@ -36,7 +36,7 @@ from tinyvllm.ops.gpu.stream_hopper_codes import (
     row_of,
 )
 from tinyvllm.ops.kernel.body import F16, F32
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, allows_wgmma, declared_bytes
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, declared_bytes
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 
@@ -121,8 +121,6 @@ def test_which_products_are_streams_of_codes() -> None:
 def test_chained_streams_of_codes_equal_the_values(device: DeviceHandle, tokens: int, is_gated: bool) -> None:
     """By every choice of the knobs. For few tokens, sums are in float32, of exact weights: only a gated result is
     rounded."""
-    if not allows_wgmma(device.name):
-        pytest.skip("needs Hopper's instructions")
     host, x = make_host("FP8-float32", 1088, 2048), normal(tokens, 2048, seed=2).astype(np.float16)
     expected = x.astype(np.float64) @ to_float32(host).T.astype(np.float64)
     if is_gated:

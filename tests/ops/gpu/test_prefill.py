@@ -94,7 +94,7 @@ def test_a_step_of_many_rows_renders_within_the_limits(kind: str) -> None:
     names = {kernel.arg.name for kernel in kernels}
     assert {"prefill", "tile", "store"} <= {name.split("_")[0] for name in names}
     for kernel in kernels:
-        if kernel.arg.name.split("_")[0] not in ("down", "qkv", "lm"):  # as attention_out, and as below
+        if kernel.arg.name.split("_")[0] in ("embed", "prefill", "store", "take", "tile"):  # below: products
             check_limits(kernel, KINDS[kind])
 
 

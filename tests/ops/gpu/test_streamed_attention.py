@@ -96,7 +96,8 @@ def test_rows_of_a_sequence_that_share_keys_are_those_of_one_wgmma(rows: int, gr
     assert spec.stages >= 2 and spec.shared_bytes * spec.units <= HOPPER_SHARED_BYTES
 
 
-def test_verifying_rows_share_keys_where_contexts_may_be_long() -> None:
+@pytest.mark.parametrize("is_rendered", swept((False, True), [False]))  # by default: above, and in test_fused.py
+def test_verifying_rows_share_keys_where_contexts_may_be_long(is_rendered: bool) -> None:
     backend = rendered("CUDA", is_chained=True)
     backend.has_wgmma = True
     for context, names in ((4096, ["tile", "rotate", "stream", "combine"]), (512, ["store", "decode"])):
@@ -106,7 +107,7 @@ def test_verifying_rows_share_keys_where_contexts_may_be_long() -> None:
         qkv = [unwritten(backend, 5 * 48 * 128, dtypes.half)]
         kernels = kernels_of([backend.attend(qkv, plan_attention_layer(backend, kind, [48 * 128]), step)])
         assert [kernel.arg.name.split("_")[0] for kernel in kernels] == names
-        for kernel in kernels if context == 4096 else ():  # test_fused.py has the others
+        for kernel in kernels if is_rendered else ():
             check_limits(kernel, "CUDA sm_90")
 
 

@@ -209,6 +209,11 @@ def test_plots_are_drawn_in_each_format(run: tuple[Any, Path], figures: dict[str
     assert page.count(f"<h1>{title}</h1>") == 1 and page.count(f"<!-- {title} -->") == 0  # the picture has none
     draw_breakdown(figures, str(run[1] / "b.png"))
     assert (run[1] / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.sweep  # the page above has one
+def test_a_picture_that_scales_has_the_title(run: tuple[Any, Path], figures: dict[str, Any]) -> None:
+    title = f"{figures['model']}, {figures['dtype']}, on CPU"
     draw_breakdown(figures, str(run[1] / "b.svg"))
     svg = (run[1] / "b.svg").read_text(encoding="utf-8")
     assert svg.count(f"<!-- {title} -->") == 1

@@ -43,6 +43,7 @@ def test_latency_prints_a_table_and_writes_rows(tiny_hf_files: ModelFiles, tmp_p
     assert [row["floor_ms"] for row in rows] == pytest.approx([row["bytes"] / 1e7 for row in rows])
 
 
+@pytest.mark.sweep  # by default, both captures' kernels and tokens: tests/engine/test_capture.py
 def test_latency_compares_our_replay_with_tinyjit(tmp_path: Path) -> None:
     files = write_tiny_hf_llama(tmp_path / "tiny", layers=1)  # tinygrad's scheduler takes its time for each layer
     flags = "--prefill none --batch 1 --context 16 --tokens 2 --bandwidth 10 --max-num-batched-tokens 8"

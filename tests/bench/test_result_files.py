@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.bench.test_compare import make_run
-from tests.sweeps import in_both, length
+from tests.sweeps import in_both, is_sweeping, length
 from tinyvllm.cli.commands import app
 
 COMMANDS = (("compare", "{}", "{}"), ("diff", "{}", "{}"), ("ledger", "{}"), ("across", "{}"))
@@ -35,11 +35,13 @@ def test_what_is_not_a_result_is_refused(tmp_path: Path, text: str) -> None:
     check(path)
 
 
+@in_both
 def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "device.json").symlink_to("/dev/zero")
-    for path in (tmp_path / "pipe.json", tmp_path / "device.json", tmp_path, tmp_path / "missing.json"):
-        check(path)
+    paths = (tmp_path / "pipe.json", tmp_path / "device.json", tmp_path, tmp_path / "missing.json")
+    for number, path in enumerate(paths):
+        check(path, COMMANDS if is_sweeping else COMMANDS[number : number + 1])
 
 
 @in_both

@@ -20,6 +20,8 @@ from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 
+from tinygrad.helpers import Context  # isort: skip  (tinyvllm makes its settings first)
+
 CONFIG = FOUR_GRAPHS
 PROMPTS = [list(b"to be"), list(b"or not to be, that is the question:"), [7], list(b"whether 'tis nobler")]
 PATIENCE_S = 60
@@ -35,9 +37,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 @pytest.fixture(scope="module")
 def whole(files: ModelFiles) -> ModelRunner:
-    """With all graphs from the start."""
-    runner = load_runner(files, CONFIG)
-    runner.warm_up()
+    """With all graphs from the start. Traced and compiled here: processes would have to start for it."""
+    with Context(PARALLEL=0):
+        runner = load_runner(files, CONFIG)
+        runner.warm_up()
     return runner
 
 

@@ -25,20 +25,27 @@ from tinyvllm.ops.gpu.product import plane_sizes
 from tinyvllm.ops.gpu.quantized_cluster import (
     ALIGNED,
     FLOATS,
-    MAP_SIZE,
     MAX_TOKENS,
     ClusteredMatrixSpec,
     clustered_matrix_kernel,
+    make_maps,
     sum_place,
     takes_clusters,
 )
 from tinyvllm.ops.kernel.body import F16, F32, U32, empty, run_kernel
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, HopperRenderer, allows_wgmma, declared_bytes
+from tinyvllm.ops.kernel.hopper import (
+    HOPPER_SHARED_BYTES,
+    MAP_WORDS,
+    Box,
+    HopperRenderer,
+    allows_wgmma,
+    declared_bytes,
+)
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import Chosen, candidates
 
 TAKEN = ("Q4_K", "affine4_g64-float16", "Q4_0", "FP8-float32")
-CHOICES: tuple[Chosen, ...] = ((), (("cluster", 4),), (("cluster", 8),), (("early", 2), ("stages", 3), ("teams", 1)))
+CHOICES: tuple[Chosen, ...] = ((), (("early", 2), ("stages", 3), ("teams", 1)))
 SHAPES = ((28672, 4096), (4096, 14336), (7168, 5120), (2048, 8192))
 
 
@@ -94,8 +101,8 @@ def test_places_in_threadgroup_memory_follow_each_other(fmt: str, tokens: int) -
             assert spec.x_at == spec.slots_at + slots and spec.slots_at % 16 == spec.x_at % 16 == 0
             assert spec.barriers_at == spec.x_at + tokens * spec.x_stride and spec.barriers_at % 8 == 0
             assert spec.counts_at == spec.barriers_at + 8 * (spec.teams * (spec.stages + 2) + 1)
-            assert spec.maps_at >= spec.counts_at + 4 * spec.teams * spec.stages and spec.maps_at % 128 == 0
-            assert max(LEAST_BYTES, spec.maps_at + 128 * len(spec.planes)) == spec.dynamic_bytes <= HOPPER_SHARED_BYTES
+            ends = spec.counts_at + 4 * spec.teams * spec.stages
+            assert max(LEAST_BYTES, ends) == spec.dynamic_bytes <= HOPPER_SHARED_BYTES
             assert spec.clusters * spec.teams <= spec.num_tiles  # so that each team has a tile
             assert spec.parts * spec.slot_bytes * spec.cluster == spec.parts * FLOATS * 4
 
@@ -108,7 +115,7 @@ def test_threadgroups_share_a_tiles_sums(cluster: int) -> None:
 
 
 def render(spec: ClusteredMatrixSpec) -> UOp:
-    sizes = [(spec.num_tokens * spec.out_rows, F16 if spec.activation else F32), (MAP_SIZE, U32)]
+    sizes = [(spec.num_tokens * spec.out_rows, F16 if spec.activation else F32), (len(spec.planes) * MAP_WORDS, U32)]
     sizes += [(int(spec.num_rows * spec.num_cols * size) // dtype.itemsize, dtype) for dtype, size in spec.planes]
     sizes.append((spec.num_tokens * spec.num_cols, F16))
     buffers = [UOp.placeholder((size,), dtype, slot) for slot, (size, dtype) in enumerate(sizes)]
@@ -137,9 +144,33 @@ def test_kernels_have_the_memory_and_the_clusters_that_they_say(
     renderer = HopperRenderer.__new__(HopperRenderer)
     renderer.__dict__ |= make_renderer("CUDA sm_90").__dict__
     assert (
-        f"__cluster_dims__({spec.cluster}) __launch_bounds__({spec.warps * 32})"
+        f"__cluster_dims__({spec.cluster}) __launch_bounds__({spec.warps * 32}, 1)"
         in to_program(kernel, renderer).src[2].arg
     )
+
+
+@pytest.mark.parametrize("rows", [28672, 4096])
+def test_a_copy_takes_as_many_rows_of_each_half(rows: int) -> None:
+    """So that a map serves a gated product and another one. Bytes that begin at no multiple of 16 in each row have no
+    map."""
+    spec = clustered("Q4_K", MAX_TOKENS, rows, 4096)
+    codes, *scales = (spec.map_boxes[i] for i in range(len(spec.planes)))
+    assert codes == Box((64, rows // 2, 2, 16), (2048, 2048 * rows // 2, 128), (64, 8, 2, 8))
+    assert scales[0] == Box((16, rows // 2, 2), (32, 32 * rows // 2), (8, 8, 2), is_swizzled=False)
+    assert {*clustered("Q4_K", MAX_TOKENS, rows, 5120).map_boxes} == {0, 2, 4}  # 40 bytes of scales
+
+
+def test_a_matrix_has_maps_if_clusters_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = rendered("CUDA", is_chained=True)
+    matrix = pack(make_host("Q4_0", 64, 16 * CHUNK_COLS), "row", None, "CPU")
+    backend.has_wgmma = True
+    assert backend.with_maps(matrix).maps is None  # too small
+    for name in ("FEWEST_CODES", "LEAST_SIDE"):
+        monkeypatch.setattr(quantized_cluster, name, 0)
+    maps = backend.with_maps(matrix).maps
+    assert maps is not None and maps.shape == (2 * MAP_WORDS,)
+    backend.has_wgmma = False
+    assert backend.with_maps(matrix).maps is None
 
 
 def test_products_that_clusters_cover_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +181,8 @@ def test_products_that_clusters_cover_take_them(monkeypatch: pytest.MonkeyPatch)
         small = small_matrix(fmt)
         scale = rows * cols // (small.num_rows * small.num_cols)
         planes = [unwritten(backend, plane.numel() * scale, plane.dtype) for plane in small.planes]
-        matrix = replace(small, num_rows=rows, num_cols=cols, used_rows=rows, planes=tuple(planes))
+        large = replace(small, num_rows=rows, num_cols=cols, used_rows=rows, planes=tuple(planes))
+        matrix = backend.with_maps(large)
         tokens = (2, MAX_TOKENS, MAX_TOKENS + 1)
         return [type(backend._matrix_spec("x", Mma("CUDA", F16), matrix, t, None, F16)).__name__ for t in tokens]
 
@@ -163,14 +195,14 @@ def test_products_that_clusters_cover_take_them(monkeypatch: pytest.MonkeyPatch)
     assert kinds("Q4_0", 2112, 20 * CHUNK_COLS)[1] == "ClusteredMatrixSpec"
     assert kinds("FP8-float32", 2112, 20 * CHUNK_COLS)[1] == "MatrixSpec"  # K quants and e4m3: 2,048 columns' multiples
     assert kinds("Q4_0", 2112, 3 * CHUNK_COLS)[1] == "MatrixSpec"  # no equal shares
-    assert kinds("Q4_0", 2112, 32 * CHUNK_COLS)[1] == "MatrixSpec"  # too many columns for a threadgroup
+    assert kinds("Q4_0", 2112, 72 * CHUNK_COLS)[1] == "MatrixSpec"  # too many columns for four threadgroups
     assert kinds("Q6_K", 2112, 16 * CHUNK_COLS)[1] == "MatrixSpec"
     backend.has_wgmma = False
     assert kinds("Q4_0", 2112, 16 * CHUNK_COLS)[1] == "MatrixSpec"
 
 
 def test_clusters_take_the_large_matrices_of_models() -> None:
-    """As measured: those of Llama-3.1-8B, and in MLX's 4 bits of Qwen3-14B, whose down has no equal shares."""
+    """As measured, from 3 rows on: those of Llama-3.1-8B and 70B, and in MLX's 4 bits of Qwen3-14B."""
     eight = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
     more = {"qkv": (7168, 5120), "out": (5120, 5120), "gate_up": (34816, 5120), "down": (5120, 17408)}
 
@@ -180,8 +212,12 @@ def test_clusters_take_the_large_matrices_of_models() -> None:
 
     assert taken("Q4_K", eight) == taken("Q4_0", eight) == taken("affine4_g64-float16", eight) == {*eight} - {"out"}
     assert taken("FP8-float32", eight) == {*eight}
-    assert taken("affine4_g64-float16", more) == {*more} - {"down"}
-    assert taken("FP8-float32", more) == taken("Q4_K", more) == taken("Q4_K", eight, tokens=3) == set()
+    assert taken("affine4_g64-float16", more) == {*more} and clustered("Q4_0", MAX_TOKENS, 5120, 17408).warps == 17
+    assert taken("FP8-float32", more) == taken("Q4_K", more) == taken("Q4_K", eight, tokens=2) == set()
+    assert taken("Q4_K", eight, tokens=3) == {*eight} - {"out"} and taken("FP8-float32", eight, tokens=3) == {*eight}
+    large = {"qkv": (10240, 8192), "out": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)}
+    assert taken("Q4_K", large) == taken("affine4_g64-float16", large) == {*large}
+    assert taken("FP8-float32", large) == taken("Q4_0", {"clusters of 8": (8192, 6144)}) == set()  # not measured
     assert not clustered("Q4_0", MAX_TOKENS, 16384, 2048).is_wanted
 
 
@@ -219,5 +255,5 @@ def product(spec: ClusteredMatrixSpec, matrix: Matrix, x: np.ndarray) -> np.ndar
     device = open_device()
     out = empty(spec.num_tokens * spec.out_rows, F16 if spec.activation else F32, device.name)
     operands: list[Tensor] = [*matrix.planes, device.upload(x).reshape(-1)]
-    result, *_ = run_kernel(clustered_matrix_kernel(spec), [out, device.zeros(MAP_SIZE, U32)], operands)
+    result, *_ = run_kernel(clustered_matrix_kernel(spec), [out], [make_maps(spec, matrix), *operands])
     return result.float().numpy().reshape(spec.num_tokens, -1)

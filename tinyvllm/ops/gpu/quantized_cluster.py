@@ -23,13 +23,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-from tinygrad import UOp
+import numpy as np
+from tinygrad import Tensor, UOp
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
+from tinyvllm.device.handle import upload
 from tinyvllm.ops.activation import gated
-from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
+from tinyvllm.ops.formats.matrix import PANEL, Matrix, Planes, high_bits
 from tinyvllm.ops.formats.pairs import code_order
 from tinyvllm.ops.formats.runs import groups_in_run, packed_bits
 from tinyvllm.ops.gpu.chunk_scales import ChunkScales, Scaled
@@ -37,7 +39,6 @@ from tinyvllm.ops.gpu.plane_ring import (
     CHUNK_COLS,
     LEAST_BYTES,
     LEAST_SIDE,
-    MAX_WARPS,
     MEET_ALL,
     SLOTS,
     TILE_ROWS,
@@ -47,26 +48,28 @@ from tinyvllm.ops.gpu.plane_ring import (
 from tinyvllm.ops.gpu.product import PackedProductSpec
 from tinyvllm.ops.kernel.body import F16, F32, U32, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.hopper import (
-    ACQUIRE_MAP,
+    HINT,
     HOPPER_SHARED_BYTES,
     MAP_WORDS,
-    MULTIPROCESSORS,
+    ONCE,
+    POLICY,
     WAIT,
     Box,
+    acquire_map,
     declare,
-    describe,
     hidden,
     make_clusters,
+    share_multiprocessor,
     statement,
     wait,
 )
 from tinyvllm.ops.kernel.lanes import LANES, await_previous, multiply_tf32, warps, zeros
+from tinyvllm.ops.kernel.tensor_map import encode_map
 
-UNIT_WORDS = 7 * MAP_WORDS  # of a threadgroup: its maps, and a word that it writes so that tinygrad sees a write
-MAP_SIZE = MULTIPROCESSORS * UNIT_WORDS
 # of products that are worth it: rows, codes of a matrix, columns that K quants and e4m3 have a multiple of
-MIN_TOKENS, FEWEST_CODES, FEWEST_FLOATS, EVEN_COLS = 5, 24 << 20, 16 << 20, 2048
-MAX_CLUSTER, MAX_SHARE_COLS = 4, 3584  # and a threadgroup's share of the columns
+MIN_TOKENS, FEWEST_CODES, FEWEST_FLOATS, EVEN_COLS = 3, 24 << 20, 16 << 20, 2048
+FEW_THREADGROUPS = 4  # of a cluster, which has more only for longer rows
+MOST_COLS_OF_FLOATS = 3584  # of e4m3, a threadgroup's share
 MAX_TOKENS = 8  # of a tile of the matrix unit
 ALIGNED = 16  # bytes of which what a copy reads begins at a multiple
 PLACED = 128  # the same in threadgroup memory
@@ -75,8 +78,10 @@ UNITS = ROW_BYTES // 16  # pieces of a block's row, each of four lanes' words
 STAGES = 2  # of each team
 # by their size: those that fit at once, one threadgroup on a multiprocessor (H200, cudaOccupancyMaxActiveClusters)
 MOST_CLUSTERS = {2: 66, 4: 30, 8: 15}
-MIN_WARPS = 14  # that a threadgroup should have: fewer wait for their own instructions
+MIN_WARPS, MOST_WARPS = 14, 17  # of a threadgroup: fewer wait for their own instructions, more have too few registers
+CHAINS = 4  # of products that are added up before the loop
 SLOT_TILES = 2  # tiles whose sums are on their way
+HALF_ROWS = TILE_ROWS // 2  # a tile has as many rows of the matrix's second half: of a gated product's up
 FLOATS = TILE_ROWS * MAX_TOKENS  # sums of a tile
 SUBNORMAL = 2.0**24  # what a code where it lies is smaller by
 SIXTEENTH = 0x2C002C00  # two float16 of 1/16
@@ -108,12 +113,14 @@ FETCH = """auto fetch = [&](int turn) {{{{
   }}}}
 }}}};"""
 COPY = (
-    '    asm volatile("cp.async.bulk.tensor.{dims}d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], '
-    '[%1, {{{{{coordinates}}}}}], [%2];" :: "r"(to + {place}), "l"((const char*)({{0}}) + {map}), "r"(full), '
+    f'    asm volatile("{{{{{{{{ {ONCE}cp.async.bulk.tensor.{{dims}}d.shared::cluster.global.mbarrier::complete_tx::'
+    f'bytes{HINT} [%0], [%1, {{{{{{{{{{coordinates}}}}}}}}}}], [%2]{POLICY}; }}}}}}}}" :: '
+    '"r"(to + {place}), "l"((const char*)({{0}}) + {map}), "r"(full), '
     '{operands} : "memory");'
 )
 COPY_ROWS = (
-    '    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], {size}, [%2];" :: '
+    f'    asm volatile("{{{{{{{{ {ONCE}cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes{HINT} '
+    f'[%0], [%1], {{size}}, [%2]{POLICY}; }}}}}}}}" :: '
     '"r"(to + {place}), "l"((const char*)({{{plane}}}) + (long long)(row + {first}) * {row}), "r"(full) : "memory");'
 )
 BEGIN = (
@@ -185,10 +192,6 @@ class ClusteredMatrixSpec(PackedProductSpec):
         return 1
 
     @property
-    def out_tile(self) -> int:
-        return TILE_ROWS // 2 if self.is_gated else TILE_ROWS
-
-    @property
     def num_tiles(self) -> int:
         return self.num_rows // TILE_ROWS
 
@@ -196,12 +199,9 @@ class ClusteredMatrixSpec(PackedProductSpec):
     def cluster(self) -> int:
         """Threadgroups that split the columns: the fewest with which x fits beside the ring and most warps have columns
         (clusters of two take all multiprocessors, those of four and eight 120)."""
-        chosen = dict(self.chosen)
-        if "cluster" in chosen:
-            return chosen["cluster"]
         chunks = self.num_cols // CHUNK_COLS
-        sizes = [size for size in (2, 4, 8) if chunks % size == 0 and chunks // size <= MAX_WARPS]
-        return next((size for size in sizes if MAX_WARPS // (chunks // size) * (chunks // size) >= MIN_WARPS), 2)
+        sizes = [size for size in (2, 4, 8) if chunks % size == 0 and chunks // size <= MOST_WARPS]
+        return next((size for size in sizes if MOST_WARPS // (chunks // size) * (chunks // size) >= MIN_WARPS), 2)
 
     @property
     def chunks(self) -> int:
@@ -211,7 +211,7 @@ class ClusteredMatrixSpec(PackedProductSpec):
     @property
     def teams(self) -> int:
         """Teams of warps, which take the cluster's tiles in turn."""
-        return self.knob("teams", max(1, MAX_WARPS // max(1, self.chunks)))
+        return self.knob("teams", max(1, MOST_WARPS // max(1, self.chunks)))
 
     @property
     def team_warps(self) -> int:
@@ -248,6 +248,20 @@ class ClusteredMatrixSpec(PackedProductSpec):
             found.append(box)
             place += -(-box.size // PLACED) * PLACED
         return tuple(found)
+
+    @property
+    def map_boxes(self) -> dict[int, Box]:
+        """What one copy takes of a plane, by the planes that have tensor maps: as many rows of each half."""
+        rows, own = (self.num_rows // 2, 2), (HALF_ROWS, 2)
+        found = {}
+        for i, box in enumerate(self.boxes):
+            strides = (box.row_bytes, box.row_bytes * self.num_rows // 2)
+            if box.is_code:
+                sizes = (ROW_BYTES // 2, *rows, box.row_bytes // ROW_BYTES)
+                found[i] = Box(sizes, (*strides, ROW_BYTES), (ROW_BYTES // 2, *own, box.blocks))
+            elif not box.is_whole:
+                found[i] = Box((box.row_bytes // 2, *rows), strides, (box.bytes // 2, *own), is_swizzled=False)
+        return found
 
     @property
     def stage_bytes(self) -> int:
@@ -305,27 +319,22 @@ class ClusteredMatrixSpec(PackedProductSpec):
         return self.x_barrier_at + 8
 
     @property
-    def maps_at(self) -> int:
-        """Where tensor maps are written, before they are copied to device memory."""
-        return -(-(self.counts_at + self.teams * self.stages * 4) // 128) * 128
-
-    @property
     def dynamic_bytes(self) -> int:
-        return max(LEAST_BYTES, self.maps_at + len(self.planes) * MAP_WORDS * 4)
+        return max(LEAST_BYTES, self.counts_at + self.teams * self.stages * 4)
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
-        return {"cluster": (2, 4, 8), "teams": (1, 2, 4), "stages": (2, 3, 4), "early": (1, 2)}
+        return {"teams": (1, 2, 4), "stages": (2, 3, 4), "early": (1, 2)}
 
     @property
     def is_wanted(self) -> bool:
-        """Whether it is faster than the other kernels, if it is possible: with so many rows that x is many bytes, large
-        matrices, at least 14 warps, and at most 3,584 columns for a threadgroup.
+        """Whether it is faster than the other kernels, if it is possible: for large matrices, with at least 14 warps.
 
-        NVIDIA H200, 8B's steps of 8 rows, tokens per second: Q4_K 3,778 instead of 3,482, MLX's 4 bits 3,928 instead of
-        3,632, FP8 3,035 instead of 2,789. The smallest product (4,096 x 4,096) takes 8.6 us instead of 8.3 in Q4_K, 8.8
-        instead of 9.1 in FP8. With 5,120 columns (14B, 3 layers) MLX's 4 bits take 443 us instead of 476, but FP8 660
-        instead of 567, and Q4_K's products are not faster. 1B in Q4_0, 6 layers: 238 instead of 218.
-        At 3 rows all of x is 24 KiB, and the other kernels are as fast."""
+        NVIDIA H200, 8 rows: 8B's steps, 4 layers, Q4_K 340 us instead of 377; 14B's in MLX's 4 bits, 3 layers, 365
+        (403 without down). 70B's four products in Q4_K 159 instead of 216, in MLX's 4 bits 152 instead of 203. The
+        smallest product (4,096 x 4,096) takes 8.3 us instead of 8.2 in Q4_K, 9.2 instead of 8.9 in FP8. With 5,120
+        columns (14B, 3 layers) an earlier form took 660 us instead of 567 in FP8. 1B's products in Q4_0 25.2 instead of
+        22.9. 3 rows: 8B's step in FP8, 4 layers, 401 instead of 443; its products in Q4_K 56.2 instead of 58.9, in
+        MLX's 4 bits 53.7 instead of 56.0."""
         fmt, side = self.format, min(self.num_rows, self.num_cols)
         least = FEWEST_FLOATS if fmt.is_float8 else FEWEST_CODES
         is_even = self.num_cols % EVEN_COLS == 0 or not (
@@ -336,9 +345,9 @@ class ClusteredMatrixSpec(PackedProductSpec):
             and side >= LEAST_SIDE
             and self.num_rows * self.num_cols >= least
             and is_even
-            and self.cluster <= MAX_CLUSTER
+            and (self.cluster <= FEW_THREADGROUPS or self.num_cols > FEW_THREADGROUPS * MOST_WARPS * CHUNK_COLS)
             and self.warps >= MIN_WARPS
-            and self.share_cols <= MAX_SHARE_COLS
+            and not (fmt.is_float8 and (self.cluster > FEW_THREADGROUPS or self.share_cols > MOST_COLS_OF_FLOATS))
         )
 
     def is_possible(self) -> bool:
@@ -348,8 +357,9 @@ class ClusteredMatrixSpec(PackedProductSpec):
             and takes_clusters(self.format)
             and self.num_cols % CHUNK_COLS == 0
             and chunks % self.cluster == 0
-            and len(self.planes) <= self.warps <= MAX_WARPS
-            and self.num_rows % (2 * TILE_ROWS if self.is_gated else TILE_ROWS) == 0
+            and self.warps <= MOST_WARPS
+            and FLOATS // self.cluster <= self.team_warps * LANES
+            and self.num_rows % TILE_ROWS == 0
             and self.num_tiles >= self.teams * self.clusters
             and self.mma.dtype == F16
             and not self.boxes[0].is_whole
@@ -358,6 +368,14 @@ class ClusteredMatrixSpec(PackedProductSpec):
             and self.teams * self.stages <= LANES
             and self.dynamic_bytes <= HOPPER_SHARED_BYTES
         )
+
+
+def make_maps(spec: ClusteredMatrixSpec, matrix: Matrix) -> Tensor:
+    """The tensor maps of a matrix's planes, one after the other; of those that are copied without, zeros."""
+    words = np.zeros((len(matrix.planes), MAP_WORDS), np.uint32)
+    for i, box in spec.map_boxes.items():
+        words[i] = encode_map(matrix.planes[i].uop.base.buffer, box)
+    return upload(words.reshape(-1), str(matrix.planes[0].device))
 
 
 def takes_clusters(fmt: Format) -> bool:
@@ -383,7 +401,7 @@ def sum_place(cluster: int, rank: Number, place: Number) -> tuple[Number, Number
 
 @cached_kernel
 def clustered_matrix_kernel(spec: ClusteredMatrixSpec) -> KernelFn:
-    """fn(out, maps, *planes, x): see ClusteredMatrixSpec. maps: memory for tensor maps, MAP_SIZE words."""
+    """fn(out, maps, *planes, x): see ClusteredMatrixSpec. maps: of the planes, as `map_boxes` describes them."""
 
     def kernel(out: UOp, maps: UOp, *operands: UOp) -> UOp:
         *planes, x = operands
@@ -423,15 +441,9 @@ class _ClusteredRows:
         self.stride = spec.teams * spec.clusters
         self.first = self.team * spec.clusters + self.group // spec.cluster  # the team's first tile
         self.steps = (spec.num_tiles - 1 - self.first) // self.stride + 1
-        memory = make_clusters(spec.cluster, declare(spec.dynamic_bytes))
-        word = self.group * UNIT_WORDS
-        own = (word + len(planes) * MAP_WORDS).valid(warp.eq(0) & self.lane.eq(0))
-        maps = maps.after(maps[own].store(UOp.const(0, U32)))  # so that tinygrad sees a write
-        described = [
-            describe(i, spec.maps_at + i * MAP_WORDS * 4, maps[word + i * MAP_WORDS], plane[0], self._box(box), memory)
-            for i, (plane, box) in enumerate(zip(planes, spec.boxes, strict=True))
-            if not box.is_whole
-        ]
+        memory = make_clusters(spec.cluster, declare(spec.dynamic_bytes), share_multiprocessor(1))
+        # one thread for the threadgroup: each of 16 that acquired them would take as long as writing them
+        maps_read = [acquire_map(maps[i * MAP_WORDS], memory, warp=0) for i in spec.map_boxes]
         count = spec.teams * (spec.stages + SLOT_TILES) + 1
         barriers = BARRIERS.format(
             warp=spec.warps - 1,
@@ -443,42 +455,30 @@ class _ClusteredRows:
             stages=spec.teams * spec.stages,
             counts=spec.counts_at,
         )
-        made = statement(MEET_ALL, *described, statement(barriers, memory))
-        acquired = statement(MEET_CLUSTER, made)
-        for i in [i for i, box in enumerate(spec.boxes) if not box.is_whole]:
-            acquired = statement(f"if (threadIdx.x == 0) {ACQUIRE_MAP}", maps[word + i * MAP_WORDS], acquired)
+        made = statement(MEET_ALL, *maps_read, statement(barriers, memory))
         text = FETCH.format(
             stages=spec.stages,
             stride=self.stride,
-            out_tile=spec.out_tile,
+            out_tile=HALF_ROWS,
             full=spec.barriers_at,
             stage_bytes=spec.stage_bytes,
             bytes=sum(box.size for box in spec.boxes),
             copies="\n".join(self._copy(i, box) for i, box in enumerate(spec.boxes)),
         )
         numbers = [number(value) for value in (self.first, self.steps, self.team, self.rank)]
-        fetch = statement(text, maps[word], *numbers, *[plane[0] for plane in planes], acquired)
+        operands = [maps[0], *numbers, *[plane[0] for plane in planes]]
+        fetch = statement(text, *operands, statement(MEET_CLUSTER, made))
         self.begun = statement(BEGIN.format(warps=spec.team_warps, first=0, end=spec.early), fetch)
-
-    def _box(self, box: PlaneBox) -> Box:
-        """What one copy takes of a plane: rows of gate and of up, or 16 in a row."""
-        spec, sections = self.spec, 2 if self.spec.is_gated else 1
-        strides, rows = (box.row_bytes, box.row_bytes * spec.out_rows), (spec.out_rows, sections)
-        taken = (spec.out_tile, sections)
-        if box.is_code:
-            sizes, own = (ROW_BYTES // 2, *rows, box.row_bytes // ROW_BYTES), (ROW_BYTES // 2, *taken, box.blocks)
-            return Box(sizes, (*strides, ROW_BYTES), own)
-        return Box((box.row_bytes // 2, *rows), strides, (box.bytes // 2, *taken), is_swizzled=False)
 
     def _copy(self, index: int, box: PlaneBox) -> str:
         spec = self.spec
         if box.is_whole:
-            size = spec.out_tile * box.row_bytes
+            size, half = HALF_ROWS * box.row_bytes, spec.num_rows // 2
             return "\n".join(
                 COPY_ROWS.format(
-                    place=box.place + i * size, plane=5 + index, first=i * spec.out_rows, size=size, row=box.row_bytes
+                    place=box.place + i * size, plane=5 + index, first=i * half, size=size, row=box.row_bytes
                 )
-                for i in range(TILE_ROWS // spec.out_tile)
+                for i in range(2)
             )
         own = box.chunk_bytes * spec.chunks
         first = f"rank * {own} / {ALIGNED} * {ALIGNED // 2}"
@@ -523,10 +523,12 @@ class _ClusteredRows:
         upper: list[UOp] = []
         lower: list[UOp] = []
         if self.weighs:
-            sums, nothing = zeros(4), [UOp.const(0, U32)] * 4
+            chains, nothing = [zeros(4) for _ in range(CHAINS)], [UOp.const(0, U32)] * 4
             for run, four in enumerate(words):
                 ones = [(self.lane // 4).eq(run).where(UOp.const(ONES, U32), UOp.const(0, U32))] * 4
-                sums = spec.mma.multiply_words(self.body, [four, nothing], [ones], sums)
+                old = chains[run % CHAINS]
+                chains[run % CHAINS] = spec.mma.multiply_words(self.body, [four, nothing], [ones], old)
+            sums = [balanced(column) for column in zip(*chains, strict=True)]
             upper = [value.bitcast(U32) & SEEN_BITS for value in sums[:2]]
             lower = [(v - high.bitcast(F32)).bitcast(U32) for v, high in zip(sums[:2], upper, strict=True)]
         if not spec.format.is_float8:
@@ -672,8 +674,8 @@ class _ClusteredRows:
             (value,) = gated(spec.activation, [value], [spec.lanes.shuffle(value, 2)])
             inside &= half.eq(0)
         else:
-            row = row + half * 8
-        target = (self.first + turn.maximum(0) * self.stride) * spec.out_tile + row
+            row = row + half * (spec.num_rows // 2)
+        target = (self.first + turn.maximum(0) * self.stride) * HALF_ROWS + row
         at = token.minimum(spec.num_tokens - 1) * spec.out_rows + target
         inside = inside if exists is None else inside & exists
         stored = [self.out[at.valid(inside)].store(value.cast(self.out.dtype))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 from tinyvllm.execution.tune_events import Event, Job
@@ -26,7 +27,8 @@ def _search(job: Job, pipe: Connection, fatal: object) -> None:
         pipe.send(Event("begin", bucket="decode 1", kernel="kernel", name=name))
         if name == FATAL and callable(fatal):
             fatal()
-        pipe.send(Event("end", bucket="decode 1", kernel="kernel", name=name, seconds=0.5 + number))
+        end = Event("end", bucket="decode 1", kernel="kernel", name=name, seconds=1.0 + number / 2, before_s=1.0)
+        pipe.send(replace(end, chosen=(("tiles", number),)) if number else end)
     pipe.send(Event("done"))
 
 

@@ -53,7 +53,6 @@ from tinyvllm.ops.kernel.tiles import together
 ROW_MASKS = (1, 2)  # connect the lanes that hold one row's sums
 X_BYTES, OTHER_BYTES = 2.7, 10_000  # of threadgroup memory for a column of x, and for sums and barriers
 FEWEST_STAGES = 3
-STATIC_COLS = 18_688  # of the longest x that fits into static threadgroup memory
 EARLY_BYTES, BYTES_AHEAD = 40_000, 80_000  # on their way to a multiprocessor
 HELD_CHUNKS = 2  # of x, that a warp's registers hold
 Staged = TypeVar("Staged", bound=FixedRow | StagedRow)
@@ -81,17 +80,15 @@ class StreamedVectorSpec(QuantizedVectorSpec):
     @property
     def parts(self) -> int:
         """Parts of the columns: a stage holds one of a tile's rows. The fewest with which some stages fit beside x, if
-        each of the fewest warps still has a chunk. Where x is too long for static threadgroup memory, the planes that
-        are copied whole count as well. (NVIDIA H200, down of 5,120 rows of 27,648 columns in Q4_K: 6 parts, two stages,
-        26.4 us; 9 parts, three stages, 24.0.)"""
+        each of the fewest warps still has a chunk. (NVIDIA H200, 5,120 rows of 27,648 columns in Q4_K: 6 parts, two
+        stages, 26.4 us; 9 parts, three stages, 24.0. 4,096 rows of 14,336 columns in Q8_0: 4 parts, two stages, 18.2;
+        7 parts, four stages, 16.2.)"""
         chunks, best = self.num_cols // CHUNK_COLS, 1
         room = HOPPER_SHARED_BYTES - X_BYTES * self.num_cols - OTHER_BYTES
-        tile = TILE_ROWS * sum(size for _, size in self.planes) * self.num_cols
         stages = FEWEST_STAGES if self.num_tiles > self.num_groups else 2
         for parts in (parts for parts in range(1, chunks // MIN_WARPS + 1) if chunks % parts == 0):
             best = parts
-            size = self._ring_bytes(parts, stages) if self.num_cols > STATIC_COLS else stages * tile / parts
-            if size <= room:
+            if self._ring_bytes(parts, stages) <= room:
                 break
         return self.knob("parts", best)
 

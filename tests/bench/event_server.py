@@ -46,6 +46,7 @@ class EventServer:
     total: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)
     open: set[Answering] = field(default_factory=set)
+    transports: set[asyncio.Transport] = field(default_factory=set)
     most_open: int = 0
     num_connections: int = 0
     num_answered: int = 0
@@ -65,7 +66,11 @@ class EventServer:
         server = await make(lambda: Answering(self), **where)
         started(server.sockets[0].getsockname())
         async with server:
-            await self.step()
+            try:
+                await self.step()
+            finally:
+                for transport in [*self.transports]:  # of clients that were killed, whose end was not read yet
+                    transport.abort()
 
 
 class Answering(asyncio.Protocol):
@@ -79,6 +84,7 @@ class Answering(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.server.transports.add(self.transport)
         self.server.num_connections += 1
 
     def pause_writing(self) -> None:
@@ -89,6 +95,7 @@ class Answering(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.open.discard(self)
+        self.server.transports.discard(self.transport)
 
     def data_received(self, data: bytes) -> None:
         self.data += data

@@ -343,8 +343,8 @@ def test_numbers_have_three_significant_digits(value: float, text: str) -> None:
 
 @pytest.mark.parametrize("measured", MEASURED, ids=lambda measured: measured.title)
 def test_predictions_are_near_what_was_measured(measured: Measured) -> None:
-    """Within 27 %. The worst are 4-bit weights and heads of 128 at 64 rows; the command prints them too."""
-    assert abs(measured.error_of(measured.predict(SHAPES[measured.shape]))) < 0.27
+    """Within 16 %. The worst are 8B's 4-bit weights at batch 8 and its float16 at 64; the command prints them too."""
+    assert abs(measured.error_of(measured.predict(SHAPES[measured.shape]))) < 0.16
 
 
 def test_a_prompt_in_pieces_reads_the_weights_for_each_and_multiplies_as_often() -> None:

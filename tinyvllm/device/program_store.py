@@ -25,7 +25,7 @@ from tinygrad.helpers import DEBUG, ContextVar
 from tinygrad.renderer import Renderer
 from tinygrad.uop.ops import Ops, ProgramInfo
 
-from tinyvllm.device.clang_flags import FEWER_COPIES
+from tinyvllm.device.clang_flags import DENSE, FEWER_COPIES
 from tinyvllm.device.private_folder import PrivateFolder, default_root
 from tinyvllm.errors import CacheError
 
@@ -177,7 +177,7 @@ def digest_of(value: object) -> str:
 def _makers(kind: str) -> tuple[Any, ...]:
     """What compiles a kind of device's programs, and for which processor, where their keys do not say it."""
     if kind == "CPU":
-        return _compiler(), _processor(), FEWER_COPIES
+        return _compiler(), _processor(), FEWER_COPIES, DENSE.pattern
     return file_facts(nvrtc_path()) if kind == "CUDA" else ()
 
 

@@ -127,6 +127,7 @@ def test_one_row_is_streamed_where_contexts_may_be_very_long(context: int, dim: 
     for kernel in kernels:
         check_limits(kernel, "CUDA sm_90")
     assert (max(backend.short_contexts([kind], 1, False)) == 8192) == (dim == 128), "so that shorter ones are not"
+    assert max(backend.short_contexts([replace(kind, window=4096)], 1, False)) == 1024, "no context is very long"
 
 
 VERIFYING = [

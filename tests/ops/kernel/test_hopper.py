@@ -44,3 +44,11 @@ def test_arrays_larger_than_static_memory_follow_what_a_kernel_declares() -> Non
     assert in_one_memory(small) == small
     with pytest.raises(InvariantError, match="80048 bytes in threadgroup memory declares none"):
         in_one_memory(ARRAYS % 20000)
+
+
+def test_kernels_of_others_may_have_arrays_of_any_type() -> None:
+    """As tinygrad's sum of 65,536 integers of 64 bits has."""
+    array = "__shared__ __align__(16) long temp[256];"
+    assert in_one_memory(array) == array
+    with pytest.raises(InvariantError, match="array of long"):
+        in_one_memory(array + OWN)

@@ -225,7 +225,9 @@ class FusedGpuBackend(GpuBackend):
         attending = [layer for layer in layers if layer.state is None and layer.latent is None]
         if self.lanes.kind != "CUDA" or not attending:
             return ()
-        is_streamed = self.has_wgmma and any(streams_one_row(layer.head_dim) for layer in attending)
+        # a layer with a window never attends to so many tokens
+        far = [layer for layer in attending if layer.window is None or layer.window >= STREAMED_CONTEXT]
+        is_streamed = self.has_wgmma and any(streams_one_row(layer.head_dim) for layer in far)
         return short_contexts(num_rows, verifies, longest=STREAMED_CONTEXT // 2 if is_streamed else 0)
 
     def embed(self, table: Matrix, step: Step, scale: float = 1.0, ids: str = "token_ids") -> Tensor:

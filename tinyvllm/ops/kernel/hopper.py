@@ -155,12 +155,17 @@ class HopperRenderer(CUDARenderer):
 
 def in_one_memory(source: str) -> str:
     """A kernel's source; if its arrays in threadgroup memory are larger than CUDA allocates statically, they follow
-    what it declares (`declare`)."""
+    what it declares (`declare`). Kernels that are not of this engine have arrays of any type, and never such large
+    ones."""
     arrays = [*ARRAY.finditer(source)]
+    declared = declared_bytes(source.encode())
+    if unknown := sorted({one[1] for one in arrays} - ITEM_BYTES.keys()):
+        if declared:
+            raise InvariantError(f"an array of {unknown[0]} beside declared threadgroup memory: add it to ITEM_BYTES")
+        return source
     sizes = [-(-int(one[3]) * ITEM_BYTES[one[1]] // ARRAY_ALIGNED) * ARRAY_ALIGNED for one in arrays]
     if sum(sizes) <= STATIC_BYTES:
         return source
-    declared = declared_bytes(source.encode())
     if not declared:
         raise InvariantError(f"a kernel with arrays of {sum(sizes)} bytes in threadgroup memory declares none of it")
     place = -(-declared // ARRAY_ALIGNED) * ARRAY_ALIGNED

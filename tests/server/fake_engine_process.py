@@ -40,6 +40,7 @@ def main() -> None:
         while True:  # holds the link's other end, and ignores SIGTERM like its parent
             signal.pause()
     link.send("ready")
+    (Path(spec.config.model) / f"ready {spec.index}").touch()  # the supervisor reads this before it sees an end
     stopped.wait()
     if spec.load == "hangs":
         signal.pause()

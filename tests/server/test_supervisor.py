@@ -306,6 +306,7 @@ def test_a_dead_engine_is_started_again_if_asked_for() -> None:
 def test_other_engines_go_on_without_a_dead_one() -> None:
     with running_server(num_front_ends=1, num_engines=2) as server:
         server.wait_until_ready()
+        server.wait_for((server.model_dir / "ready 1").exists)  # the fake front-end waits for no engine
         os.kill(server.pids()["engine 1"], signal.SIGKILL)
         server.wait_for(lambda: "engine 1" not in server.pids())
         time.sleep(1.2)

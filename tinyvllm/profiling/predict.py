@@ -56,8 +56,9 @@ FACTORS = {
         sparse_kernels=(2, 3, 3),
         other_kernels=(4, 4, 7),
         sources=(
-            "bandwidth 94 %, 78 % for quantized weights, 80 % of the peak for up to 64 rows, 34 % for decoding's attention "
-            "and 2.2 us per kernel: fitted to 21 steps of Llama-3.2-1B and 3.1-8B on an H200 (docs/PERFORMANCE.md)",
+            "bandwidth 94 %, 78 % for quantized weights, 80 % of the peak for up to 64 rows, 34 % for decoding's "
+            "attention and 2.2 us per kernel: fitted to 21 steps of Llama-3.2-1B and 3.1-8B on an H200 "
+            "(docs/PERFORMANCE.md)",
             "67.5 % of the peak for more rows and for prompts: fitted to the same, at that GPU's limit of 700 W",
             "host 5 us per step: it prepares a step while the device computes the one before",
         ),

@@ -74,6 +74,25 @@ def test_choices_outlive_the_process(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+def test_two_searches_at_once_keep_what_both_have_found(tmp_path: Path) -> None:
+    path = tmp_path / "choices.json"
+    Choices(path, {"old": (("tiles", 1),)}).save()
+    first, second = load_choices(path), load_choices(path)
+    first.chosen |= {"a": (("tiles", 2),), "both": (("tiles", 4),), "old": (("tiles", 3),)}
+    first.bad.add("bad a")
+    first.searched.add("decode 1")
+    first.save()
+    second.chosen |= {"b": (), "both": ()}  # it has found nothing for them
+    second.slow.add("slow b")
+    second.searched.add("decode 2")
+    second.save()
+    first.save()
+    found = load_choices(path)
+    chosen = {"a": (("tiles", 2),), "b": (), "both": (("tiles", 4),), "old": (("tiles", 3),)}
+    assert found.chosen == chosen, "and what the second one has loaded does not replace what the first one found"
+    assert (found.bad, found.slow, found.searched) == ({"bad a"}, {"slow b"}, {"decode 1", "decode 2"})
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"chosen": {"a": 5}, "bad": [], "searched": []}', '{"chosen": {}}'])
 def test_a_damaged_file_is_said_and_not_used(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "choices.json"

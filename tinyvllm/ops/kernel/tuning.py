@@ -8,6 +8,7 @@ worst. The search is in execution/tune.py.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
@@ -73,6 +74,7 @@ class Choices:
     bad: set[str] = field(default_factory=set)
     searched: set[str] = field(default_factory=set)
     slow: set[str] = field(default_factory=set)
+    loaded: dict[str, Chosen] = field(default_factory=dict)  # what `chosen` was in the file
     asked: dict[str, Tunable] | None = None
     num_asked: Counter[str] = field(default_factory=Counter)
 
@@ -103,19 +105,43 @@ class Choices:
         return hashlib.sha256(repr(sorted(self.chosen.items())).encode()).hexdigest()[:16]
 
     def save(self) -> None:
-        """Write the file atomically."""
+        """Add what this process has found to the file, to which other searches may have added something since it was
+        loaded. A choice that was found here replaces another one; that nothing was found does not."""
         if self.path is None:
             return
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _locked(self.path.parent):
+            merged = load_choices(self.path)
+            for key, value in self.chosen.items():
+                if value != self.loaded.get(key) and (value or key not in merged.chosen):
+                    merged.chosen[key] = value
+            merged.bad |= self.bad
+            merged.searched |= self.searched
+            merged.slow |= self.slow
+            merged._write(self.path)
+
+    def _write(self, path: Path) -> None:
+        """Write the file atomically."""
         data = {
             "chosen": {key: dict(value) for key, value in sorted(self.chosen.items())},
             "bad": sorted(self.bad),
             "slow": sorted(self.slow),
             "searched": sorted(self.searched),
         }
-        temporary = self.path.with_suffix(f".{os.getpid()}")
+        temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(data, indent=1))
-        temporary.replace(self.path)
+        temporary.replace(path)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other searches from writing there. The folder itself is locked, since the file is replaced."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it is closed
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def load_choices(path: Path) -> Choices:
@@ -124,7 +150,7 @@ def load_choices(path: Path) -> Choices:
         data = json.loads(path.read_text())
         chosen = {str(key): _checked(value) for key, value in data["chosen"].items()}
         bad, searched, slow = (set(map(str, names)) for names in (data["bad"], data["searched"], data.get("slow", ())))
-        return Choices(path, chosen, bad, searched, slow)
+        return Choices(path, chosen, bad, searched, slow, dict(chosen))
     except FileNotFoundError:
         return Choices(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

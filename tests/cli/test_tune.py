@@ -23,7 +23,7 @@ def test_a_search_prints_the_times_of_candidates_and_counts_them(
     tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a worker that plays a device; tests/execution/test_tune.py searches for real, in one process."""
-    monkeypatch.chdir(tmp_path)  # where that worker keeps its choices
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))  # where that worker keeps its choices
     monkeypatch.setattr(tune_process, "run_worker", tune_workers.well)
     result = run(str(tiny_gguf_files.path), "--json", "-", "--log-level", "error")
     assert result.exit_code == 0, result.output
@@ -34,13 +34,32 @@ def test_a_search_prints_the_times_of_candidates_and_counts_them(
     assert "decode 1" in result.stdout and "+50.0%" in result.stdout and "unchanged" in result.stdout
 
 
+def real_command(files: ModelFiles) -> list[str]:
+    flags = ["--max-num-seqs", "2", "--max-num-batched-tokens", "8", "--max-model-len", "64", "--log-level", "error"]
+    return [str(files.path), *flags, "--buckets", "decode 2", "--json", "-"]
+
+
+def test_the_real_worker_loads_and_tries_candidates_until_it_is_done(
+    tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About 4 s of CPU time. The path of the choices is an answer of the worker that has loaded the model."""
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+    result = run(*real_command(tiny_gguf_files))
+    assert result.exit_code == 0, result.output
+    (path,) = (tmp_path / "tuned").iterdir()
+    assert f", 0 unusable; results are in {path}" in result.stdout and "out of time" not in result.output
+    rows = json.loads(result.stdout.splitlines()[-1])
+    assert {row["kernel"].split()[0] for row in rows} == {"qkv", "attention_out", "gate_up", "down", "lm_head"}
+    assert all(row["bucket"] == "decode 2" and row["tried"] for row in rows)
+    assert f"{sum(row['tried'] for row in rows)} candidates tried" in result.stdout
+
+
 @pytest.mark.sweep
 def test_a_search_prints_what_it_found_and_the_next_one_finds_it_done(
     tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
-    flags = ["--max-num-seqs", "2", "--max-num-batched-tokens", "8", "--max-model-len", "64", "--log-level", "error"]
-    command = [str(tiny_gguf_files.path), *flags, "--buckets", "decode 2", "--json", "-"]
+    command = real_command(tiny_gguf_files)
     result = run(*command)
     assert result.exit_code == 0, result.output
     assert "rows_per_pass" in result.stdout or "unchanged" in result.stdout
@@ -50,7 +69,32 @@ def test_a_search_prints_what_it_found_and_the_next_one_finds_it_done(
     (path,) = (tmp_path / "tuned").iterdir()
     assert str(path) in result.stdout
     again = run(*command)
-    assert again.exit_code == 0 and "0 candidates tried" in again.stdout
+    assert again.exit_code == 0 and "0 candidates tried" in again.stdout and "searched before" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("worker", "said"),
+    [
+        (
+            tune_workers.dying_early,
+            f"a candidate of kernel in decode 1: it will not be tried again ({tune_workers.FATAL})",
+        ),
+        (tune_workers.saying_why, "nothing to tune"),
+    ],
+    ids=["dies", "nothing"],
+)
+def test_what_was_not_tried_is_said(
+    tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: object, said: str
+) -> None:
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tune_process, "run_worker", worker)
+    result = run(str(tiny_gguf_files.path), "--log-level", "error")
+    assert result.exit_code == 0 and said in result.output, result.output
+
+
+def test_buckets_are_names() -> None:
+    result = run("--buckets", " , ")
+    assert result.exit_code == 1 and "--buckets is ' , '" in result.output
 
 
 def test_a_budget_is_minutes_above_0() -> None:

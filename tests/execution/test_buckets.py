@@ -20,6 +20,7 @@ from tinyvllm.execution.buckets import (
     first_buckets,
     least_context,
     make_buckets,
+    named,
     within,
 )
 from tinyvllm.execution.limits import device_limits, resolve_limits
@@ -46,6 +47,19 @@ def sizes(buckets: list[Bucket]) -> tuple[list[int], list[int]]:
 )
 def test_buckets_grow_to_their_limits(seqs: int, tokens: int, decode: list[int], prefill: list[int]) -> None:
     assert sizes(buckets_of(seqs, tokens)) == (decode, prefill)
+
+
+def test_buckets_are_found_by_name_with_those_for_short_contexts() -> None:
+    buckets = make_buckets(Limits(2, 8), EngineConfig("tiny"), lambda num_rows, verifies: (512,))
+
+    def names(*wanted: str) -> list[str]:
+        return [bucket.name for bucket in named(wanted, buckets)]
+
+    assert names("prefill 8", "decode 1") == ["decode 1 up to 512", "decode 1", "prefill 8"]
+    assert names("decode 2 up to 512") == ["decode 2 up to 512"]
+    known = "decode 1 up to 512, decode 1, decode 2 up to 512, decode 2, prefill 8"
+    with pytest.raises(TinyvllmError, match=f"'decode 3', 'prefil 8': with these flags there are {known}$"):
+        names("decode 1", "prefil 8", "decode 3")
 
 
 def test_given_buckets_are_sorted_and_taken_once() -> None:

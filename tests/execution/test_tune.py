@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,8 +23,9 @@ from tinyvllm.arrays import Format
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
 from tinyvllm.errors import DeviceError
 from tinyvllm.execution import tune as tune_module
-from tinyvllm.execution import tune_process
+from tinyvllm.execution import tune_process, tune_worker
 from tinyvllm.execution.buckets import Bucket, choose_bucket
+from tinyvllm.execution.graphs import PendingGraph
 from tinyvllm.execution.runner import ModelRunner, load_runner
 from tinyvllm.execution.tune import (
     MOST_TURNS,
@@ -36,6 +40,7 @@ from tinyvllm.execution.tune import (
 )
 from tinyvllm.execution.tune_events import Event, Job
 from tinyvllm.execution.tune_process import tune
+from tinyvllm.execution.tune_worker import run_worker
 from tinyvllm.ops.gpu.gemm import GemmSpec
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.body import F16
@@ -244,18 +249,132 @@ def run_process(tmp_path: Path, worker: object, budget_s: float = 60.0) -> tuple
 def test_a_search_that_goes_well_is_complete(tmp_path: Path) -> None:
     outcome, events = run_process(tmp_path, tune_workers.well)
     assert (outcome.is_complete, outcome.num_tried, outcome.num_bad) == (True, tune_workers.NUM_CANDIDATES, 0)
-    assert [event.what for event in events][:2] == ["ready", "begin"]
+    assert [event.what for event in events][:4] == ["ready", "bucket", "prepare", "begin"]
 
 
-@pytest.mark.parametrize("worker", [tune_workers.dying, tune_workers.hanging], ids=["dies", "hangs"])
+@pytest.mark.parametrize(
+    ("worker", "message"),
+    [
+        (tune_workers.dying, "ended with exit code 139 while timing"),
+        (tune_workers.hanging, "gave no answer for 3 s while timing"),
+        (tune_workers.dying_early, "ended with exit code 139 while preparing"),
+        (tune_workers.hanging_early, "gave no answer for 3 s while preparing"),
+    ],
+    ids=["dies", "hangs", "dies early", "hangs early"],
+)
 def test_what_a_worker_dies_of_is_remembered_and_another_goes_on(
-    tmp_path: Path, worker: object, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, worker: object, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune_process, "TRIAL_TIMEOUT_S", 3.0)
     outcome, events = run_process(tmp_path, worker)
     assert (outcome.is_complete, outcome.num_bad) == (True, 1)
-    assert tuning.load_choices(outcome.path).bad == {tune_workers.FATAL}
-    assert [event.message for event in events if event.name == tune_workers.FATAL][-1] == "it crashed the process"
+    assert outcome.num_tried == tune_workers.NUM_CANDIDATES + 2, "the second worker tries the first two again"
+    assert outcome.path is not None and tuning.load_choices(outcome.path).bad == {tune_workers.FATAL}
+    (said,) = [event.message for event in events if event.name == tune_workers.FATAL and event.message]
+    assert said == f"the process {message} a candidate of kernel in decode 1"
+
+
+class Died(BaseException):
+    """Of a process: no handler of exceptions sees it."""
+
+
+@pytest.mark.parametrize("part", ["begin_again", "advance"])
+def test_a_candidate_is_announced_before_it_is_traced_and_compiled(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    owner: Any = runner.captures if part == "begin_again" else PendingGraph
+    work = getattr(owner, part)
+
+    def die(*arguments: Any) -> Any:
+        if any(tuning.current.chosen.values()):
+            raise Died
+        return work(*arguments)
+
+    monkeypatch.setattr(owner, part, die)
+    prepared: list[Trial] = []
+    begun: list[Trial] = []
+    with pytest.raises(Died):
+        list(search(runner, BUCKET, begun.append, prepare=prepared.append))
+    assert not begun and {trial.place for trial in prepared} == {1}
+
+
+def test_the_oldest_candidate_is_announced_while_other_processes_work(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, so that a watcher finds that they hang."""
+    monkeypatch.setattr(tune_module, "num_workers", lambda: 3)
+    monkeypatch.setattr(tune_module._Steps, "is_on_cpu", False)
+    monkeypatch.setattr(tune_module._Candidate, "can_advance", False)
+    waits = iter(range(3))
+
+    def sleep(seconds: float) -> None:
+        if next(waits, None) is None:
+            raise Died
+
+    monkeypatch.setattr(tune_module, "time", SimpleNamespace(**{**vars(time), "sleep": sleep}))
+    prepared: list[Trial] = []
+    with pytest.raises(Died):
+        list(search(runner, BUCKET, lambda trial: None, prepare=prepared.append))
+    assert [trial.place for trial in prepared] == [1, 2, 3, 1]
+
+
+def real_job(files: ModelFiles, *buckets: str) -> Job:
+    config = EngineConfig("tiny", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=8, num_gpu_blocks_override=9)
+    return Job(config, files, buckets=buckets)
+
+
+@pytest.mark.sweep
+def test_a_real_worker_that_dies_while_it_traces_is_outlived(
+    tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+    events: list[Event] = []
+    outcome = tune(real_job(tiny_gguf_files, BUCKET.name), 300.0, events.append, tune_workers.dying_real)
+    dead = [event for event in events if event.message.startswith("the process ended with exit code 139")]
+    assert outcome.is_complete and outcome.path is not None and outcome.num_bad == len(dead) == 1
+    assert tuning.load_choices(outcome.path).bad == {event.name for event in dead}
+
+
+def test_names_of_steps_that_do_not_exist_are_an_error_of_the_worker(
+    runner: ModelRunner, tiny_gguf_files: ModelFiles
+) -> None:
+    """It has loaded the model, which decides which steps there are."""
+    here, there = Pipe()
+    with mock.patch.object(tune_worker, "_load", lambda job, progress: runner):
+        run_worker(real_job(tiny_gguf_files, "decode 1", "decode 3"), there)
+    event = here.recv()
+    assert event.what == "failed" and event.message.startswith(
+        "no step is called 'decode 3': with these flags there are decode 1, "
+    )
+
+
+def test_a_bucket_has_a_share_of_the_time_with_those_that_are_still_to_be_searched(
+    runner: ModelRunner, tiny_gguf_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, *others = runner.buckets
+    tuning.current.searched |= {runner.tuning_name(bucket) for bucket in others}
+    ends: list[float] = []
+
+    def search(runner: ModelRunner, bucket: Bucket, begin: object, end_s: float, prepare: object) -> Iterator[Trial]:
+        ends.append(end_s)
+        yield from ()
+
+    monkeypatch.setattr(tune_worker, "_load", lambda job, progress: runner)
+    monkeypatch.setattr(tune_worker, "search", search)
+    monkeypatch.setattr(tune_worker, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    here, there = Pipe()
+    run_worker(replace(real_job(tiny_gguf_files), end_s=200.0), there)
+    assert ends == [150.0, 200.0], "half, and then all that is left"
+    events = []
+    while here.poll():
+        try:
+            events.append(here.recv())
+        except EOFError:
+            break
+    saved = {event.bucket: event.message for event in events if event.what == "saved"}
+    assert saved == {first.name: "nothing to tune", second.name: "nothing to tune"} | {
+        bucket.name: "searched before" for bucket in others
+    }
 
 
 def test_a_spent_budget_ends_the_search_and_blames_nobody(tmp_path: Path) -> None:
@@ -264,8 +383,14 @@ def test_a_spent_budget_ends_the_search_and_blames_nobody(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("worker", "why"), [(tune_workers.failing, "there is no such model"), (tune_workers.silent, "")]
+    ("worker", "why"),
+    [
+        (tune_workers.failing, "failed (ModelError: there is no such model) while loading the model"),
+        (tune_workers.silent, "ended with exit code 3 while loading the model"),
+        (tune_workers.dying_in_a_step, "ended with exit code 3 in decode 1, while no candidate was tried"),
+    ],
+    ids=["fails", "dies", "dies in a step"],
 )
-def test_a_worker_that_cannot_start_is_an_error(tmp_path: Path, worker: object, why: str) -> None:
-    with pytest.raises(DeviceError, match=f"could not start.*{why}"):
+def test_a_worker_that_ends_without_a_candidate_is_an_error(tmp_path: Path, worker: object, why: str) -> None:
+    with pytest.raises(DeviceError, match=f"^the search's process {re.escape(why)}$"):
         run_process(tmp_path, worker)

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 def tune(
     *,
     buckets: Annotated[
-        str, Option(metavar="NAMES", help="Only these steps, such as 'decode 1,prefill 256'; all: every step of serve.")
+        str,
+        Option(
+            metavar="NAMES",
+            help="Only these steps, such as 'decode 1,prefill 256'; all: every step of serve. 'decode 1' includes "
+            "those for short contexts, such as 'decode 1 up to 512'.",
+        ),
     ] = "all",
     budget: Annotated[float, Option(metavar="MINUTES", help="Stop after this long; results so far are kept.")] = 20.0,
     subject: SubjectFlags,
@@ -35,13 +40,15 @@ def tune(
     engine.apply()
     if budget <= 0:
         raise TinyvllmError(f"--budget is {budget:g}: give more than 0 minutes")
+    names = () if buckets == "all" else tuple(name for part in buckets.split(",") if (name := part.strip()))
+    if not names and buckets != "all":
+        raise TinyvllmError(f"--buckets is {buckets!r}: give names of steps, or all")
     config = engine.make_config(subject.model or "")
 
     from tinyvllm.execution.tune_events import Job
     from tinyvllm.execution.tune_process import tune as search
 
     found = subject.find(pull=engine.pull)
-    names = () if buckets == "all" else tuple(name.strip() for name in buckets.split(","))
     shape = None if found.files is not None else found.model_config
     progress = _Progress()
     with progress_bars() as report:
@@ -59,6 +66,8 @@ def _say(outcome: Outcome, progress: _Progress) -> None:
             f"{bucket}: {before_s * 1e3:.3f} ms before, {seconds * 1e3:.3f} ms with all choices, in turn",
             highlight=False,
         )
+    for event in progress.deaths:
+        err.print(f"{event.message}: it will not be tried again ({event.name})", highlight=False)
     out.print(
         f"{outcome.num_tried} candidates tried, {outcome.num_bad} unusable; results are in {outcome.path}",
         highlight=False,
@@ -72,7 +81,8 @@ class _Progress:
 
     def __init__(self) -> None:
         self._buckets: tuple[str, ...] = ()
-        self._done: set[str] = set()
+        self._done: dict[str, str] = {}  # by bucket, why it has no results
+        self.deaths: list[Event] = []  # candidates that crashed or stopped the process
         self._results: dict[tuple[str, str], list[Event]] = {}
 
     def see(self, event: Event, report: Callable[[str, int, int], None]) -> None:
@@ -81,9 +91,11 @@ class _Progress:
         elif event.what == "ready":
             self._buckets = event.buckets
         elif event.what == "saved":
-            self._done.add(event.bucket)
+            self._done[event.bucket] = event.message
         elif event.what == "end":
             self._results.setdefault((event.bucket, event.kernel), []).append(event)
+            if event.message:
+                self.deaths.append(event)
             if event.total:
                 report(event.bucket, event.place, event.total)
         if len(self._buckets) > 1:
@@ -105,6 +117,9 @@ class _Progress:
             words = ", ".join(f"{knob} {value}" for knob, value in row["chosen"].items()) or "unchanged"
             change = f"{row['best_s'] / row['before_s'] - 1:+.1%}" if row["tried"] else ""
             table.add_row(row["bucket"], row["kernel"], str(row["tried"]), change, words)
+        for bucket, why in self._done.items():
+            if why and not any(bucket == name for name, _ in self._results):
+                table.add_row(bucket, "", "", "", why)
         return table
 
     def rows(self) -> list[dict[str, Any]]:

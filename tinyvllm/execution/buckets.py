@@ -130,6 +130,23 @@ def within(buckets: Iterable[Bucket], max_model_len: int) -> list[Bucket]:
     return [one for one in buckets if one.max_context is None or 2 * one.max_context <= max_model_len]
 
 
+def named(names: Iterable[str], buckets: Sequence[Bucket]) -> list[Bucket]:
+    """The buckets of these names, in their order. A name without "up to" means those for short contexts as well. Raises
+    TinyvllmError for a name that none has."""
+    wanted = set(names)
+    known = {name for bucket in buckets for name in _names(bucket)}
+    if unknown := sorted(wanted - known):
+        raise TinyvllmError(
+            f"no step is called {', '.join(map(repr, unknown))}: with these flags there are "
+            f"{', '.join(dict.fromkeys(bucket.name for bucket in buckets))}"
+        )
+    return [bucket for bucket in buckets if wanted & _names(bucket)]
+
+
+def _names(bucket: Bucket) -> set[str]:
+    return {bucket.name, replace(bucket, max_context=None).name}
+
+
 def least_context(bucket: Bucket, buckets: Iterable[Bucket]) -> int:
     """The fewest tokens that the longest sequence of a plan has if it runs in a bucket, and not in one of `buckets` for
     shorter contexts."""

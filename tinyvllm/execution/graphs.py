@@ -103,6 +103,11 @@ class PendingGraph:
         """Whether `finish` would wait for the device alone."""
         return self._steps.is_recorded
 
+    @property
+    def can_advance(self) -> bool:
+        """Whether the next part before `finish` is ready."""
+        return self._steps.can_advance
+
     def advance(self) -> bool:
         """Do the next part before `finish` if it is ready. Returns whether there was something to do."""
         with self._timed():

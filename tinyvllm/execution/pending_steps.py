@@ -67,15 +67,22 @@ class PendingSteps:
         """Whether `record` would wait for no other process."""
         return self.is_traced and all(pending.is_done for pending in self._compiling)
 
+    @property
+    def can_advance(self) -> bool:
+        """Whether the next part is ready."""
+        if self._tracing is not None:
+            return self._tracing.is_done
+        return self.is_compiled and not self.is_recorded
+
     def advance(self) -> bool:
         """Do the next part if it is ready: take over another process's trace, or bind the compiled kernels. Returns
         whether there was something to do."""
-        if self._tracing is not None and self._tracing.is_done:
-            self._take_trace()
-        elif self.is_compiled and not self.is_recorded:
-            self.record()
-        else:
+        if not self.can_advance:
             return False
+        if self._tracing is not None:
+            self._take_trace()
+        else:
+            self.record()
         return True
 
     def trace_here(self) -> bool:

@@ -60,11 +60,18 @@ class Trial:
 
 
 def search(
-    runner: ModelRunner, bucket: Bucket, begin: Callable[[Trial], None], end_s: float = math.inf
+    runner: ModelRunner,
+    bucket: Bucket,
+    begin: Callable[[Trial], None],
+    end_s: float = math.inf,
+    prepare: Callable[[Trial], None] = lambda trial: None,
 ) -> Iterator[Trial]:
     """Try candidates of every tunable kernel of a bucket, the most promising ones first, and keep the best in
-    `tuning.current`. `begin` is called before each, so that a watcher knows which one ran when the process died. Yields
-    every result, and at last what everything that was kept gains together. Ends early at `end_s` (time.monotonic)."""
+    `tuning.current`. Yields every result, and at last what everything that was kept gains together. Ends early at
+    `end_s` (time.monotonic).
+
+    begin, prepare: called before a candidate runs, and before this process traces or compiles it or waits for other
+    processes that do, so that a watcher knows which one it was if the process dies or hangs."""
     steps, choices = _Steps(runner, bucket), tuning.current
     with choices.watching() as asked:
         first = steps.first()
@@ -72,7 +79,7 @@ def search(
     for key, spec in specs.items():
         yield Trial(bucket.name, describe(spec), (), key, seconds=first_s, before_s=first_s)
     queue = in_order(specs, choices.num_asked, first_s)
-    for candidate in _begun(steps, _new_candidates(bucket, specs, queue), end_s):
+    for candidate in _begun(steps, _new_candidates(bucket, specs, queue), end_s, prepare):
         begin(candidate.trial)
         result = steps.compare(candidate)
         if result.is_kept:
@@ -156,14 +163,19 @@ class _Candidate:
         """Whether the device can run it, or it cannot be built."""
         return self.pending is None or self.pending.is_recorded
 
-    def advance(self) -> bool:
-        """Take over what other processes have done for it. Returns whether there was something."""
+    @property
+    def can_advance(self) -> bool:
+        """Whether other processes have done something for it."""
+        return self.pending is not None and self.pending.can_advance
+
+    def advance(self) -> None:
+        """Take over what other processes have done for it."""
         try:
             with _choice(self.key, self.trial.chosen):  # if it was lost, it is traced here
-                return self.pending is not None and self.pending.advance()
+                if self.pending is not None:
+                    self.pending.advance()
         except Exception:
             self.pending = None
-            return True
 
 
 class _Steps:
@@ -252,21 +264,36 @@ def _new_candidates(
     ]
 
 
-def _begun(steps: _Steps, queue: Sequence[tuple[str, Trial]], end_s: float) -> Iterator[_Candidate]:
+def _begun(
+    steps: _Steps, queue: Sequence[tuple[str, Trial]], end_s: float, prepare: Callable[[Trial], None]
+) -> Iterator[_Candidate]:
     """The candidates, each once it is compiled; as many are begun in advance as there are processes. On a CPU, whose
-    cores run the steps, one after another."""
+    cores run the steps, one after another. `prepare` is called with the one that this process works on or, when it
+    waits for other processes, with the one that it has waited for longest."""
     num_ahead = 1 if steps.is_on_cpu else max(1, num_workers())
     waiting, pending = deque(queue), list[_Candidate]()
+    awaited: _Candidate | None = None
     while (waiting or pending) and time.monotonic() < end_s:
         while waiting and len(pending) < num_ahead:
             key, trial = waiting.popleft()
             if trial.chosen != tuning.current.chosen.get(key, ()):
+                awaited = None
+                prepare(trial)
                 pending.append(steps.begun(_Candidate(key, trial, steps.best)))
         ready = next((one for one in pending if one.is_ready), None)
+        advancing = next((one for one in pending if one.can_advance), None)
         if ready is not None:
+            awaited = None
             pending.remove(ready)
             yield ready
-        elif not any([one.advance() for one in pending]):
+        elif advancing is not None:
+            awaited = None
+            prepare(advancing.trial)
+            advancing.advance()
+        elif pending:
+            if awaited is not pending[0]:  # once: a candidate that hangs is found by how long nothing is said
+                awaited = pending[0]
+                prepare(awaited.trial)
             time.sleep(POLL_S)
 
 

@@ -24,7 +24,8 @@ class Job:
 @dataclass(frozen=True)
 class Event:
     """A worker's message. `what`: stage (its name in `bucket`, `place` of `total` done), ready (bucket names in
-    `buckets`), begin and end (with a Trial's fields), saved, done, stopped (at `end_s`) or failed."""
+    `buckets`), bucket (its search begins), prepare, begin and end (with a Trial's fields; a candidate is prepared, then
+    run), saved (`message`: why a bucket has no results), done, stopped (at `end_s`) or failed (`message`: of what)."""
 
     what: str
     path: str = ""

@@ -191,7 +191,7 @@ def test_products_that_clusters_cover_take_them(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(quantized_cluster, name, value)
     for fmt in TAKEN:
         few, many, more = kinds(fmt, 2112, 16 * CHUNK_COLS)
-        assert many == "ClusteredMatrixSpec" and few != many != more, fmt
+        assert few == many == "ClusteredMatrixSpec" != more, fmt
     assert kinds("Q4_0", 2112, 20 * CHUNK_COLS)[1] == "ClusteredMatrixSpec"
     assert kinds("FP8-float32", 2112, 20 * CHUNK_COLS)[1] == "MatrixSpec"  # K quants and e4m3: 2,048 columns' multiples
     assert kinds("Q4_0", 2112, 3 * CHUNK_COLS)[1] == "MatrixSpec"  # no equal shares
@@ -202,7 +202,7 @@ def test_products_that_clusters_cover_take_them(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_clusters_take_the_large_matrices_of_models() -> None:
-    """As measured, from 3 rows on: those of Llama-3.1-8B and 70B, and in MLX's 4 bits of Qwen3-14B."""
+    """As measured, from 2 rows on: those of Llama-3.1-8B and 70B, and in MLX's 4 bits of Qwen3-14B."""
     eight = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
     more = {"qkv": (7168, 5120), "out": (5120, 5120), "gate_up": (34816, 5120), "down": (5120, 17408)}
 
@@ -213,8 +213,8 @@ def test_clusters_take_the_large_matrices_of_models() -> None:
     assert taken("Q4_K", eight) == taken("Q4_0", eight) == taken("affine4_g64-float16", eight) == {*eight} - {"out"}
     assert taken("FP8-float32", eight) == {*eight}
     assert taken("affine4_g64-float16", more) == {*more} and clustered("Q4_0", MAX_TOKENS, 5120, 17408).warps == 17
-    assert taken("FP8-float32", more) == taken("Q4_K", more) == taken("Q4_K", eight, tokens=2) == set()
-    assert taken("Q4_K", eight, tokens=3) == {*eight} - {"out"} and taken("FP8-float32", eight, tokens=3) == {*eight}
+    assert taken("FP8-float32", more) == taken("Q4_K", more) == taken("Q4_K", eight, tokens=1) == set()
+    assert taken("Q4_K", eight, tokens=2) == {*eight} - {"out"} and taken("FP8-float32", eight, tokens=2) == {*eight}
     large = {"qkv": (10240, 8192), "out": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)}
     assert taken("Q4_K", large) == taken("affine4_g64-float16", large) == {*large}
     assert taken("FP8-float32", large) == taken("Q4_0", {"clusters of 8": (8192, 6144)}) == set()  # not measured

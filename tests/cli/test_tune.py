@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from typer.testing import CliRunner
 
 from tests.execution import tune_workers
 from tinyvllm.cli.commands import app
+from tinyvllm.cli.tune import _Progress
 from tinyvllm.config import CACHE_DIR_VARIABLE, ModelFiles
 from tinyvllm.execution import tune_process
+from tinyvllm.execution.tune_events import Event, Job
 
 
 def run(*arguments: str) -> Any:
@@ -90,6 +93,45 @@ def test_what_was_not_tried_is_said(
     monkeypatch.setattr(tune_process, "run_worker", worker)
     result = run(str(tiny_gguf_files.path), "--log-level", "error")
     assert result.exit_code == 0 and said in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    ("worker", "when"),
+    [(tune_workers.out_of_time, "before the model was loaded"), (tune_workers.slow, "before the first candidate")],
+)
+def test_a_budget_that_was_too_small_is_said(
+    tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: object, when: str
+) -> None:
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tune_process, "run_worker", worker)
+    result = run(str(tiny_gguf_files.path), "--log-level", "error")
+    assert result.exit_code == 0 and "results are in" not in result.output
+    assert f"nothing was tried: the budget ended {when}" in result.output and "larger --budget" in result.output
+
+
+@pytest.mark.parametrize(("num_events", "said"), [(0, "nothing was tried"), (2, "results so far are in /tuned.json;")])
+def test_an_interrupted_search_says_where_its_results_are(
+    tiny_gguf_files: ModelFiles, monkeypatch: pytest.MonkeyPatch, num_events: int, said: str
+) -> None:
+    events = Event("ready", path="/tuned.json"), Event("end", bucket="decode 1", kernel="down", seconds=1.0)
+
+    def search(job: Job, budget_s: float, report: Any) -> None:
+        for event in events[:num_events]:
+            report(event)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_process, "tune", search)
+    result = run(str(tiny_gguf_files.path), "--log-level", "error")
+    assert result.exit_code == 130 and f"interrupted: {said}" in result.output
+
+
+def test_a_gain_that_was_not_kept_is_no_change() -> None:
+    progress = _Progress()
+    end = Event("end", bucket="decode 1", kernel="down", seconds=1.0, before_s=1.0)
+    progress.see(end, lambda stage, done, total: None)
+    progress.see(replace(end, chosen=(("tiles", 2),), seconds=0.8), lambda stage, done, total: None)
+    change, words = [next(iter(column.cells)) for column in progress.table().columns[3:]]
+    assert change == "" and str(words).startswith("unchanged: the gain was too small")
 
 
 def test_buckets_are_names() -> None:

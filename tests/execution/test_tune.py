@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -162,15 +163,19 @@ def test_other_orders_of_sums_may_exchange_tokens_that_are_as_likely(
 
 
 @pytest.mark.parametrize(("before", "after", "num_turns"), [(0.004, 0.001, MOST_TURNS), (0.001, 0.02, 3)])
-def test_steps_are_timed_in_turn(runner: ModelRunner, before: float, after: float, num_turns: int) -> None:
+def test_steps_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch, before: float, after: float, num_turns: int) -> None:
     """Until it is known whether the second one wins in four of five turns."""
     ran: list[str] = []
+    now_s = 0.0
 
     def run(name: str, seconds: float) -> None:
+        nonlocal now_s
         ran.append(name)
-        time.sleep(seconds)
+        now_s += seconds
 
-    duel = time_in_turn(runner.backend.device, partial(run, "a", before), partial(run, "b", after), 0.002)
+    monkeypatch.setattr(tune_module, "time", SimpleNamespace(perf_counter=lambda: now_s))
+    duel = time_in_turn(mock.Mock(), partial(run, "a", before), partial(run, "b", after), 0.002)
+    assert [duel.before_s, duel.seconds] == pytest.approx([before, after])
     assert duel.is_gain == (before > after)
     in_order = (["a", "b", "b", "a"] * MOST_TURNS)[: 2 * num_turns]
     first, *turns = [name for name, _ in itertools.groupby(ran)]
@@ -272,6 +277,49 @@ def test_what_a_worker_dies_of_is_remembered_and_another_goes_on(
     assert outcome.path is not None and tuning.load_choices(outcome.path).bad == {tune_workers.FATAL}
     (said,) = [event.message for event in events if event.name == tune_workers.FATAL and event.message]
     assert said == f"the process {message} a candidate of kernel in decode 1"
+
+
+def test_a_worker_does_not_hear_what_interrupts_its_parent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    outcome, _ = run_process(tmp_path, tune_workers.interrupted)
+    assert outcome.is_complete and "Process" not in capfd.readouterr().err
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_candidates_that_gained_nothing_are_tried_again_if_wanted(
+    runner: ModelRunner, tiny_gguf_files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_worker, "_load", lambda job, progress: runner)
+    first, second = (runner.tuning_name(bucket) for bucket in runner.buckets[:2])
+    tuning.current.slow, tuning.current.bad, tuning.current.searched = {"slow"}, {"bad"}, {first, second}
+    tuning.current.save()
+
+    def found() -> tuning.Choices:
+        assert tuning.current.path is not None
+        return tuning.load_choices(tuning.current.path)
+
+    def ignore(*arguments: object) -> Iterator[Trial]:
+        assert (found().slow, found().bad, found().searched) == (set(), {"bad"}, {second})
+        yield from ()
+
+    monkeypatch.setattr(tune_worker, "search", ignore)
+    here, there = Pipe()
+    run_worker(replace(real_job(tiny_gguf_files, runner.buckets[0].name), is_again=True), there)
+    assert [here.recv().what for _ in range(4)] == ["ready", "bucket", "saved", "stopped"]
+    assert (found().slow, found().searched) == (set(), {second}), "nor are they saved again from memory"
+
+
+def test_only_the_first_worker_forgets_what_gained_nothing(tmp_path: Path) -> None:
+    jobs: list[Job] = []
+
+    def watch(job: Job, end_s: float, tally: Any, report: object, work: object) -> None:
+        jobs.append(job)
+        tally.path = str(tmp_path / "choices.json")
+        tally.is_done = len(jobs) == 2
+        tally.begun = None if tally.is_done else Event("prepare", name="candidate")
+
+    with mock.patch.object(tune_process, "_watch_worker", watch):
+        tune(Job(EngineConfig("tiny"), is_again=True), 60.0, lambda event: None)
+    assert [job.is_again for job in jobs] == [True, False]
 
 
 class Died(BaseException):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -56,6 +57,22 @@ def saying_why(job: Job, pipe: Connection) -> None:
     pipe.send(Event("bucket", bucket="decode 1"))
     pipe.send(Event("saved", bucket="decode 1", message="nothing to tune"))
     pipe.send(Event("done"))
+
+
+def interrupted(job: Job, pipe: Connection) -> None:
+    """By the Ctrl-C that the terminal sends to all of its processes."""
+    os.kill(os.getpid(), signal.SIGINT)
+    _search(job, pipe, None)
+
+
+def slow(job: Job, pipe: Connection) -> None:
+    """It has loaded the model when the budget ends."""
+    pipe.send(Event("ready", path=os.environ[CACHE_DIR_VARIABLE], buckets=("decode 1",)))
+    pipe.send(Event("stopped"))
+
+
+def out_of_time(job: Job, pipe: Connection) -> None:
+    pipe.send(Event("stopped"))
 
 
 def dying_early(job: Job, pipe: Connection) -> None:

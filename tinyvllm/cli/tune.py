@@ -29,6 +29,10 @@ def tune(
         ),
     ] = "all",
     budget: Annotated[float, Option(metavar="MINUTES", help="Stop after this long; results so far are kept.")] = 20.0,
+    again: Annotated[
+        bool,
+        Option("--again", help="Try once more the candidates of these steps that gained nothing in earlier searches."),
+    ] = False,
     subject: SubjectFlags,
     engine: EngineFlags,
 ) -> None:
@@ -36,7 +40,8 @@ def tune(
 
     `serve`, `generate` and `bench` use the result. Give the flags that you serve with: they decide which steps there
     are. The search runs in its own process, so a candidate that crashes is recorded and skipped. A second run continues
-    where the first one stopped."""
+    where the first one stopped: candidates that gained nothing are not tried again without --again, and those that
+    crashed or computed something else never, until you delete the file that is printed at the end."""
     engine.apply()
     if budget <= 0:
         raise TinyvllmError(f"--budget is {budget:g}: give more than 0 minutes")
@@ -51,10 +56,13 @@ def tune(
     found = subject.find(pull=engine.pull)
     shape = None if found.files is not None else found.model_config
     progress = _Progress()
-    with progress_bars() as report:
-        outcome = search(
-            Job(config, found.files, shape, found.kind, names), budget * 60, lambda event: progress.see(event, report)
-        )
+    job = Job(config, found.files, shape, found.kind, names, is_again=again)
+    try:
+        with progress_bars() as report:
+            outcome = search(job, budget * 60, lambda event: progress.see(event, report))
+    except KeyboardInterrupt:
+        err.print(f"interrupted: {progress.kept}", highlight=False)
+        raise
     print_table(progress.table())
     _say(outcome, progress)
     subject.write_json(progress.rows())
@@ -68,6 +76,10 @@ def _say(outcome: Outcome, progress: _Progress) -> None:
         )
     for event in progress.deaths:
         err.print(f"{event.message}: it will not be tried again ({event.name})", highlight=False)
+    if outcome.path is None or (outcome.num_tried == 0 and not outcome.is_complete):
+        when = "before the model was loaded" if outcome.path is None else "before the first candidate was ready"
+        err.print(f"nothing was tried: the budget ended {when}; give a larger --budget", highlight=False)
+        return
     out.print(
         f"{outcome.num_tried} candidates tried, {outcome.num_bad} unusable; results are in {outcome.path}",
         highlight=False,
@@ -81,6 +93,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self._buckets: tuple[str, ...] = ()
+        self._path = ""
         self._done: dict[str, str] = {}  # by bucket, why it has no results
         self.deaths: list[Event] = []  # candidates that crashed or stopped the process
         self._results: dict[tuple[str, str], list[Event]] = {}
@@ -89,7 +102,7 @@ class _Progress:
         if event.what == "stage":
             report(event.bucket, event.place, event.total)
         elif event.what == "ready":
-            self._buckets = event.buckets
+            self._buckets, self._path = event.buckets, event.path
         elif event.what == "saved":
             self._done[event.bucket] = event.message
         elif event.what == "end":
@@ -100,6 +113,13 @@ class _Progress:
                 report(event.bucket, event.place, event.total)
         if len(self._buckets) > 1:
             report("all steps", len(self._done), len(self._buckets))
+
+    @property
+    def kept(self) -> str:
+        """What an interrupted search leaves behind."""
+        if not self._results:
+            return "nothing was tried"
+        return f"results so far are in {self._path}; run the same command again to continue"
 
     def whole_steps(self) -> Iterator[tuple[str, float, float]]:
         """(bucket, seconds of its step before the search and after it, timed in turn), where something was kept."""
@@ -116,6 +136,8 @@ class _Progress:
         for row in self.rows():
             words = ", ".join(f"{knob} {value}" for knob, value in row["chosen"].items()) or "unchanged"
             change = f"{row['best_s'] / row['before_s'] - 1:+.1%}" if row["tried"] else ""
+            if change and not row["chosen"] and row["best_s"] < row["before_s"]:
+                change, words = "", "unchanged: the gain was too small, or did not hold when timed again"
             table.add_row(row["bucket"], row["kernel"], str(row["tried"]), change, words)
         for bucket, why in self._done.items():
             if why and not any(bucket == name for name, _ in self._results):

@@ -11,7 +11,7 @@ from tinyvllm.config import EngineConfig, ModelConfig, ModelFiles
 @dataclass(frozen=True)
 class Job:
     """What to tune: a model's files, or a shape with random weights of `kind`. `buckets`: names; (): all. `end_s`: when
-    to stop (time.monotonic)."""
+    to stop (time.monotonic). `is_again`: try again what gained nothing before."""
 
     config: EngineConfig
     files: ModelFiles | None = None
@@ -19,6 +19,7 @@ class Job:
     kind: str = ""
     buckets: tuple[str, ...] = ()
     end_s: float = math.inf
+    is_again: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,13 @@ hangs, the parent saves that candidate as bad and starts another worker, which c
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -48,6 +51,7 @@ def tune(
     while not tally.is_done and not tally.is_out_of_time and time.monotonic() < end_s:
         tally.begun, tally.bucket = None, ""
         _watch_worker(job, end_s, tally, report, work or run_worker)
+        job = replace(job, is_again=job.is_again and not tally.path)  # the first one that has loaded has forgotten
         if tally.begun is not None and not tally.is_out_of_time:
             tally.deaths += 1
             tally.tried += tally.begun.what == "prepare"
@@ -98,7 +102,8 @@ def _watch_worker(
     context = multiprocessing.get_context("spawn")  # a device does not survive a fork
     here, there = context.Pipe()
     process = context.Process(target=work, args=(job, there))  # no daemon: it starts processes that compile
-    process.start()
+    with _without_interrupts():
+        process.start()
     there.close()
     try:
         while not tally.is_done:
@@ -125,6 +130,17 @@ def _watch_worker(
         process.kill()
         process.join()
         here.close()
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Let processes that are started here not hear the Ctrl-C of the terminal, which all get: this one ends them."""
+    resource_tracker.ensure_running()  # else it is started by the first process, and then unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _count(tally: _Tally, event: Event) -> None:

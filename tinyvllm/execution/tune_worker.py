@@ -36,6 +36,8 @@ def _search_all(job: Job, pipe: Connection) -> None:
     runner = _load(job, lambda stage, done, total: pipe.send(Event("stage", bucket=stage, place=done, total=total)))
     buckets = named(job.buckets, runner.buckets) if job.buckets else runner.buckets
     choices = tuning.current
+    if job.is_again:
+        choices.forget(map(runner.tuning_name, buckets))
 
     def announce(what: str) -> Callable[[Trial], None]:
         return lambda trial: pipe.send(_event_of(what, trial))

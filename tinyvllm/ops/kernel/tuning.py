@@ -16,7 +16,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -118,6 +118,18 @@ class Choices:
             merged.searched |= self.searched
             merged.slow |= self.slow
             merged._write(self.path)
+
+    def forget(self, searched: Iterable[str]) -> None:
+        """Let the next search try again what gained nothing, in the steps of these names. What was bad stays so."""
+        names = set(searched)
+        self.slow.clear()
+        self.searched -= names
+        if self.path is not None:
+            with _locked(self.path.parent):
+                others = load_choices(self.path)
+                others.slow.clear()
+                others.searched -= names
+                others._write(self.path)
 
     def _write(self, path: Path) -> None:
         """Write the file atomically."""

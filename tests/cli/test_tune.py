@@ -106,6 +106,7 @@ def test_a_budget_that_was_too_small_is_said(
     monkeypatch.setattr(tune_process, "run_worker", worker)
     result = run(str(tiny_gguf_files.path), "--log-level", "error")
     assert result.exit_code == 0 and "results are in" not in result.output
+    assert "kernel" not in result.stdout, "nor is there an empty table"
     assert f"nothing was tried: the budget ended {when}" in result.output and "larger --budget" in result.output
 
 

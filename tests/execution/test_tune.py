@@ -22,7 +22,7 @@ from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
 from tinyvllm.arrays import Format
 from tinyvllm.config import CACHE_DIR_VARIABLE, EngineConfig, ModelFiles
-from tinyvllm.errors import DeviceError
+from tinyvllm.errors import DeviceError, TinyvllmError
 from tinyvllm.execution import tune as tune_module
 from tinyvllm.execution import tune_process, tune_worker
 from tinyvllm.execution.buckets import Bucket, choose_bucket
@@ -322,6 +322,11 @@ def test_only_the_first_worker_forgets_what_gained_nothing(tmp_path: Path) -> No
     assert [job.is_again for job in jobs] == [True, False]
 
 
+def test_what_a_worker_refuses_is_said_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(TinyvllmError, match=r"^no step is called 'decode 3'$"):
+        run_process(tmp_path, tune_workers.refusing)
+
+
 class Died(BaseException):
     """Of a process: no handler of exceptions sees it."""
 
@@ -391,7 +396,7 @@ def test_names_of_steps_that_do_not_exist_are_an_error_of_the_worker(
     with mock.patch.object(tune_worker, "_load", lambda job, progress: runner):
         run_worker(real_job(tiny_gguf_files, "decode 1", "decode 3"), there)
     event = here.recv()
-    assert event.what == "failed" and event.message.startswith(
+    assert event.what == "refused" and event.message.startswith(
         "no step is called 'decode 3': with these flags there are decode 1, "
     )
 

@@ -105,6 +105,10 @@ def failing(job: Job, pipe: Connection) -> None:
     pipe.send(Event("failed", message="ModelError: there is no such model"))
 
 
+def refusing(job: Job, pipe: Connection) -> None:
+    pipe.send(Event("refused", message="no step is called 'decode 3'"))
+
+
 def silent(job: Job, pipe: Connection) -> None:
     os._exit(3)
 

@@ -63,7 +63,8 @@ def tune(
     except KeyboardInterrupt:
         err.print(f"interrupted: {progress.kept}", highlight=False)
         raise
-    print_table(progress.table())
+    if progress.has_rows:
+        print_table(progress.table())
     _say(outcome, progress)
     subject.write_json(progress.rows())
 
@@ -128,6 +129,10 @@ class _Progress:
         for (bucket, kernel), (*_, event) in self._results.items():
             if kernel == WHOLE_STEP and event.seconds is not None:
                 yield bucket, event.before_s, event.seconds
+
+    @property
+    def has_rows(self) -> bool:
+        return bool(self._results or self._done)
 
     def table(self) -> Table:
         table = Table(title="what each kernel's fastest candidate changes of the step's time")

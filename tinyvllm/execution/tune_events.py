@@ -26,7 +26,8 @@ class Job:
 class Event:
     """A worker's message. `what`: stage (its name in `bucket`, `place` of `total` done), ready (bucket names in
     `buckets`), bucket (its search begins), prepare, begin and end (with a Trial's fields; a candidate is prepared, then
-    run), saved (`message`: why a bucket has no results), done, stopped (at `end_s`) or failed (`message`: of what)."""
+    run), saved (`message`: why a bucket has no results), done, stopped (at `end_s`), refused (`message`: an
+    error of ours, which needs no more words) or failed (`message`: of what)."""
 
     what: str
     path: str = ""

@@ -16,7 +16,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from tinyvllm.errors import DeviceError
+from tinyvllm.errors import DeviceError, TinyvllmError
 from tinyvllm.execution.tune_events import Event, Job
 from tinyvllm.execution.tune_worker import run_worker
 from tinyvllm.ops.kernel.tuning import load_choices
@@ -43,13 +43,14 @@ def tune(
 ) -> Outcome:
     """Search in workers until everything is searched or the budget is spent. Results so far are saved.
 
-    report: called with every event. Raises DeviceError if a worker ends while it works on no candidate (it loads the
-    model, or runs a step as it was), or workers keep dying."""
+    report: called with every event. Raises TinyvllmError if there are no such steps or no such model; DeviceError if
+    a worker ends while it works on no candidate (it loads the model, or runs a step as it was), or workers keep dying.
+    """
     end_s = time.monotonic() + budget_s
     tally = _Tally()
     job = replace(job, end_s=end_s - min(CLOSING_S, CLOSING_SHARE * budget_s))
     while not tally.is_done and not tally.is_out_of_time and time.monotonic() < end_s:
-        tally.begun, tally.bucket = None, ""
+        tally.begun, tally.bucket, tally.refusal = None, "", ""
         _watch_worker(job, end_s, tally, report, work or run_worker)
         job = replace(job, is_again=job.is_again and not tally.path)  # the first one that has loaded has forgotten
         if tally.begun is not None and not tally.is_out_of_time:
@@ -62,6 +63,8 @@ def tune(
                     f"{tally.deaths} workers died in one search, the limit, the last {tally.where}, "
                     f"{tally.begun.name}: check the device with `tinyvllm doctor`; results so far are kept"
                 )
+        elif tally.refusal:
+            raise TinyvllmError(tally.refusal)
         elif not tally.is_done and not tally.is_out_of_time:
             raise DeviceError(f"the search's process {tally.ending} {tally.where}{_kept(tally)}")
     path = Path(tally.path) if tally.path else None
@@ -83,6 +86,7 @@ class _Tally:
     is_out_of_time: bool = False
     bucket: str = ""  # whose search has begun
     ending: str = ""  # of the last worker
+    refusal: str = ""  # why no worker can do the job
 
     @property
     def where(self) -> str:
@@ -124,7 +128,7 @@ def _watch_worker(
                 return
             _count(tally, event)
             report(event)
-            if event.what in ("failed", "stopped"):
+            if event.what in ("refused", "failed", "stopped"):
                 return
     finally:
         process.kill()
@@ -154,6 +158,8 @@ def _count(tally: _Tally, event: Event) -> None:
     elif event.what == "end":
         tally.begun = None
         tally.bad += event.seconds is None
+    elif event.what == "refused":
+        tally.ending, tally.refusal = f"failed ({event.message})", event.message
     elif event.what == "failed":
         tally.ending = f"failed ({event.message})"
     elif event.what == "saved":

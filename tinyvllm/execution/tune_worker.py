@@ -26,7 +26,7 @@ def run_worker(job: Job, pipe: Connection) -> None:
     try:
         _search_all(job, pipe)
     except TinyvllmError as error:
-        pipe.send(Event("failed", message=str(error)))
+        pipe.send(Event("refused", message=str(error)))
     except Exception as error:
         pipe.send(Event("failed", message=f"{type(error).__name__}: {error}"))
     pipe.close()

@@ -111,7 +111,8 @@ def test_attentions_share_grows_with_the_context() -> None:
 
 
 def test_contexts_of_a_real_step(tiny_hf_files: ModelFiles) -> None:
-    flags = "bench contexts --context 16,40,4096 --repeats 1 --warmup 1 --log-level warning --cpu-cores 1 --json -"
+    flags = "bench contexts --context 16,40,4096 --repeats 1 --warmup 1 --log-level warning --cpu-cores 1"
+    flags += " --max-num-batched-tokens 16 --json -"
     result = CliRunner().invoke(app, [*flags.split(), str(tiny_hf_files.path)])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout.splitlines()[-1])

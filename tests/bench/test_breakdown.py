@@ -202,17 +202,19 @@ def test_csv_has_a_line_for_each_case_and_stage(run: tuple[Any, Path], figures: 
     assert by_stage == pytest.approx({name: stage["total_s"] for name, stage in figures["stages"].items()})
 
 
-def test_plots_are_drawn_in_each_format(run: tuple[Any, Path], figures: dict[str, Any]) -> None:
+def test_a_page_has_the_plots_and_one_title(run: tuple[Any, Path], figures: dict[str, Any]) -> None:
     page = (run[1] / "a.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>") and page.count("<svg") == 1 and page.count("roof of m4") == 2
     title = f"{figures['model']}, {figures['dtype']}, on CPU"
     assert page.count(f"<h1>{title}</h1>") == 1 and page.count(f"<!-- {title} -->") == 0  # the picture has none
+
+
+@pytest.mark.sweep  # the page above has one that scales
+def test_a_picture_of_its_own_is_a_png_or_scales_and_has_the_title(
+    run: tuple[Any, Path], figures: dict[str, Any]
+) -> None:
     draw_breakdown(figures, str(run[1] / "b.png"))
     assert (run[1] / "b.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.sweep  # the page above has one
-def test_a_picture_that_scales_has_the_title(run: tuple[Any, Path], figures: dict[str, Any]) -> None:
     title = f"{figures['model']}, {figures['dtype']}, on CPU"
     draw_breakdown(figures, str(run[1] / "b.svg"))
     svg = (run[1] / "b.svg").read_text(encoding="utf-8")

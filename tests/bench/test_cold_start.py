@@ -24,6 +24,7 @@ def start(files: ModelFiles) -> ColdStart:
     return found
 
 
+@pytest.mark.sweep  # by default: its parts in test_breakdown.py, and a second start in tests/execution/test_start.py
 def test_a_start_by_parts(tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
     found, again = start(tiny_gguf_files), start(tiny_gguf_files)

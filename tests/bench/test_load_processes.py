@@ -95,9 +95,7 @@ with LoadProcesses(Target(sys.argv[1], "tiny"), WORK, 2) as processes:
 """
 
 
-@pytest.mark.parametrize(
-    "number", swept([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], [signal.SIGINT, signal.SIGKILL])
-)
+@pytest.mark.parametrize("number", swept([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], [signal.SIGKILL]))
 def test_no_process_outlives_its_parent(number: signal.Signals) -> None:
     with (
         serving_events(EventServer(hold=10, total=10)) as url,

@@ -35,7 +35,7 @@ def decode_plan(runner: ModelRunner, context: int) -> StepPlan:
     return StepPlan(tuple(Scheduled(request, context, 1) for request in requests))
 
 
-@pytest.fixture(scope="module", params=swept([1, 2], [2]))
+@pytest.fixture(scope="module", params=swept([1, 2], [1]))  # two cores: tests/ops/cpu/test_cores.py
 def runner(request: pytest.FixtureRequest) -> Iterator[ModelRunner]:
     """On one core, and on two that share every layer."""
     config = fit_config(EngineConfig("tiny", max_num_batched_tokens=16, cpu_cores=request.param), WORK, TINY)

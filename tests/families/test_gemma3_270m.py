@@ -64,6 +64,7 @@ def test_tokens_and_logprobs_are_transformers(files: ModelFiles, longest: int | 
             assert {token: entry.logprob for token, entry in found.items()} == pytest.approx(dict(expected), abs=2e-3)
 
 
+@pytest.mark.sweep  # by default: such vocabularies in tests/text, and the default model's against llama.cpp's
 def test_token_ids_are_llama_cpps(tokenizer: Tokenizer) -> None:
     for text, parse_special, ids in REFERENCE["texts"]:
         assert tokenizer.encode(text, parse_special=parse_special) == ids, repr(text)
@@ -71,6 +72,7 @@ def test_token_ids_are_llama_cpps(tokenizer: Tokenizer) -> None:
         assert tokenizer.encode(case["prompt"]) == case["prompt_ids"], case["name"]
 
 
+@pytest.mark.sweep  # as above: its tokenizer takes seconds to read
 def test_text_comes_back(tokenizer: Tokenizer) -> None:
     for case in REFERENCE["cases"]:
         ids = case["prompt_ids"][1:]

@@ -26,7 +26,7 @@ from tinyvllm.storage.model_config import read_model_config
     ("name", "is_decode"),
     swept(
         product(("gemma3", "mistral", "qwen2", "gpt_oss", "gemma4_26b", "gemma4_e2b"), (True, False)),
-        [("gemma3", False)],  # tests/ops/test_rendering.py has experts
+        [],  # by default: all at once, below; prompts and experts in tests/ops/test_rendering.py
     ),
 )
 def test_a_step_renders_within_the_limits(tmp_path: Path, name: str, is_decode: bool) -> None:

@@ -11,7 +11,7 @@ from tests.families.step_counts import BUCKETS, CASES, CHIP_OF, Counts, count_st
 COMMAND = "python -m tests.families.step_counts"
 # by case: the steps that are counted by default; all others with -m sweep
 DEFAULT = {
-    ("CUDA sm_90", "llama-3.1-8b", "float16"): ("decode 1", "prefill 1024"),
+    ("CUDA sm_90", "llama-3.1-8b", "float16"): ("decode 1",),  # prompts: test_kernels_a_layer.py
     ("CUDA sm_90", "llama-3.1-8b", "Q4_K"): ("decode 8",),
     ("METAL", "llama-3.1-8b", "Q4_K"): ("verify 5",),
     ("CPU", "llama-3.2-1b", "Q4_K"): ("decode 1",),

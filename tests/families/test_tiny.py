@@ -2,8 +2,8 @@
 work is cut and from either format. Expected: data/*.json, which write_references.py makes.
 
 By default every recipe is computed in NumPy, and those with the most to keep between steps by an engine, with one graph
-for prompts and one for decoding: latents and a convolution's states here, windows in test_windows.py. All recipes, and
-graphs for several sizes:
+for prompts and one for decoding: a convolution's states here, windows in test_windows.py. The kernels of latents are
+tests/ops/test_latent_attention.py's. All recipes, and graphs for several sizes:
 python -m pytest -m sweep tests/families"""
 
 from __future__ import annotations
@@ -71,8 +71,11 @@ def check_engine(files: ModelFiles, cases: list[dict[str, Any]], **settings: Any
     llm.close()
 
 
-# of each of them another recipe has the layers
-LIKES = ("gemma3_capped", "gemma4_31b", "deepseek_v2_lite", "qwen3_5", "qwen3_next")
+# of each of them another recipe has the layers, or an engine runs it
+LIKES = (
+    *("gemma3_capped", "gemma4_31b", "deepseek_v2_lite", "qwen3_5", "qwen3_next"),
+    *("qwen2", "mistral", "phi3", "olmo2", "gemma3", "lfm2"),
+)
 
 
 @pytest.mark.parametrize("name", swept(RECIPES, RECIPES.keys() - LIKES))
@@ -90,7 +93,7 @@ def check_numpy(files: ModelFiles, case: dict[str, Any], count: int = 8) -> None
         assert {token: row[token] for token, _ in expected} == pytest.approx(dict(expected), abs=ATOL)
 
 
-@pytest.mark.parametrize("name", swept(RECIPES, ["glm4_moe_lite", "lfm2"]))
+@pytest.mark.parametrize("name", swept(RECIPES, ["lfm2"]))
 def test_tokens_and_logprobs_are_transformers(tmp_path: Path, name: str) -> None:
     check_engine(write_hf(tmp_path / "tiny", RECIPES[name]), read_cases(name), decode_buckets=(4,))
 

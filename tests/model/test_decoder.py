@@ -81,7 +81,7 @@ def run(model: SharedKeys, step: Step) -> np.ndarray:
     return np.asarray(recorded.output.numpy())
 
 
-@pytest.mark.parametrize("decodes", swept((False, True), [False]))  # tests/ops/test_kv_formats.py decodes
+@pytest.mark.parametrize("decodes", swept((False, True), []))  # by default: tests/ops/test_kv_formats.py
 def test_a_layer_may_read_an_earlier_layers_keys_and_values(decodes: bool) -> None:
     weights, count = NamedWeights(), len(TOKENS)
     many, one = StepLayout(8, 1, 2, 8), StepLayout(1, 1, 2, 8)

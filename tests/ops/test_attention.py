@@ -50,15 +50,16 @@ def check(ops: Backend, reference: ReferenceBackend, case: Case, pieces: list[Pi
         np.testing.assert_array_equal(now[others], then[others])  # padding wrote to the dummy block alone
 
 
-@pytest.mark.parametrize("case", swept(DECODE, [DECODE[0], DECODE[6]]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", swept(DECODE, [DECODE[0]]), ids=lambda case: case.name)
 def test_decode_equals_the_reference_and_writes_its_slots_alone(
     backend: Backend, reference: ReferenceBackend, case: Case
 ) -> None:
+    """Normed heads by default: among all that other families ask of attention, below."""
     for seed, pieces in enumerate(decode_pieces(case)):
         check(backend, reference, case, pieces, seed)
 
 
-@pytest.mark.parametrize("case", swept(MIXED, [MIXED[0], MIXED[6]]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", swept(MIXED, [MIXED[0]]), ids=lambda case: case.name)
 def test_mixed_steps_equal_the_reference_and_write_their_slots_alone(
     backend: Backend, reference: ReferenceBackend, case: Case
 ) -> None:

@@ -34,10 +34,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", swept(CASES, [CASES[3], CASES[5]]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", swept(CASES, [CASES[5]]), ids=lambda case: case.name)
 def test_attention_over_quantized_keys_and_values_equals_the_reference(
     backend: Backend, reference: ReferenceBackend, case: Case
 ) -> None:
+    """By default a prompt: the test below decodes."""
     for seed, pieces in enumerate((decode_pieces if case.is_decode else mixed_pieces)(case)[:2]):
         buffer, history = make_step(case.layout, pieces, seed=seed), make_history(case)
         got, expected = attend(backend, case, buffer, history), attend(reference, case, buffer, history)

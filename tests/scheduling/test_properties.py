@@ -145,7 +145,7 @@ def test_random_traffic_over_windows_keeps_the_pools_and_the_answers(
         window=first.window,
         other_groups=tuple(others),
     )
-    check_traffic(Traffic(scheduler, seed, depth=1 + seed % 2), length(100, 250))
+    check_traffic(Traffic(scheduler, seed, depth=1 + seed % 2), length(70, 250))
     if prefix_caching:
         assert scheduler.prefix_hits > 0
 
@@ -173,7 +173,7 @@ def test_random_traffic_with_states_keeps_the_slots_and_the_answers(
         num_state_slots=num_states + 1,
         checkpoint_interval=interval,
     )
-    check_traffic(Traffic(scheduler, seed, depth=1 + seed % 2), length(100, 250))
+    check_traffic(Traffic(scheduler, seed, depth=1 + seed % 2), length(70, 250))
     states = scheduler.block_manager.state_pool
     assert states is not None and scheduler.prefix_hits > 0 and states.num_hits > 0
     states.begin_step()

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import IM_END_ID
+from tests.sweeps import examples
 from tests.text.vocabularies import HARD_TEXTS, make_byte_level, make_spm
 from tinyvllm.config import ModelFiles
 from tinyvllm.text.detokenizer import Detokenizer
@@ -40,6 +41,7 @@ def test_pieces_equal_the_whole_for_broken_characters(ids: list[int]) -> None:
 
 
 @BOTH
+@examples(40, 100)
 @given(text=st.text())
 def test_pieces_equal_the_whole_for_any_text(tokenizer: Tokenizer, text: str) -> None:
     check_equals_whole(tokenizer, tokenizer.encode(text))

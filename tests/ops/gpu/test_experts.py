@@ -13,6 +13,7 @@ from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
 from tinygrad.dtype import DType
 
+from tests import sweeps
 from tests.ops.builders import largest_difference, normal
 from tests.ops.experts import Case, make_kind, make_layer
 from tests.ops.gpu.products import TOLERANCE, read, upload
@@ -171,15 +172,19 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize(("fmt", "kind", "tokens", "count"), swept(LAYERS, [("MXFP4-e8m0", "CUDA", 1, 4)]))
+@pytest.mark.parametrize(
+    ("fmt", "kind", "tokens", "count"),
+    swept(LAYERS, [("MXFP4-e8m0", "CUDA", 1, 4), ("MXFP4-e8m0", "CUDA", 8, 7)]),
+)
 def test_a_layer_of_experts_renders_within_the_limits(fmt: str, kind: str, tokens: int, count: int) -> None:
     """One row takes four kernels: router, route, gate and up, down. More take a norm before them, an order, and a
-    sum: tests/metal runs three."""
+    sum: tests/metal runs three. Of several rows, the default run renders the experts' products alone."""
     backend = rendered(kind, "bfloat16" if fmt == "bfloat16" else "float16")
     kernels = kernels_of(plan(backend, Case(GPT_OSS, fmt, tokens)))
     assert len(kernels) == count and not backend.coverage.lines()
     for kernel in kernels:
-        check_limits(kernel, KINDS[kind])
+        if tokens == 1 or kernel.arg.name.startswith("experts") or sweeps.is_sweeping:
+            check_limits(kernel, KINDS[kind])
 
 
 @pytest.mark.parametrize(("dtype", "is_first"), [(dtypes.half, True), (dtypes.bfloat16, False)])

@@ -86,15 +86,22 @@ from tinyvllm.ops.step_inputs import StepLayout
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [pytest.param("METAL", marks=pytest.mark.sweep), "CUDA"])
-def test_a_step_of_many_rows_renders_within_the_limits(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "has_attention"),
+    swept(
+        itertools.product(KINDS, (False, True)),
+        [("CUDA", False)],  # attention by default: Hopper's below, over codes in test_quantized_kv.py
+    ),
+)
+def test_a_step_of_many_rows_renders_within_the_limits(kind: str, has_attention: bool) -> None:
     layout, formats = StepLayout(100, 3, 9, 16), ("float16", "float16")
     outputs = plan_layer(rendered(kind), layout, formats, is_decode=False, samples=False, normed=True)
     kernels = kernels_of(outputs)
     names = {kernel.arg.name for kernel in kernels}
     assert {"prefill", "tile", "store"} <= {name.split("_")[0] for name in names}
     for kernel in kernels:
-        if kernel.arg.name.split("_")[0] in ("embed", "prefill", "store", "take", "tile"):  # below: products
+        part = kernel.arg.name.split("_")[0]
+        if part in ("embed", "store", "take", "tile") or (part == "prefill" and has_attention):  # below: products
             check_limits(kernel, KINDS[kind])
 
 
@@ -102,7 +109,7 @@ def test_a_step_of_many_rows_renders_within_the_limits(kind: str) -> None:
     ("kind", "fmt"),
     swept(
         itertools.product(KINDS, ("bfloat16", "Q8_0", "Q5_0", "Q6_K")),
-        {("METAL", "Q6_K"), ("CUDA", "Q8_0")},
+        [],  # METAL's: tests/ops/kernel/test_metal_counts.py; CUDA's reading of codes: tests/ops/formats/test_pairs.py
     ),
 )
 def test_products_of_every_way_to_store_weights_render_within_the_limits(kind: str, fmt: str) -> None:
@@ -220,7 +227,7 @@ def render_unpacking(fmt: str, tokens: int, rows: int, cols: int) -> UOp:
 
 @pytest.mark.parametrize(
     ("fmt", "tokens"),
-    swept(itertools.product(("Q4_0", "Q4_K", "Q5_1", "Q6_K", "Q8_0"), (100, 200)), {("Q4_0", 100), ("Q6_K", 200)}),
+    swept(itertools.product(("Q4_0", "Q4_K", "Q5_1", "Q6_K", "Q8_0"), (100, 200)), {("Q6_K", 200)}),
 )
 def test_hopper_unpacks_in_its_stages_within_the_limits(fmt: str, tokens: int) -> None:
     program = render_unpacking(fmt, tokens, 512, 1024)
@@ -233,7 +240,7 @@ def test_hopper_unpacks_in_its_stages_within_the_limits(fmt: str, tokens: int) -
 WGMMA = [(100, 192, 64, True), (2048, 16384, 256, True), (2048, 3072, 192, False), (512, 2048, 128, False)]
 
 
-@pytest.mark.parametrize(("tokens", "rows", "row_tile", "is_gated"), swept(WGMMA, [WGMMA[0], WGMMA[3]]))
+@pytest.mark.parametrize(("tokens", "rows", "row_tile", "is_gated"), swept(WGMMA, [WGMMA[0]]))
 def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int, row_tile: int, is_gated: bool) -> None:
     spec = replace(hopper(tokens, rows, 2048, is_gated=is_gated).wgmma, row_tile=row_tile, adds_residual=not is_gated)
     program = render_wgmma(spec)
@@ -245,7 +252,7 @@ def test_hopper_multiplies_in_the_memory_that_it_has(tokens: int, rows: int, row
 
 
 RAGGED = (65, 96, 112, 128, 200, 960)
-RAGGED_BY_DEFAULT = {(112, "float16"), (200, "Q4_K")}
+RAGGED_BY_DEFAULT = {(112, "float16")}  # codes, in tiles that are not full: above
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_a_step_over_quantized_keys_and_values_renders_within_the_limits(
         check_limits(kernel, KINDS[kind])
 
 
+@pytest.mark.sweep  # by default: over float16 in test_prefill.py, METAL's over codes above, and the memory below
 def test_prompts_on_hopper_unpack_codes_in_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_prefill, "has_wgmma", lambda name: True)
     kernels = kernels_of(plan_attention(rendered("CUDA"), LayerKind(4, 2, 64, Rope(10000.0)), "q4_0/fp8_e4m3"))

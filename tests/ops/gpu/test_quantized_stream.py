@@ -119,7 +119,7 @@ def test_two_teams_of_warps_take_the_tiles_of_4_bits_where_they_have_stages(
     assert spec.is_possible() and spec.teams == teams
 
 
-@pytest.mark.parametrize("fmt", ["Q4_K", "FP8-float32"])
+@pytest.mark.parametrize("fmt", swept(("Q4_K", "FP8-float32"), ["Q4_K"]))
 def test_the_warp_that_fetches_reads_nothing_else(fmt: str) -> None:
     """It leaves before the others meet, and what is loaded before that exists for it too."""
     spec = streamed(fmt, 1, 6144, 4096)
@@ -166,7 +166,7 @@ def test_products_that_streams_cover_take_them(monkeypatch: pytest.MonkeyPatch) 
     assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == usual
 
 
-@pytest.mark.parametrize(("tokens", "rows", "cols"), [(3, 2048, 8192), (2, 96, 4096)])
+@pytest.mark.parametrize(("tokens", "rows", "cols"), swept([(3, 2048, 8192), (2, 96, 4096)], [(2, 96, 4096)]))
 def test_a_threadgroup_may_have_a_single_tile(tokens: int, rows: int, cols: int) -> None:
     """Then there is no tile before, whose sums would be stored meanwhile."""
     spec = streamed("Q4_K", tokens, rows, cols)

@@ -63,7 +63,9 @@ def render(spec: CodeStreamSpec) -> str:
     return source
 
 
-@pytest.mark.parametrize(("tokens", "is_gated"), [(2, True), (64, False), (200, True)])
+@pytest.mark.parametrize(
+    ("tokens", "is_gated"), swept([(2, True), (64, False), (200, True)], [(64, False), (200, True)])
+)
 def test_a_stream_of_codes_has_one_loop_each_and_the_memory_that_it_says(tokens: int, is_gated: bool) -> None:
     spec = stream(tokens, 20480, 8192, is_gated, row_tile=64, splits=1)
     assert spec.num_tiles > spec.units and spec.steps > spec.early

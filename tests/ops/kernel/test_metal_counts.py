@@ -74,7 +74,7 @@ def test_the_products_of_a_prompt_reach_three_quarters_of_the_peak(kind: str) ->
     assert any("is left in a whole prompt" in line for line in arithmetic.lines)
 
 
-@pytest.mark.parametrize("shape", swept(("llama-3.1-8b", "llama-3.2-1b", "gemma-3-4b"), ["llama-3.2-1b"]))
+@pytest.mark.parametrize("shape", swept(("llama-3.1-8b", "llama-3.2-1b", "gemma-3-4b"), []))  # products: above
 def test_the_attention_of_a_prompt_reaches_three_quarters_of_the_peak_by_counts(shape: str) -> None:
     for kernel in count_attention(find_shape(shape), 512):  # heads of 128, 64 and 256
         assert kernel.shares[0] > 0.75 and kernel.shares[1] > 0.8

@@ -37,7 +37,7 @@ def start_process(session: pytest.Session, first: pytest.Item | None = None) -> 
     wanted = [item.nodeid for item in session.items if item.path.is_relative_to(Path(__file__).parent)]
     wanted = wanted[wanted.index(first.nodeid) :] if first else wanted
     if wanted:
-        session.stash[PROCESS] = MetalProcess(wanted, str(session.config.rootpath))
+        session.stash[PROCESS] = MetalProcess(wanted, session.config)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -67,13 +67,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 class MetalProcess:
     """The other pytest. Owns the process and the pipe that its reports come through."""
 
-    def __init__(self, node_ids: list[str], root: str) -> None:
+    def __init__(self, node_ids: list[str], config: pytest.Config) -> None:
         read_end, write_end = os.pipe()
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in close)
-        command = [sys.executable, "-m", "pytest", "-p", plugin_name, "-m", "", "-q", *node_ids]
+        marks = config.option.markexpr  # they have been selected, but tests.sweeps must know whether this is the sweep
+        command = [sys.executable, "-m", "pytest", "-p", plugin_name, "-m", marks, "-q", *node_ids]
         self._process = subprocess.Popen(
             command,
-            cwd=root,
+            cwd=config.rootpath,
             env=os.environ | {"DEV": "METAL", reports_variable: str(write_end)},
             pass_fds=[write_end],
             stdout=self._output,

@@ -252,7 +252,7 @@ def test_rows_are_embedded_and_taken_as_by_the_reference(fmt: str) -> None:
     assert largest_difference(*out) < TOLERANCE[DTYPE_OF.get(fmt, "float16")]
 
 
-@pytest.mark.parametrize("vocab", swept((260, 5000), [260]))
+@pytest.mark.parametrize("vocab", swept((260, 5000), []))  # by default rendered, in tests/ops, and run in the engine
 def test_sampled_tokens_and_logprobs_equal_the_reference(vocab: int) -> None:
     """Greedy, heated, each filter, held-back ids, logprobs asked for or not: a row of each in one step."""
     from tests.ops.builders import normal, sample
@@ -283,7 +283,7 @@ def test_latent_attention_equals_the_reference(simulator: Settings | None) -> No
     from tests.ops.latents import Case, attend, make_history
     from tinyvllm.ops.step_inputs import StepLayout
 
-    case = Case(10, 64, 32, 32, 32, StepLayout(2, 2, 12, 8), True, "float16", "float16")
+    case = Case(10, 32, 32, 32, 32, StepLayout(2, 2, 12, 8), True, "float16", "float16")
     buffer, history = make_step(case.layout, [Piece(94), Piece(0)]), make_history(case)
     chosen, reference = backends("float16")
     with watching_device_memory(simulator):

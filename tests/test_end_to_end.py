@@ -5,6 +5,7 @@ Expected tokens: tests/data/smollm2_reference.json (scripts/make_reference.py). 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,24 +14,37 @@ import httpx
 import openai
 import pytest
 
+from tests import sweeps
+from tests.builders import without_logits_processing
 from tests.server.fake_engine import serving
+from tests.sweeps import length
 from tinyvllm import LLM, EngineConfig, SamplingParams
-from tinyvllm.config import ModelFiles
+from tinyvllm.config import CACHE_DIR_VARIABLE, ModelFiles
 from tinyvllm.engine.async_engine import AsyncEngine
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
-NUM_TOKENS = 40  # of each answer
+NUM_TOKENS = length(28, 40)  # of each answer
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SMALL: dict[str, Any] = {
-    "max_model_len": 512,
+    "max_model_len": 448,
     "max_num_seqs": 8,
     "max_num_batched_tokens": 64,  # the longest prompt takes seven chunks, in steps with the others' decodes
-    "num_gpu_blocks_override": 33,  # 512 tokens, where the prompts and outputs of eight need more: preemption
+    "num_gpu_blocks_override": 29,  # 448 tokens, where the prompts and outputs of eight need more: preemption
     "decode_buckets": (1, 8),
     "token_buckets": (64,),
     "cpu_cores": 1,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No request here asks for logits processing, and by default nothing is compiled for it: tests/engine has it.
+    So others must not find these steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_DIR_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        with contextlib.nullcontext() if sweeps.is_sweeping else without_logits_processing():
+            yield
 
 
 # Two cores compile most kernels twice, for two shares: tests/ops/cpu/test_cores.py has them with tiny models.

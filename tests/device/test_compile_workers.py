@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.server.test_control import is_running, wait_until_gone
+from tests.sweeps import swept
 from tinyvllm.device import compile_workers
 from tinyvllm.device.compile_workers import CompileWorkers, LostJobError, end_unused, prepare_early
 from tinyvllm.processes import MEANINGLESS_SIGNALS, STOP_SIGNALS
@@ -100,8 +102,10 @@ def _now(_: None) -> int:
     return time.monotonic_ns()
 
 
-@pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("dies_with_parent", [True, False])
+# each way of ending; one process or several end alike
+@pytest.mark.parametrize(
+    ("size", "dies_with_parent"), swept(itertools.product((1, 2), (True, False)), [(2, True), (1, False)])
+)
 def test_busy_processes_end_with_their_killed_parent(size: int, dies_with_parent: bool) -> None:
     """Whether the system kills them, or their pipes close. The template ends too."""
     program = f"""

@@ -33,6 +33,7 @@ def tiny(directory: Path, name: str, seed: int) -> ModelSettings:
     )
 
 
+@pytest.mark.sweep  # by default, fake models make room behind the same door: test_door.py
 async def test_a_real_model_makes_room_for_another(tmp_path: Path) -> None:
     models = tiny(tmp_path, "a", 0), tiny(tmp_path, "b", 1)
     # not forked: tests before may have opened the device, whose memory and threads no fork can use

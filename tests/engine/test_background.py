@@ -13,7 +13,6 @@ import pytest
 from tests.engine.fakes import FakeCaptures, FakeModelRunner, load_text
 from tests.engine.requests import SETTINGS
 from tests.scheduling.fakes import make_request, run_alone
-from tests.sweeps import swept
 from tinyvllm.config import EngineConfig, GenerationDefaults, ModelFiles, SamplingParams
 from tinyvllm.device.program_store import ProgramStore
 from tinyvllm.engine import loop as loop_module
@@ -171,8 +170,11 @@ async def test_warm_up_when_idle_waits_until_no_request_runs(monkeypatch: pytest
     await engine.shutdown()
 
 
+# by default, a server's graphs come one by one in test_capture.py, and other processes trace them in
+# tests/execution/test_tracing.py
+@pytest.mark.sweep
 @pytest.mark.usefixtures("compiling_processes")
-@pytest.mark.parametrize("warm_up", swept(("background", "full"), ["background"]))
+@pytest.mark.parametrize("warm_up", ["background", "full"])
 async def test_answers_are_the_same_while_graphs_come(
     tiny_gguf_files: ModelFiles, warm_up: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

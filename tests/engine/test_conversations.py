@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
 from tinyvllm import LLM, EngineConfig, SamplingParams
@@ -66,6 +68,9 @@ def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
 
+# by default, what each turn computes is counted on fakes in tests/scheduling/test_states.py, and recurrent states that
+# are kept and set back give the same tokens in test_drafts.py
+@pytest.mark.sweep
 def test_a_turn_computes_one_block_and_what_is_new_and_answers_as_without_a_cache(tmp_path: Path) -> None:
     llm = LLM(str(write_hf(tmp_path / "tiny", RECIPES["qwen3_5"]).path), **ENGINE)
     rng, talks = random.Random(3), Talks(llm)

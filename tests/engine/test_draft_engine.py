@@ -63,6 +63,9 @@ def expected(files: ModelFiles) -> list[Any]:
     return outputs
 
 
+# by default, a draft model's tokens are those of the model itself in tests/execution/test_draft_model.py, and an engine
+# answers the same with right and wrong drafts in test_drafts.py
+@pytest.mark.sweep
 @pytest.mark.parametrize("draft", [{"layers": 3, "seed": 1}, {"layers": 1, "seed": 2}], ids=["itself", "another"])
 def test_a_draft_model_changes_no_token(
     tmp_path: Path, files: ModelFiles, expected: list[Any], draft: Any, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.engine.fakes import FakeModelRunner, join, load_text, make_loaded, say
 from tests.execution.tiered import make_tiers
 from tests.scheduling.fakes import make_request, run_alone
+from tests.sweeps import examples
 from tinyvllm.config import EngineConfig, GenerationDefaults, GrammarSpec, SamplingParams
 from tinyvllm.engine import process_host
 from tinyvllm.engine.adapters import Adapters, EngineAdapters
@@ -408,6 +409,7 @@ ids = st.integers(0, 2**31)
 scores = st.builds(TokenLogprobs, st.floats(-9, 0), st.lists(st.tuples(ids, st.floats(-9, 0))).map(tuple))
 
 
+@examples(30, 100)
 @given(
     st.lists(st.tuples(ids, ids)),
     st.lists(

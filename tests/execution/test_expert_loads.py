@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.builders import NUM_TOKENS
 from tests.execution.test_profile import decode_plan, prefill_plan
 from tinyvllm.config import EngineConfig, ExpertsKind, ModelConfig, Rope
 from tinyvllm.execution.inspector import RunnerInspector
@@ -18,7 +19,7 @@ from tinyvllm.profiling.kernels import tabulate
 from tinyvllm.profiling.roofline import experts_touched
 from tinyvllm.scheduling.plan import StepPlan
 
-HIDDEN, FFN, EXPERTS, TOP_K, VOCAB = 64, 32, 16, 3, 320
+HIDDEN, FFN, EXPERTS, TOP_K = 64, 32, 16, 3
 SPARSE = ModelConfig(
     name="sparse",
     architecture="qwen3_moe",
@@ -28,7 +29,7 @@ SPARSE = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=32,
-    vocab_size=VOCAB,
+    vocab_size=NUM_TOKENS,  # as of other tiny models, whose programs sample here, too
     max_position=64,
     rope=Rope(1e4),
     norm_eps=1e-5,

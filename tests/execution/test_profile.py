@@ -161,6 +161,7 @@ def test_the_shares_of_cores_are_one_kernel_with_the_slowest_time() -> None:
     ]
 
 
+@pytest.mark.sweep  # by default, logs of tinygrad's lines: tests/profiling/test_trace.py
 def test_a_log_of_debug_2_and_a_profile_have_the_same_kernels(
     inspectors: list[RunnerInspector], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -189,6 +189,7 @@ def test_a_pool_that_cannot_hold_one_sequence_is_refused(files: ModelFiles) -> N
         load_runner(files, config)
 
 
+@pytest.mark.sweep  # by default, through the engine, at three positions: tests/faults/test_numbers.py
 def test_logits_that_are_not_numbers_give_minus_one_and_harm_nobody_else(tmp_path: Path) -> None:
     """A token whose embedding is NaN makes its own request's logits NaN: not its neighbor's, and not those of the
     next request in its blocks."""

@@ -129,6 +129,7 @@ def test_another_process_traces_what_this_one_would(files: ModelFiles) -> None:
             assert key_of(kernel.unpack()) == key, kernel.name
 
 
+@pytest.mark.sweep  # by default, in an engine whose processes that compile and trace die: tests/faults/test_device.py
 def test_what_another_process_loses_is_traced_here(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import pytest
 
 from tests.faults.rounds import NUM_BLOCKS, NUM_STATES, OK, Rounds, start_fake_engine
+from tests.sweeps import swept
 from tinyvllm.faults import ENGINE, NOTHING, POINTS, REQUEST, Fault, planned
 
 # The points that an engine in one process passes.
@@ -93,7 +94,7 @@ async def sweep(max_in_flight: int, rng: random.Random, places: Sequence[float])
                     assert len(failed) <= 1, (point, outcomes)
 
 
-@pytest.mark.parametrize("max_in_flight", [1, 2])
+@pytest.mark.parametrize("max_in_flight", swept((1, 2), [2]))
 async def test_each_point_fails_once(max_in_flight: int) -> None:
     assert NUM_STATES
     await sweep(max_in_flight, random.Random(max_in_flight), (0.0, 0.5))

@@ -150,6 +150,8 @@ def test_large_bodies_are_parsed_by_a_front_end_of_their_own(tmp_path: Path) -> 
         assert len(lines) == 1 and "127.0.0.1:" in lines[0], "one access line, with the client's address"
 
 
+# by default, bodies that stall in test_large_lane.py, and stops that streams hold up in test_supervisor.py
+@pytest.mark.sweep
 def test_a_stop_ends_stalled_bodies_with_an_error(tmp_path: Path) -> None:
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     texts = (

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.builders import without_logits_processing
 from tinyvllm.cli.commands import app
 from tinyvllm.cli.models import require_model
 
@@ -23,10 +24,11 @@ def run(*arguments: str, fails: bool = False, text: str | None = None) -> str:
 
 def test_a_shape_is_profiled_from_its_kernels_to_a_verdict(tmp_path: Path) -> None:
     figures, trace = tmp_path / "figures.json", tmp_path / "trace.json"
-    output = run(
-        *("--shape", "smollm2-135m", "--layers", "1", "--weights", "Q4_0", "--context", "16", "--tokens", "2"),
-        *("--warmup", "1", "--chip", "m4", "--json", str(figures), "--trace", str(trace)),
-    )
+    with without_logits_processing():
+        output = run(
+            *("--shape", "smollm2-135m", "--layers", "1", "--weights", "Q4_0", "--context", "16", "--tokens", "2"),
+            *("--warmup", "1", "--chip", "m4", "--json", str(figures), "--trace", str(trace), "--no-compile-cache"),
+        )
     for words in ("gate up", "head", "the step as served", "floor", "verdict: "):
         assert words in output
     document = json.loads(figures.read_text(encoding="utf-8"))

@@ -24,7 +24,11 @@ LAYOUTS = ("panel", "row")
 
 
 @pytest.mark.parametrize(
-    ("fmt", "layout"), swept(product(FORMATS, LAYOUTS), [(fmt, LAYOUTS[i % 2]) for i, fmt in enumerate(FORMATS)])
+    ("fmt", "layout"),
+    swept(
+        product(FORMATS, LAYOUTS),
+        [(fmt, LAYOUTS[i % 2]) for i, fmt in enumerate(FORMATS) if i % 3 == 0],  # all of them are embedded, below
+    ),
 )
 def test_packing_and_unpacking_gives_the_same_values(device: DeviceHandle, kind: str, fmt: str, layout: str) -> None:
     host = make_host(fmt, 40, 512)

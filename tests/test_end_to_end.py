@@ -59,6 +59,7 @@ def test_tokens_equal_the_reference_through_chunks_batches_preemption_and_prefix
     llm: LLM, smollm2_reference: dict[str, Any]
 ) -> None:
     cases = smollm2_reference["prompts"]
+    cases = cases if sweeps.is_sweeping else cases[::2]  # the last one, of 388 tokens, is among them
     prompts = [{"prompt_token_ids": case["prompt_ids"]} for case in cases]
     captures = llm.stats.num_captures
 

@@ -170,8 +170,8 @@ async def test_warm_up_when_idle_waits_until_no_request_runs(monkeypatch: pytest
     await engine.shutdown()
 
 
-# by default, a server's graphs come one by one in test_capture.py, and other processes trace them in
-# tests/execution/test_tracing.py
+# by default, graphs that come one by one serve with the same tokens in tests/execution/test_captures.py, and other
+# processes trace them in test_tracing.py there
 @pytest.mark.sweep
 @pytest.mark.usefixtures("compiling_processes")
 @pytest.mark.parametrize("warm_up", ["background", "full"])

@@ -104,6 +104,8 @@ def test_windows_and_general_kernels_are_captured_too(tmp_path: Path) -> None:
     assert_same_kernels(*kernels)
 
 
+# by default, the same kernels and tokens above, and graphs that come one by one in tests/execution/test_captures.py
+@pytest.mark.sweep
 async def test_embeddings_and_streams_of_a_server_are_the_same(tiny_gguf_files: ModelFiles) -> None:
     """Graphs that come one by one while requests run, as a server's do."""
 

@@ -104,8 +104,10 @@ def test_a_damaged_file_is_said_and_not_used(tmp_path: Path, text: str, caplog: 
 
 
 def test_digests_name_choices() -> None:
-    assert Choices(chosen={"a": ()}).digest != Choices().digest
-    assert Choices(chosen={"a": (), "b": ()}).digest == Choices(chosen={"b": (), "a": ()}).digest
+    four, eight = (("warps", 4),), (("warps", 8),)
+    assert len({Choices(chosen=chosen).digest for chosen in ({}, {"a": four}, {"a": eight}, {"b": four})}) == 4
+    assert Choices(chosen={"a": four, "b": eight}).digest == Choices(chosen={"b": eight, "a": four}).digest
+    assert Choices(chosen={"a": four, "b": ()}).digest == Choices(chosen={"a": four}).digest, "kept steps stay valid"
 
 
 def test_combinations_are_each_value_once_and_the_fastest_by_prediction_first() -> None:

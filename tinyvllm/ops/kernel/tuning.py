@@ -101,8 +101,10 @@ class Choices:
 
     @property
     def digest(self) -> str:
-        """A hash of all choices, part of a recorded step's name: other choices give a different step."""
-        return hashlib.sha256(repr(sorted(self.chosen.items())).encode()).hexdigest()[:16]
+        """A hash of all choices, part of a recorded step's name: other choices give a different step. That nothing was
+        found for a spec is none."""
+        made = sorted((key, chosen) for key, chosen in self.chosen.items() if chosen)
+        return hashlib.sha256(repr(made).encode()).hexdigest()[:16]
 
     def save(self) -> None:
         """Add what this process has found to the file, to which other searches may have added something since it was

@@ -33,6 +33,18 @@ class Cpu(DeviceKind):
                 "install clang (Debian: apt-get install clang), or name one in CC"
             )
 
+    def opened(self, name: str) -> None:
+        """Refuse renderers that do not know C, in which many kernels have statements."""
+        from tinygrad import Device
+        from tinygrad.renderer.cstyle import ClangRenderer
+
+        renderer = Device[name].renderer
+        if not isinstance(renderer, ClangRenderer):
+            raise DeviceError(
+                f"kernels for a CPU have statements in C, which tinygrad's {type(renderer).__name__} cannot render: "
+                "set DEV=CPU, or DEV=CPU::ARCH for another processor"
+            )
+
     def step_limits(self, free_bytes: Callable[[], int]) -> Limits:
         """A step of 256 tokens takes 0.29 s on two cores (135M parameters)."""
         return Limits(max_num_seqs=16, max_num_batched_tokens=256)

@@ -105,7 +105,8 @@ def test_a_damaged_file_is_said_and_not_used(tmp_path: Path, text: str, caplog: 
 
 def test_digests_name_choices() -> None:
     four, eight = (("warps", 4),), (("warps", 8),)
-    assert len({Choices(chosen=chosen).digest for chosen in ({}, {"a": four}, {"a": eight}, {"b": four})}) == 4
+    made: list[dict[str, tuning.Chosen]] = [{}, {"a": four}, {"a": eight}, {"b": four}]
+    assert len({Choices(chosen=chosen).digest for chosen in made}) == 4
     assert Choices(chosen={"a": four, "b": eight}).digest == Choices(chosen={"b": eight, "a": four}).digest
     assert Choices(chosen={"a": four, "b": ()}).digest == Choices(chosen={"a": four}).digest, "kept steps stay valid"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,24 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["tune", *arguments])
 
 
-def test_a_search_prints_the_times_of_candidates_and_counts_them(
-    tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+Search = Callable[..., Any]  # (worker, *arguments) -> the result of `run`
+
+
+@pytest.fixture
+def search(tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
+    """`run` of the tiny model by a worker that plays a device, and keeps its choices in a folder of the test's own."""
+
+    def search_by(worker: object, *arguments: str) -> Any:
+        monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+        monkeypatch.setattr(tune_process, "run_worker", worker)
+        return run(str(tiny_gguf_files.path), *arguments, "--log-level", "error")
+
+    return search_by
+
+
+def test_a_search_prints_the_times_of_candidates_and_counts_them(search: Search) -> None:
     """By a worker that plays a device; tests/execution/test_tune.py searches for real, in one process."""
-    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))  # where that worker keeps its choices
-    monkeypatch.setattr(tune_process, "run_worker", tune_workers.well)
-    result = run(str(tiny_gguf_files.path), "--json", "-", "--log-level", "error")
+    result = search(tune_workers.well, "--json", "-")
     assert result.exit_code == 0, result.output
     assert f"{tune_workers.NUM_CANDIDATES} candidates tried, 0 unusable; results are in " in result.stdout
     (row,) = json.loads(result.stdout.splitlines()[-1])
@@ -86,12 +98,8 @@ def test_a_search_prints_what_it_found_and_the_next_one_finds_it_done(
     ],
     ids=["dies", "nothing"],
 )
-def test_what_was_not_tried_is_said(
-    tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: object, said: str
-) -> None:
-    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(tune_process, "run_worker", worker)
-    result = run(str(tiny_gguf_files.path), "--log-level", "error")
+def test_what_was_not_tried_is_said(search: Search, worker: object, said: str) -> None:
+    result = search(worker)
     assert result.exit_code == 0 and said in result.output, result.output
 
 
@@ -99,12 +107,8 @@ def test_what_was_not_tried_is_said(
     ("worker", "when"),
     [(tune_workers.out_of_time, "before the model was loaded"), (tune_workers.slow, "before the first candidate")],
 )
-def test_a_budget_that_was_too_small_is_said(
-    tiny_gguf_files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: object, when: str
-) -> None:
-    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(tune_process, "run_worker", worker)
-    result = run(str(tiny_gguf_files.path), "--log-level", "error")
+def test_a_budget_that_was_too_small_is_said(search: Search, worker: object, when: str) -> None:
+    result = search(worker)
     assert result.exit_code == 0 and "results are in" not in result.output
     assert "kernel" not in result.stdout, "nor is there an empty table"
     assert f"nothing was tried: the budget ended {when}" in result.output and "larger --budget" in result.output

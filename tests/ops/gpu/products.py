@@ -24,6 +24,13 @@ from tinyvllm.ops.kernel.hopper import allows_wgmma
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of the largest value
 
 
+def require_hopper(device: DeviceHandle) -> DeviceHandle:
+    """The device, prepared for Hopper's instructions; skips the test if it has none."""
+    if not allows_wgmma(device.name):
+        pytest.skip("needs Hopper's instructions")
+    return device
+
+
 def upload(backend: Backend, values: np.ndarray) -> Tensor:
     tensor = backend.device.upload(values)
     return tensor.cast(backend.float).contiguous().realize() if isinstance(backend, FusedGpuBackend) else tensor
@@ -72,8 +79,7 @@ def chained_products(
 ) -> np.ndarray:
     """The results (T, N) of products of a matrix, given by its planes, and x (T, K), one after another in a chain. Each
     must equal the first one. Prepares the device for Hopper's instructions, and skips the test if it has none."""
-    if not allows_wgmma(device.name):
-        pytest.skip("needs Hopper's instructions")
+    require_hopper(device)
     rows, size = device.upload(x.reshape(-1)), x.shape[0] * specs[0].out_rows
     maps = [device.zeros(MAP_SIZE, dtypes.uint) for _ in range(NUM_MAPS)]
     outs = [empty(spec.splits * size, F16 if spec.is_gated else F32, device.name).realize() for spec in specs]

@@ -13,6 +13,7 @@ from tinygrad import Tensor, UOp
 from tinygrad.codegen import to_program
 
 from tests.ops.builders import make_host, normal
+from tests.ops.gpu.products import require_hopper
 from tests.ops.gpu.test_quantized_stream import small_matrix
 from tests.ops.rendering import check_limits, make_renderer, rendered, unwritten
 from tests.sweeps import swept
@@ -38,7 +39,6 @@ from tinyvllm.ops.kernel.hopper import (
     MAP_WORDS,
     Box,
     HopperRenderer,
-    allows_wgmma,
     declared_bytes,
 )
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
@@ -226,9 +226,7 @@ def test_clusters_take_the_large_matrices_of_models() -> None:
 @pytest.mark.parametrize("fmt", TAKEN)
 def test_clusters_compute_what_the_values_give(fmt: str, tokens: int) -> None:
     """In Q4_K by several choices of the knobs; a row's result does not depend on the others."""
-    device = open_device()
-    if not allows_wgmma(device.name):
-        pytest.skip("needs Hopper's instructions")
+    device = require_hopper(open_device())
     for rows, cols, activation in ((4096, 4096, None), (8192, 2048, "silu"), (2048, 14336, None), (5120, 5120, "silu")):
         host = make_host(fmt, rows, cols)
         matrix, x = pack(host, "row", None, device.name), normal(tokens, cols, seed=1).astype(np.float16)

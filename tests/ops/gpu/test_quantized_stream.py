@@ -15,6 +15,7 @@ from tinygrad.codegen import to_program
 from tinygrad.dtype import DType
 
 from tests.ops.builders import make_host, normal
+from tests.ops.gpu.products import require_hopper
 from tests.ops.rendering import check_limits, make_renderer, rendered
 from tests.sweeps import swept
 from tinyvllm.arrays import to_float32
@@ -27,7 +28,7 @@ from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, make_stream_pl
 from tinyvllm.ops.gpu.quantized_stream_floats import StreamedFloatSpec, streamed_float_kernel
 from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS, StreamedMatrixSpec, streamed_matrix_kernel
 from tinyvllm.ops.kernel.body import F16, F32, KernelFn, empty, run_kernel
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, HopperRenderer, allows_wgmma, declared_bytes
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, HopperRenderer, declared_bytes
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 
@@ -193,9 +194,7 @@ def test_a_row_too_long_for_static_memory_follows_the_ring() -> None:
 @pytest.mark.parametrize("fmt", ["Q4_K", "affine4_g64-float16"])  # of those that `is_worth_streaming` lets stream
 def test_streams_compute_what_the_values_give(fmt: str, tokens: int) -> None:
     """In Q4_K by every choice of the knobs; a row's result does not depend on the others."""
-    device = open_device()
-    if not allows_wgmma(device.name):
-        pytest.skip("needs Hopper's instructions")
+    device = require_hopper(open_device())
     for rows, cols, activation in ((150 * TILE_ROWS, 4096, None), (2400, 2048, "silu"), (96, 10240, None)):
         host = make_host(fmt, rows, cols)
         matrix, x = pack(host, "row", None, device.name), normal(tokens, cols, seed=1).astype(np.float16)
@@ -215,9 +214,7 @@ def test_streams_compute_what_the_values_give(fmt: str, tokens: int) -> None:
 
 @pytest.mark.gpu
 def test_one_row_is_multiplied_by_e4m3() -> None:
-    device = open_device()
-    if not allows_wgmma(device.name):
-        pytest.skip("needs Hopper's instructions")
+    device = require_hopper(open_device())
     for rows, cols, activation in ((150 * TILE_ROWS, 4096, None), (2400, 2048, "silu"), (96, 14336, None)):
         host = make_host("FP8-float32", rows, cols)
         matrix, x = pack(host, "row", None, device.name), normal(1, cols, seed=1).astype(np.float16)
@@ -233,9 +230,7 @@ def test_one_row_is_multiplied_by_e4m3() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("fmt", ONE_ROW)
 def test_one_row_is_multiplied_by_any_format_of_bytes(fmt: str) -> None:
-    device = open_device()
-    if not allows_wgmma(device.name):
-        pytest.skip("needs Hopper's instructions")
+    device = require_hopper(open_device())
     for rows, cols in ((150 * TILE_ROWS, 4096), (96, 10240), (32, 1792), (96, 27648)):
         if not streamed(fmt, 1, rows, cols).is_possible():  # x and two stages do not fit
             continue
@@ -251,9 +246,7 @@ def test_one_row_is_multiplied_by_any_format_of_bytes(fmt: str) -> None:
 @pytest.mark.parametrize("dtype", [dtypes.half, dtypes.bfloat16], ids=str)
 def test_one_row_is_normed_before_and_added_after(dtype: DType) -> None:
     """Values far beyond float16's range, too."""
-    device = open_device()
-    if not allows_wgmma(device.name):
-        pytest.skip("needs Hopper's instructions")
+    device = require_hopper(open_device())
     rows, cols = 2400, 4096
     host = make_host("Q4_K", rows, cols)
     matrix, weight = pack(host, "row", None, device.name), normal(cols, seed=2)

@@ -14,6 +14,7 @@ from tinygrad import Tensor, UOp
 from tinygrad.codegen import to_program
 
 from tests.ops.builders import make_host, normal
+from tests.ops.gpu.products import require_hopper
 from tests.ops.rendering import check_limits, kernels_of, make_renderer, rendered
 from tests.sweeps import swept
 from tinyvllm.arrays import to_float32
@@ -33,7 +34,7 @@ from tinyvllm.ops.gpu.token_order import (
     token_place,
 )
 from tinyvllm.ops.kernel.body import F16, F32, empty, run_kernel
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, allows_wgmma, declared_bytes
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, declared_bytes
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 
@@ -188,9 +189,7 @@ def test_rows_in_another_order_are_put_back_for_what_else_reads_them() -> None:
     [(64, 512, 2048), (13, 416, 3072), (40, 20000, 1024), (128, 512, 2048), (500, 768, 1024)],
 )
 def test_products_are_those_of_the_reference(fmt: str, tokens: int, rows: int, cols: int) -> None:
-    device = open_device()
-    if not allows_wgmma(device.name):
-        pytest.skip("this device has no wgmma")
+    device = require_hopper(open_device())
     host = make_host(fmt, rows, cols, seed=1)
     matrix, x = pack(host, "row", None, device.name), normal(tokens, cols, seed=2).astype(np.float16)
     lanes = Lanes("CUDA", (F16,))
@@ -208,9 +207,7 @@ def test_products_are_those_of_the_reference(fmt: str, tokens: int, rows: int, c
 @pytest.mark.parametrize("tokens", [64, 500])
 def test_hidden_values_are_those_of_the_reference(tokens: int) -> None:
     """Gate and up, with the result in the order in which the next product reads it."""
-    device, rows, cols = open_device(), 768, 1024
-    if not allows_wgmma(device.name):
-        pytest.skip("this device has no wgmma")
+    device, rows, cols = require_hopper(open_device()), 768, 1024
     host, lanes = make_host("Q4_K", rows, cols, seed=1), Lanes("CUDA", (F16,))
     matrix, x = pack(host, "row", None, device.name), normal(tokens, cols, seed=2).astype(np.float16)
     ordered = empty(token_cols(tokens) * cols, F16, device.name)

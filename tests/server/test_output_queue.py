@@ -86,3 +86,21 @@ def test_last_lines_are_written_and_a_full_pipe_does_not_delay_the_end(end: str,
         start_s = time.monotonic()
         assert process.wait(timeout=30) == code
         assert time.monotonic() - start_s < 10
+
+
+FORK = """
+if pid := os.fork():
+    sys.exit(os.waitpid(pid, 0)[1])
+sys.stderr = os.fdopen(1, "w", closefd=False)
+queue_outputs()
+show_stacks_on_usr1()
+os.kill(os.getpid(), 10)
+threading.Event().wait(0.5)
+exit_now(0)
+"""
+
+
+def test_a_fork_of_a_process_that_shows_its_stacks_shows_its_own() -> None:
+    """It inherits the handler, but not the thread that copies stacks to the log."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM + FORK], capture_output=True, text=True, cwd=ROOT, timeout=30)
+    assert done.returncode == 0 and "(most recent call first)" in done.stdout

@@ -146,12 +146,12 @@ def exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-_shows_stacks = False
+_stacks_pid = 0  # the process in which SIGUSR1 writes stacks: its forks inherit the handler, but not the thread
 
 
 def show_stacks_now() -> None:
     """Write the stack of every thread to the log, if SIGUSR1 does."""
-    if _shows_stacks:
+    if _stacks_pid == os.getpid():
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(STACKS_S)
 
@@ -177,10 +177,10 @@ def _queued() -> list[QueuedOutput]:
 def show_stacks_on_usr1() -> None:
     """On SIGUSR1, write the stack of every thread to the log. The handler is in C, so that it works while the
     interpreter is busy; it writes to a pipe, whose reader must not make it wait."""
-    global _shows_stacks
-    if _shows_stacks or not hasattr(signal, "SIGUSR1"):
+    global _stacks_pid
+    if _stacks_pid == os.getpid() or not hasattr(signal, "SIGUSR1"):
         return
-    _shows_stacks = True
+    _stacks_pid = os.getpid()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     faulthandler.register(signal.SIGUSR1, file=writer, all_threads=True)

@@ -202,10 +202,13 @@ def test_a_search_stops_in_time_and_goes_on_where_it_stopped(runner: ModelRunner
     assert runner.tuning_name(BUCKET) in tuning.current.searched
 
 
-def test_choices_make_steps_of_their_own(runner: ModelRunner) -> None:
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
+def test_choices_make_steps_of_their_own(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """And a search that finds nothing makes none."""
     digest = tuning.current.digest
+    invent_times(monkeypatch, lambda chosen: seconds if any(chosen.values()) else 1.0)
     run_search(runner)
-    assert tuning.current.digest != digest
+    assert (tuning.current.digest != digest) == (seconds < 1.0)
 
 
 def test_candidates_that_may_gain_most_come_first() -> None:

@@ -156,14 +156,16 @@ from tinyvllm.text import template_limits
 from tinyvllm.text.chat import ChatTemplate
 template_limits.MAX_TICKS //= 5
 template = ChatTemplate({"default": "%s"}, {}, "tiny")
-ended = []
+ended, heard = [], []
+begin = threading.Event()
 def render():
+    begin.wait()
     try: template.render([{"role": "user", "content": "x"}])
     except RequestError: ended.append(1)
 threads = [threading.Thread(target=render) for _ in range(7)]
 for thread in threads: thread.start()
-heard = []
 signal.signal(signal.SIGTERM, lambda *_: heard.append(len(ended)))
+begin.set()
 os.kill(os.getpid(), signal.SIGTERM)
 for thread in threads: thread.join()
 print(len(ended), heard)

@@ -196,7 +196,8 @@ class Supervisor:
                 await restarts.wait(process)
                 continue
             if self._loss is not None:
-                await asyncio.sleep(ENGINE_EXIT_S)  # clients get their answers, and probes see it
+                with contextlib.suppress(TimeoutError):  # clients get their answers, and probes see it
+                    await asyncio.wait_for(self._stopping.wait(), ENGINE_EXIT_S)
                 self._end_server()
             return
 

@@ -123,8 +123,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    """Compile as compiling processes do, which ask less of tinygrad: a tenth of the time of a large kernel. And let
-    clients of HTTP share what they trust."""
+    """Compile as compiling processes do, which ask less of tinygrad: a tenth of the time of a large kernel. Let clients
+    of HTTP share what they trust. And wait for what is slow."""
+    from tests.patience import be_patient
+
+    be_patient()
     if "httpx" in sys.modules:
         _share_certificates()
     if "tinygrad" in sys.modules:

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from tests.forking import run_in_fork
+from tests.patience import PATIENCE_S
 
-PATIENCE_S = 30
 # what rich, readline and a tty's echo write: text, CR, LF, BS, and CSI sequences
 PIECE = re.compile(rb"\x1b\[([0-9;?]*)([A-Za-z])|\x1b[=>]|\r|\n|\x08|\x07|[^\x1b\r\n\x08\x07]+")
 UNFINISHED = re.compile(rb"\x1b(\[[0-9;?]*)?\Z")  # a sequence whose rest is in the next read

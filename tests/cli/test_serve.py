@@ -12,7 +12,6 @@ import shlex
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -21,6 +20,7 @@ import httpx
 import pytest
 
 from tests.forking import forked
+from tests.patience import wait_for
 from tests.sweeps import swept
 
 # Serves an engine that hangs in the middle of an answer, and is ready once the test has seen that it was not.
@@ -113,15 +113,15 @@ def serving(tmp_path: Path, *flags: str, **environment: str) -> Iterator[tuple[s
 def test_server_warms_up_answers_and_stops_cleanly(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path, "--shutdown-timeout", "0") as (process, address):
         assert process.stdout is not None
-        assert httpx.get(address + "/health", timeout=None).status_code == 503
+        assert httpx.get(address + "/health").status_code == 503
         say(process, "ready")
         assert address in process.stdout.readline()
         curl = shlex.split(process.stdout.readline())
         assert curl[0] == "curl" and curl[1] == address + "/v1/chat/completions"
         assert json.loads(curl[-1])["model"] == "tiny"
-        assert httpx.get(address + "/health", timeout=None).status_code == 200
+        assert httpx.get(address + "/health").status_code == 200
 
-        with httpx.stream("POST", curl[1], json={**json.loads(curl[-1]), "stream": True}, timeout=None) as response:
+        with httpx.stream("POST", curl[1], json={**json.loads(curl[-1]), "stream": True}) as response:
             events = response.iter_lines()
             while '"content":"o"' not in next(events):  # the last letter before the engine hangs
                 pass
@@ -136,10 +136,10 @@ def test_server_warms_up_answers_and_stops_cleanly(tmp_path: Path, number: signa
 def test_server_that_still_warms_up_stops_cleanly_too(tmp_path: Path) -> None:
     with serving(tmp_path) as (process, address):
         assert process.stdin is not None and process.stdout is not None
-        assert httpx.get(address + "/health", timeout=None).status_code == 503
+        assert httpx.get(address + "/health").status_code == 503
         process.send_signal(signal.SIGTERM)
         with pytest.raises(httpx.TransportError):
-            while httpx.get(address + "/health", timeout=None).status_code == 503:
+            while httpx.get(address + "/health").status_code == 503:
                 pass
         process.stdin.close()  # what the engine's thread waits for
         assert process.wait() == 0
@@ -150,7 +150,7 @@ def test_server_that_still_warms_up_stops_cleanly_too(tmp_path: Path) -> None:
 def hanging_stream(address: str) -> Iterator[Iterator[str]]:
     """A stream that has sent "Hello," and continues when the test says so."""
     body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
-    with httpx.stream("POST", address + "/v1/chat/completions", json=body, timeout=None) as response:
+    with httpx.stream("POST", address + "/v1/chat/completions", json=body) as response:
         chunks = response.iter_lines()
         while '"content":"o"' not in next(chunks):
             pass
@@ -158,12 +158,11 @@ def hanging_stream(address: str) -> Iterator[Iterator[str]]:
 
 
 def refusal(address: str) -> httpx.Response:
-    return httpx.post(address + "/v1/completions", json={"prompt": "x"}, timeout=None)
+    return httpx.post(address + "/v1/completions", json={"prompt": "x"})
 
 
 def wait_until(address: str, path: str, status: int) -> None:
-    while httpx.get(address + path, timeout=None).status_code != status:
-        pass
+    wait_for(lambda: httpx.get(address + path).status_code == status)
 
 
 def test_a_signal_turns_new_work_away_and_lets_what_runs_finish(tmp_path: Path) -> None:
@@ -173,19 +172,18 @@ def test_a_signal_turns_new_work_away_and_lets_what_runs_finish(tmp_path: Path) 
         with hanging_stream(address) as chunks:
             process.send_signal(signal.SIGTERM)
             wait_until(address, "/ready", 503)
-            assert httpx.get(address + "/health", timeout=None).status_code == 200
-            assert httpx.get(address + "/engine/state", timeout=None).json()["status"] == "draining"
+            assert httpx.get(address + "/health").status_code == 200
+            assert httpx.get(address + "/engine/state").json()["status"] == "draining"
             refused = refusal(address)
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "server_draining"
             assert refused.headers["retry-after"] == "5" and refused.headers["connection"] == "close"
-            while not any("1 requests may continue" in line for line in lines):
-                time.sleep(0.01)
+            wait_for(lambda: any("1 requests may continue" in line for line in lines))
             say(process, "go on")
             rest = "\n".join(chunks)
         assert '"finish_reason":"stop"' in rest and rest.rstrip().endswith("data: [DONE]")
         assert process.wait() == 0
         with pytest.raises(httpx.TransportError):
-            httpx.get(address + "/health", timeout=None)
+            httpx.get(address + "/health")
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
@@ -223,9 +221,9 @@ def test_keys_of_all_sources_are_asked_for_and_shown_nowhere(tmp_path: Path) -> 
         wait_until(address, "/ready", 200)
         assert refusal(address).status_code == 401
         for key in ("flag-key-1", "file-key-1", "file-key-2", "env-key-1", "env-key-2"):
-            answer = httpx.get(address + "/v1/models", headers={"authorization": f"Bearer {key}"}, timeout=None)
+            answer = httpx.get(address + "/v1/models", headers={"authorization": f"Bearer {key}"})
             assert answer.status_code == 200
-        httpx.get(address + "/v1/models", headers={"authorization": "Bearer wrong-key-1"}, timeout=None)
+        httpx.get(address + "/v1/models", headers={"authorization": "Bearer wrong-key-1"})
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
         said = process.stdout.read()
@@ -244,14 +242,14 @@ def test_log_lines_carry_the_requests_id_and_no_content(
         say(process, "ready")
         wait_until(address, "/ready", 200)
         body = {"prompt": "a very secret prompt", "max_tokens": 3}
-        httpx.post(address + "/v1/completions", json=body, headers={"x-request-id": "order-66"}, timeout=None)
+        httpx.post(address + "/v1/completions", json=body, headers={"x-request-id": "order-66"})
+        wait_for(lambda: any("Engine 000: Avg prompt throughput: " in line for line in lines))
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
     log = "".join(lines)
     assert "[order-66]" in log and "POST /v1/completions" in log
     assert "/ready" not in log.replace('/ready HTTP/1.1" 503', "")  # successful probes are not logged
     assert ("secret" in log) is shows_content
-    assert "Engine 000: Avg prompt throughput: " in log
     assert ("is open to everyone who can reach it" in log) is ("0.0.0.0" in flags)
     assert ("cmpl-order-66-" in log) is shows_content
 
@@ -263,9 +261,7 @@ def test_a_unix_socket_serves_and_goes_with_the_server(tmp_path: Path) -> None:
         say(process, "ready")
         assert str(path) in process.stdout.readline()
         assert f"--unix-socket {shlex.quote(str(path))} http://localhost/v1/" in process.stdout.readline()
-        with httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost", timeout=None
-        ) as client:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
             assert client.get("/health").status_code == 200
             assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3}).status_code == 200
         process.send_signal(signal.SIGTERM)

@@ -13,10 +13,12 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.patience import wait_for
 from tests.server.test_control import is_running, wait_until_gone
 from tests.sweeps import swept
 from tinyvllm.device import compile_workers
@@ -49,21 +51,18 @@ def test_jobs_end_with_their_value_their_error_or_their_process(pool: CompileWor
     if not has_template:  # as on macOS
         pool._template = None
     jobs = [pool.submit(int, text) for text in ("1", "x", "2")]
-    assert jobs[0].result(20) == 1 and jobs[2].result(20) == 2
+    assert jobs[0].result() == 1 and jobs[2].result() == 2
     with pytest.raises(ValueError, match="'x'"):
-        jobs[1].result(20)
+        jobs[1].result()
     for pid in pool.pids():
         for number in (*STOP_SIGNALS, *MEANINGLESS_SIGNALS, signal.SIGUSR1):
             os.kill(pid, number)
     pids = set(pool.pids())
-    slow = [pool.submit(time.sleep, 60) for _ in range(2)]
+    slow = [pool.submit(time.sleep, 1000) for _ in range(2)]
     time.sleep(0.2)
     assert set(pool.pids()) == pids and not any(job.is_done() for job in slow), "signals to the group are ignored"
-    start_s = time.monotonic()
     os.kill(pool.pids()[0], signal.SIGKILL)
-    while not any(job.is_done() for job in slow):
-        time.sleep(0.01)
-    assert time.monotonic() - start_s < 2
+    wait_for(lambda: any(job.is_done() for job in slow))
     (lost,) = [job for job in slow if job.is_done()]
     with pytest.raises(LostJobError):
         lost.result()
@@ -74,17 +73,16 @@ def test_jobs_end_with_their_value_their_error_or_their_process(pool: CompileWor
     wait_until_gone(list(pids))
 
 
-def test_the_most_urgent_job_is_next_and_one_that_has_not_begun_can_be_withdrawn() -> None:
-    pool = CompileWorkers(1, f"{__name__}:begin")
+def test_the_most_urgent_job_is_next_and_one_that_has_not_begun_can_be_withdrawn(tmp_path: Path) -> None:
+    pool, go = CompileWorkers(1, f"{__name__}:begin"), tmp_path / "go"
     try:
-        assert pool.submit(int, "0").result(20) == 0  # the process is there
-        begun = pool.submit(time.sleep, 0.5)
-        while not begun.answer.running():
-            time.sleep(0.01)
+        begun = pool.submit(_wait_for_file, go)
+        wait_for(begun.answer.running)
         later = [pool.submit(_now, None, urgency) for urgency in (3, 1, 2)]
         withdrawn = pool.submit(_now, None)
         assert withdrawn.withdraw() and not begun.withdraw()
-        third, first, second = [job.result(20) for job in later]
+        go.touch()
+        third, first, second = [job.result() for job in later]
         assert first < second < third
     finally:
         pool.terminate()
@@ -100,6 +98,11 @@ def _is_imported(name: str) -> bool:
 
 def _now(_: None) -> int:
     return time.monotonic_ns()
+
+
+def _wait_for_file(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
 
 
 # each way of ending; one process or several end alike
@@ -148,8 +151,8 @@ def kill_template(pool: CompileWorkers) -> None:
 def is_imported(pool: CompileWorkers) -> bool:
     """Asked again if the first was sent to a process that is gone."""
     with contextlib.suppress(LostJobError):
-        return bool(pool.submit(_is_imported, MODULE).result(20))
-    return bool(pool.submit(_is_imported, MODULE).result(20))
+        return bool(pool.submit(_is_imported, MODULE).result())
+    return bool(pool.submit(_is_imported, MODULE).result())
 
 
 def test_processes_know_what_the_template_was_prepared_for_even_after_its_death(pool: CompileWorkers) -> None:
@@ -199,18 +202,16 @@ def test_terminating_does_not_wait_for_a_busy_template_nor_start_another(monkeyp
 
     monkeypatch.setattr(compile_workers, "_start_process", note)
     pool = CompileWorkers(4, BEGIN)
-    pool.prepare("time:sleep", 60)
+    pool.prepare("time:sleep", 1000)
     jobs = [pool.submit(int, "1") for _ in range(4)]
     time.sleep(0.5)  # one waits for the template, and the others for that one
     threads = [worker.thread for worker in pool._workers]
-    start_s = time.monotonic()
     pool.terminate()
-    assert time.monotonic() - start_s < 0.9
     for job in jobs:
         with pytest.raises(LostJobError):
             job.result(0)
     for thread in threads:
-        thread.join(5)
+        thread.join()
         assert not thread.is_alive()
     assert len(started) == 1 and started[0].poll() is not None
 
@@ -222,15 +223,14 @@ def test_no_other_process_is_killed_once_the_template_is_gone(
     """The id of a process that the system has collected may be another's."""
     if not has_pidfd:
         monkeypatch.delattr(os, "pidfd_open")
-    busy = pool.submit(time.sleep, 60)
-    while not busy.answer.running():
-        time.sleep(0.01)
+    busy = pool.submit(time.sleep, 1000)
+    wait_for(busy.answer.running)
     process = pool._workers[0]._process
     assert process is not None
     process.kill()
     with pytest.raises(LostJobError):
-        busy.result(5)
-    assert pool.submit(int, "1").result(20) == 1
+        busy.result()
+    assert pool.submit(int, "1").result() == 1
     pid = pool.pids()[0]
     kill_template(pool)
     killed: list[int] = []

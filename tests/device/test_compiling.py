@@ -83,11 +83,9 @@ def test_kernels_of_a_dead_process_are_compiled_here_at_once(
     with mock.patch.dict(to_program_cache, clear=True), caplog.at_level(logging.WARNING):
         pending = compiler.begin(kernels)
         pids = wait_for_stop(pool)
-        start_s = time.monotonic()
         pool.terminate()  # a kernel that waits is not begun in another process
         wait_until_gone(pids)
         assert all(one.is_done for one in pending) and len(compiler.programs(kernels)) == 2
-        assert time.monotonic() - start_s < 5
     assert caplog.text.count("a compiling process lost kernel") == 2
 
 

@@ -1,8 +1,8 @@
 """Models for a door in tests: their processes are real, and the device in them is fake.
 
 What a model does is in its name: "size 30" needs 30 of the device's 100 GiB, "slow" is loaded once the file that
-TINYVLLM_TEST_GO names is there, "broken" cannot be loaded, "failing" fails at every step, and "endless" never ends an
-answer.
+TINYVLLM_TEST_GO names is there, "broken" cannot be loaded, "failing" fails at every step, "endless" never ends an
+answer, and "held" goes on with it once that file is there.
 """
 
 from __future__ import annotations
@@ -47,17 +47,24 @@ def examine(config: EngineConfig) -> Need:
 def load(config: EngineConfig, progress: Callable[[str, int, int], None]) -> LoadedEngine:
     if "broken" in config.model:
         raise ModelError("its file is damaged")
-    while "slow" in config.model and not Path(os.environ[GO_VARIABLE]).exists():
-        time.sleep(0.01)
-    loaded = (fake_load.endless if "endless" in config.model else fake_load.answering)(config, progress)
+    if "slow" in config.model:
+        _wait_for_go()
+    loaded = (fake_load.slow if "endless" in config.model else fake_load.answering)(config, progress)
+    runner: Any = loaded.runner
     if "failing" in config.model:
-        runner: Any = loaded.runner
         runner.before_step = _fail
+    if "held" in config.model:
+        runner.before_step = _wait_for_go
     return loaded
 
 
 def _fail(plan: object) -> None:
     raise DeviceError("the device has fallen off")
+
+
+def _wait_for_go(plan: object = None) -> None:
+    while not Path(os.environ[GO_VARIABLE]).exists():
+        time.sleep(0.01)
 
 
 def model(name: str, kind: str = "", **options: Any) -> ModelSettings:
@@ -73,7 +80,7 @@ class RunningDoor:
         self.fleet = server.state.fleet
 
     def client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=60)
+        return httpx.AsyncClient(base_url=self.url)
 
     def stop(self) -> None:
         """A stop signal."""
@@ -84,12 +91,6 @@ class RunningDoor:
 
     def states(self) -> dict[str, str]:
         return {name: self.fleet.state_of(name).value for name in self.fleet.counts}
-
-    async def wait_for(self, condition: Callable[[], object], timeout_s: float = 40.0) -> None:
-        end_s = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < end_s, f"the condition did not come true: {self.states()}"
-            await asyncio.sleep(0.02)
 
 
 @contextlib.contextmanager
@@ -122,7 +123,7 @@ def running_door(
     thread = threading.Thread(target=asyncio.run if is_forked else event_loop.run, args=(work,))
     thread.start()
     try:
-        assert is_serving.wait(20)
+        is_serving.wait()
         yield RunningDoor(f"http://127.0.0.1:{sock.getsockname()[1]}", found[0])
     finally:
         if found:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.door.fake_models import GO_VARIABLE, model, running_door
+from tests.patience import PATIENCE_S, until
 from tests.server.client import exchange
 from tests.server.fake_load import ANSWER
 from tinyvllm.door.fields import LARGE_BYTES
@@ -78,7 +79,7 @@ async def test_models_are_loaded_at_their_first_request_and_make_room_for_each_o
             await check_times(client)
             unload = await client.post("/api/generate", json={"model": "one", "keep_alive": 0})
             assert unload.json()["done_reason"] == "unload"
-            await door.wait_for(lambda: door.states()["one"] == "unloaded")
+            await until(lambda: door.states()["one"] == "unloaded")
             again = await client.post("/api/generate", json={"model": "one", "keep_alive": 0})
             assert again.json()["done_reason"] == "unload" and door.states()["one"] == "unloaded"
 
@@ -143,53 +144,59 @@ async def test_requests_wait_for_their_model_while_others_go_on(
     with running_door(*models, keepalive_s=0.1, max_num_queued_requests=4) as door:
         async with door.client() as client:
             assert text_of(await ask(client, "quick")) == ANSWER
-            streams = {
-                path: asyncio.create_task(lines_of(client, path))
-                for path in ("/v1/chat/completions", "/v1/messages", "/api/chat")
-            }
+            told: list[list[str]] = [[], [], []]
+            paths = ("/v1/chat/completions", "/v1/messages", "/api/chat")
+            streams = [
+                asyncio.create_task(read_lines(client, path, lines)) for path, lines in zip(paths, told, strict=True)
+            ]
             whole = asyncio.create_task(ask(client, "slow"))
-            await door.wait_for(lambda: door.fleet.num_waiting("slow") == 4)
+            await until(lambda: door.fleet.num_waiting("slow") == 4)
             full = await ask(client, "slow")
             assert full.status_code == 429 and "4 requests wait until 'slow' is loaded" in full.text
             assert text_of(await ask(client, "quick")) == ANSWER
             whole.cancel()  # it leaves, and nobody else with it
-            await door.wait_for(lambda: door.fleet.num_waiting("slow") == 3)
+            await until(lambda: door.fleet.num_waiting("slow") == 3)
             last = asyncio.create_task(ask(client, "slow"))
-            await asyncio.sleep(0.3)
+            await until(lambda: told[0] and told[1])  # that it goes on
             go.touch()
             assert text_of(await last) == ANSWER
-            chat, claude, ollama = [await stream for stream in streams.values()]
+            await asyncio.gather(*streams)
+            chat, claude, ollama = told
         assert chat[0] == claude[0] == ": keep-alive" and chat[-1] == "data: [DONE]"
         assert "event: message_stop" in claude
         assert all(json.loads(line) for line in ollama) and json.loads(ollama[-1])["done"]
 
         async with door.client() as client:
             waiting = [asyncio.create_task(ask(client, "broken")) for _ in range(2)]
-            stream = asyncio.create_task(lines_of(client, "/v1/messages", model="broken"))
+            lines: list[str] = []
+            stream = asyncio.create_task(read_lines(client, "/v1/messages", lines, model="broken"))
             for response in [await each for each in waiting]:
                 assert response.status_code == 503 and response.json()["error"]["code"] == "model_load_failed"
                 assert "'broken' could not be loaded: its file is damaged" in response.text
-            told = [line for line in await stream if "error" in line]
-            assert told and "its file is damaged" in told[-1]
+            await stream
+            errors = [line for line in lines if "error" in line]
+            assert errors and "its file is damaged" in errors[-1]
 
 
-async def lines_of(client: httpx.AsyncClient, path: str, **fields: Any) -> list[str]:
+async def read_lines(client: httpx.AsyncClient, path: str, lines: list[str], **fields: Any) -> None:
+    """Append a stream's lines, as they come."""
     body = {**CHAT, "model": "slow", "stream": True, "max_tokens": 50, **fields}
     async with client.stream("POST", path, json=body) as response:
-        return [line async for line in response.aiter_lines() if line]
+        async for line in response.aiter_lines():
+            lines += [line] if line else []
 
 
 async def test_what_does_not_fit_is_refused_and_what_dies_is_started_again() -> None:
     models = (model("endless", "endless size 40", pinned=True), model("large", "size 70"), model("failing"))
     with running_door(*models) as door:
-        await door.wait_for(lambda: door.states()["endless"] == "ready")  # without a request
+        await until(lambda: door.states()["endless"] == "ready")  # without a request
         async with door.client() as client:
             refused = await ask(client, "large")
             assert refused.status_code == 503 and refused.headers["retry-after"]
             error = refused.json()["error"]
             assert error["code"] == "model_does_not_fit"
             assert "'large' needs 70.00 GiB" in error["message"] and "'endless' (" in error["message"]
-            await door.wait_for(lambda: list(door.pids()) == ["endless"])
+            await until(lambda: list(door.pids()) == ["endless"])
 
             body = {**CHAT, "stream": True, "ignore_eos": True, "max_tokens": 200}
             seen: list[str] = []
@@ -206,30 +213,35 @@ async def test_what_does_not_fit_is_refused_and_what_dies_is_started_again() -> 
 
             for _ in range(3):  # failed steps, after which an engine gives up
                 assert (await ask(client, "failing")).status_code >= 500
-            await door.wait_for(lambda: door.fleet.counts["failing"].unloads["died"] == 1)
+            await until(lambda: door.fleet.counts["failing"].unloads["died"] == 1)
 
 
-async def test_a_client_that_leaves_ends_its_request_and_a_stop_lets_the_others_finish() -> None:
-    with running_door(model("endless"), model("slow"), shutdown_timeout_s=20.0) as door:
+async def test_a_client_that_leaves_ends_its_request_and_a_stop_lets_the_others_finish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = tmp_path / "go"
+    monkeypatch.setenv(GO_VARIABLE, str(go))
+    models = (model("endless"), model("held"), model("slow"))
+    with running_door(*models, shutdown_timeout_s=PATIENCE_S) as door:
         async with door.client() as client:
             body = {**CHAT, "stream": True, "max_tokens": 100}
             async with client.stream("POST", "/v1/chat/completions", json=body) as response:
                 await anext(response.aiter_lines())
                 assert door.fleet.num_running("endless") == 1
-            await door.wait_for(lambda: door.fleet.num_running("endless") == 0)
+            await until(lambda: door.fleet.num_running("endless") == 0)
 
-            running = asyncio.create_task(ask(client, "endless", max_tokens=60))
-            await door.wait_for(lambda: door.fleet.num_running("endless") == 1)
+            running = asyncio.create_task(ask(client, "held", max_tokens=60))
+            await until(lambda: door.fleet.num_running("held") == 1)
             waiting = asyncio.create_task(ask(client, "slow"))
-            await door.wait_for(lambda: door.fleet.num_waiting("slow") == 1)
+            await until(lambda: door.fleet.num_waiting("slow") == 1)
             pids = door.pids()
             door.stop()
             assert (await waiting).json()["error"]["code"] == "server_draining"
             late = await ask(client, "endless")
             assert late.status_code == 503 and (await client.get("/ready")).status_code == 503
-            answer = (await running).json()
-            assert answer["usage"]["completion_tokens"] == 60
-        await door.wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.values()))
+            go.touch()
+            assert text_of(await running) == ANSWER
+        await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.values()))
 
 
 def test_a_stop_at_once_logs_no_error(caplog: pytest.LogCaptureFixture) -> None:

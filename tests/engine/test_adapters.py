@@ -4,7 +4,6 @@ Expected: data/adapter_reference.json, which write_adapter_reference.py makes.""
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tests.builders import TinyLlama, write_tiny_hf_llama
 from tests.engine.write_adapter_reference import ADAPTERS, NUM_STEPS, NUM_TOP, OUTPUT
 from tests.engine.write_qwen3_reference import NUMBERS
 from tests.engine.write_qwen3_reference import OUTPUT as BASE_OUTPUT
+from tests.patience import wait_for
 from tinyvllm import LLM, LoRARequest, SamplingParams
 from tinyvllm.errors import RequestError
 from tinyvllm.execution.adapters import AdapterTable
@@ -136,9 +136,7 @@ def test_steps_go_on_while_an_adapter_is_read_again(llm: LLM, folder: Path, monk
     passed = []
 
     def read_slowly(table: AdapterTable, path: str) -> Any:
-        end_s = time.monotonic() + 20
-        while llm.stats.extra["num_steps"] < num_steps + NUM_STEPS and time.monotonic() < end_s:
-            time.sleep(1e-3)
+        wait_for(lambda: llm.stats.extra["num_steps"] >= num_steps + NUM_STEPS)
         passed.append(llm.stats.extra["num_steps"] - num_steps)
         return read(table, path)
 

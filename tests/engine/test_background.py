@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.engine.fakes import FakeCaptures, FakeModelRunner, load_text
 from tests.engine.requests import SETTINGS
+from tests.patience import PATIENCE_S, until
 from tests.scheduling.fakes import make_request, run_alone
 from tinyvllm.config import EngineConfig, GenerationDefaults, ModelFiles, SamplingParams
 from tinyvllm.device.program_store import ProgramStore
@@ -25,9 +25,6 @@ from tinyvllm.profiling import measure
 from tinyvllm.scheduling.block_manager import BlockManager
 from tinyvllm.scheduling.plan import StepOutput, StepPlan
 from tinyvllm.scheduling.scheduler import Scheduler
-
-PATIENCE_S = 20
-COMPILERS_S = 90  # where everything else wants the cores too
 
 
 class Overlapping(FakeModelRunner):
@@ -115,13 +112,6 @@ def start(captures: FakeCaptures, runner: FakeModelRunner, warm_up: str = "backg
     return AsyncEngine.start(EngineConfig("tiny", warm_up=warm_up), load=load)
 
 
-async def until(is_true: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + PATIENCE_S
-    while not is_true():
-        assert time.monotonic() < end_s
-        await asyncio.sleep(0.005)
-
-
 async def test_an_idle_engine_makes_its_graphs() -> None:
     captures = FakeCaptures(4)
     engine = start(captures, FakeModelRunner())
@@ -192,7 +182,7 @@ async def test_answers_are_the_same_while_graphs_come(
     to_come = engine.stats().num_captures_to_come
     assert to_come == (0 if warm_up == "full" else 1)
     answers: list[list[int]] = []
-    end_s = time.monotonic() + COMPILERS_S
+    end_s = time.monotonic() + PATIENCE_S
     for turn in itertools.count():
         deltas = await asyncio.gather(*[collect(engine, f"{turn}-{index}") for index in range(1 + turn % 3)])
         answers += [[token for delta in each for token in delta.token_ids] for each in deltas]

@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.text.vocabularies import make_byte_level
 from tinyvllm.config import GrammarSpec
 from tinyvllm.engine import constraints
@@ -29,7 +30,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     def compile_held(spec: GrammarSpec, *rest: object) -> object:
         if spec.text == "slow":
-            event.wait(20)
+            event.wait(PATIENCE_S)
         return compile_grammar(spec, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(constraints, "compile_grammar", compile_held)
@@ -63,18 +64,19 @@ async def test_a_bad_grammar_is_refused_every_time_under_its_own_field() -> None
 
 
 async def test_a_slow_grammar_is_refused_and_holds_nobody(held: threading.Event) -> None:
-    compiler = make_compiler(compile_s=0.2)
-    slow = GrammarSpec("regex", "slow", param="response_format")
+    compiler, slow = make_compiler(), GrammarSpec("regex", "slow", param="response_format")
     waiting = asyncio.ensure_future(compiler.compile(slow))
     await asyncio.sleep(0)
     assert await compiler.compile(DIGITS)  # another thread, and the event loop is free
+    patient, compiler._limits = compiler._limits, GrammarLimits(compile_s=0.05)
     with pytest.raises(RequestError, match="took more than") as error:
-        await waiting
+        await compiler.compile(slow)
     assert error.value.param == "response_format"
     with pytest.raises(RequestError, match="took more than"):
         await asyncio.to_thread(compiler.compile_now, slow)
+    compiler._limits = patient
     held.set()
-    assert await compiler.compile(slow), "what was compiled meanwhile is there for the next"
+    assert await waiting is await compiler.compile(slow), "what was compiled meanwhile is there for the next"
 
 
 async def test_a_caller_who_leaves_cancels_nobody_else(held: threading.Event) -> None:

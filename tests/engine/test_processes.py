@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.engine.fakes import FakeModelRunner, join, load_text, make_loaded, say
 from tests.execution.tiered import make_tiers
+from tests.patience import PATIENCE_S, until
 from tests.scheduling.fakes import make_request, run_alone
 from tests.sweeps import examples
 from tinyvllm.config import EngineConfig, GenerationDefaults, GrammarSpec, SamplingParams
@@ -97,7 +98,7 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engines
 @asynccontextmanager
 async def connected(engines: Engines, name: str = "a", index: int = 0) -> AsyncIterator[AsyncEngine]:
     engine = AsyncEngine(engines.config, engines.host(name, index))
-    await asyncio.wait_for(engine.wait_ready(), 20)
+    await engine.wait_ready()
     try:
         yield engine
     finally:
@@ -153,14 +154,6 @@ async def read(engine: AsyncEngine, prompt: bytes, params: SamplingParams, name:
 def host_of(engine: AsyncEngine) -> ProcessHost:
     assert isinstance(engine._host, ProcessHost)
     return engine._host
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(4000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it did not become true")
 
 
 async def test_tokens_are_those_of_an_engine_in_the_same_process(engines: Engines) -> None:
@@ -272,7 +265,7 @@ async def test_an_engine_that_stops_ends_its_calls_and_a_new_one_serves_again(en
         engines._threads[0] = threading.Thread(target=engines._serve, args=(0,))
         engines._threads[0].start()
         host.engine_started(0)
-        await asyncio.wait_for(engine.wait_ready(), 20)
+        await engine.wait_ready()
         assert engine.error is None
         assert (await read(engine, b"hello", GREEDY, "again")).finish_reason == "length"
 
@@ -375,7 +368,7 @@ async def test_a_reset_reaches_the_tiers_of_all_engines_that_share_a_folder(engi
 async def test_calls_of_a_dead_engine_run_elsewhere_unless_they_have_output(engines: Engines) -> None:
     blocked = FakeModelRunner(max_num_seqs=1)
     gate = threading.Event()
-    blocked.before_step = lambda plan: (gate.wait(20), None)[1]
+    blocked.before_step = lambda plan: (gate.wait(PATIENCE_S), None)[1]
     engines.add(blocked)
     engines.add()
     async with connected(engines) as engine:

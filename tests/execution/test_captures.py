@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.execution.driver import FOUR_GRAPHS, generate, make_request, write_mixed_gguf
+from tests.patience import PATIENCE_S
 from tinyvllm.config import Limits, ModelFiles
 from tinyvllm.device.recording import Call
 from tinyvllm.execution import captures as captures_module
@@ -24,7 +25,6 @@ from tinygrad.helpers import Context  # isort: skip  (tinyvllm makes its setting
 
 CONFIG = FOUR_GRAPHS
 PROMPTS = [list(b"to be"), list(b"or not to be, that is the question:"), [7], list(b"whether 'tis nobler")]
-PATIENCE_S = 60
 
 
 pytestmark = pytest.mark.usefixtures("shared_compiling_processes")  # which `advance` takes graphs from

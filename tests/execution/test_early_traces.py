@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from tests.builders import write_tiny_gguf, write_tiny_hf_llama
 from tests.execution.driver import TINY, generate, make_request
 from tests.ops.builders import make_host
+from tests.patience import wait_for
 from tests.sweeps import swept
 from tinyvllm.config import CACHE_DIR_VARIABLE, Limits, ModelConfig, ModelFiles
 from tinyvllm.device.compile_workers import Job
@@ -54,16 +54,11 @@ def tokens_of(runner: ModelRunner) -> list[int]:
     return list(request.output_ids)
 
 
-def wait_for(pending: list[Pending]) -> None:
-    while not all(one.is_done for one in pending):
-        time.sleep(0.01)
-
-
 def warm_up_without_tracing(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Capture the first graphs, of which neither this process nor another may trace one now."""
     early = runner.captures._early
     assert early is not None
-    wait_for([trace._pending for trace in early.traces.values()])
+    wait_for(lambda: all(trace._pending.is_done for trace in early.traces.values()))
 
     def trace(*_: object) -> None:
         raise AssertionError("this step's early trace was not taken")
@@ -106,7 +101,8 @@ def load_before_any_trace(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) ->
         runner = load_runner(files, replace(TINY, compile_cache=False))
     early = runner.captures._early
     assert early is not None and len(early.traces) == 2 and len(early._parts) == 3
-    wait_for([*early._parts, *[trace._pending for trace in early.traces.values()]])
+    pending = [*early._parts, *[trace._pending for trace in early.traces.values()]]
+    wait_for(lambda: all(one.is_done for one in pending))
     return runner, early
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.execution.tiered import TieredFlights, TieredRunner, attach, make_rows, make_tiers
+from tests.patience import PATIENCE_S, wait_for
 from tests.scheduling.fakes import FakeRunner, make_request, make_scheduler, run_alone
 from tests.scheduling.test_properties import Traffic, check_traffic
 from tests.sweeps import in_both, length, swept
@@ -98,7 +99,7 @@ def answer(scheduler: Scheduler, runner: TieredRunner, request: Request) -> Requ
     """Run a request to its end, and compare it with its answer alone."""
     scheduler.add(request)
     flights = TieredFlights(scheduler, runner)
-    end_s = time.monotonic() + 20
+    end_s = time.monotonic() + PATIENCE_S
     while scheduler.has_work:
         flights.step()
         assert time.monotonic() < end_s
@@ -463,10 +464,8 @@ def test_a_scan_that_fails_does_not_end_the_writer(
     monkeypatch.setattr("tinyvllm.execution.kv_tiers.disk_tier.RESCAN_S", 0.01)
     monkeypatch.setattr(DiskTier, "_scan", fail)
     disk.wait_idle()  # from now on, the shorter time holds
-    end_s = time.monotonic() + 20
-    while "cannot be put in order" not in caplog.text and time.monotonic() < end_s:
-        time.sleep(0.01)
-    assert disk._thread.is_alive() and "cannot be put in order" in caplog.text
+    wait_for(lambda: "cannot be put in order" in caplog.text)
+    assert disk._thread.is_alive()
     monkeypatch.undo()
     disk.wait_idle()
     disk.close()
@@ -559,8 +558,8 @@ def test_a_folder_in_a_blocks_place_costs_that_block_only(tmp_path: Path, caplog
 
 def test_what_was_to_be_written_before_a_reset_is_forgotten_with_the_rest(tmp_path: Path) -> None:
     disk = DiskTier(tmp_path, b"d" * 16, 1 << 30, 1 << 20)
-    gate, key = threading.Event(), Key(0, b"h" * 16)
-    disk.write(key, b"tokens", np.zeros(100, np.uint8), lambda is_written: None, lambda: (gate.wait(20), None)[1])
+    gate, key, data = threading.Event(), Key(0, b"h" * 16), np.zeros(100, np.uint8)
+    disk.write(key, b"tokens", data, lambda is_written: None, lambda: (gate.wait(PATIENCE_S), None)[1])
     disk.clear()
     gate.set()
     disk.wait_idle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tests.engine.fakes import EOS_ID, FakeModelRunner, make_loaded
+from tests.patience import PATIENCE_S
 from tests.scheduling.fakes import VOCAB_SIZE
 from tinyvllm.config import EngineConfig, GrammarSpec, SamplingParams
 from tinyvllm.engine.async_engine import AsyncEngine
@@ -24,7 +26,6 @@ from tinyvllm.scheduling.request import Constraint, Request
 from tinyvllm.text.grammar import Matcher
 
 NUM_BLOCKS, NUM_STATES = 24, 10  # few enough that requests are preempted
-HANG_S = 30.0
 NUM_WORDS = -(-VOCAB_SIZE // 32)
 SHARED = list(b"A beginning that all of the prompts share, ")
 SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
@@ -93,7 +94,7 @@ class Rounds:
         self._expected: list[int] | None = None
 
     async def run(self) -> dict[str, Outcome]:
-        """One round: every kind at once. Each ends, within HANG_S, with an answer or with a reason."""
+        """One round: every kind at once. Each ends, within PATIENCE_S, with an answer or with a reason."""
         self._number += 1
         work: dict[str, Callable[[str], Awaitable[Outcome]]] = {
             "stream": lambda name: self._generate(name, max_tokens=40),
@@ -106,7 +107,7 @@ class Rounds:
             "beams": self._beams,
             "left": self._leave,
         }
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(PATIENCE_S):
             outcomes = await asyncio.gather(*(ask(f"{kind}-{self._number}") for kind, ask in work.items()))
         return dict(zip(work, outcomes, strict=True))
 
@@ -114,7 +115,7 @@ class Rounds:
         """OK if the next request is answered, and as the first one that was ever sent was."""
         self._number += 1
         ids: list[int] = []
-        async with asyncio.timeout(HANG_S):
+        async with asyncio.timeout(PATIENCE_S):
             outcome = await self._generate(f"next-{self._number}", max_tokens=12, ids=ids)
         if self._expected is None:
             self._expected = ids
@@ -122,11 +123,11 @@ class Rounds:
 
     async def left(self) -> dict[str, Any]:
         """What the engine and its client still hold, once aborted requests are gone. Audits the pools."""
-        for _ in range(200):
-            [counts] = await self.engine.audit()
-            if not counts["requests"]:
-                break
+        end_s = time.monotonic() + PATIENCE_S
+        [counts] = await self.engine.audit()
+        while counts["requests"] and time.monotonic() < end_s:
             await asyncio.sleep(0.005)
+            [counts] = await self.engine.audit()
         clients = [client for _, client in self.engine._host.clients()]
         return counts | {
             "calls": sum(len(client.calls) for client in clients),

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.faults.rounds import start_fake_engine
+from tests.patience import until
 from tinyvllm.engine.async_engine import AsyncEngine
 from tinyvllm.faults import ENGINE, POINTS, Fault, planned
 from tinyvllm.server.app import make_app
@@ -56,20 +57,13 @@ def ended_with_an_error(kind: str, response: httpx.Response) -> bool:
     return ("error" in events[-1] and events[-1]["error"] is not None) or events[-1].get("type") == "response.failed"
 
 
-async def settled_tasks() -> int:
-    """Tasks of this loop, once those that are about to end have."""
-    for _ in range(20):
-        await asyncio.sleep(0.005)
-    return len(asyncio.all_tasks())
-
-
 async def test_every_api_tells_its_client_of_a_failure_and_answers_the_next() -> None:
     engine = start_fake_engine()
     await engine.wait_ready()
     app = make_app(engine, ServerSettings(model_aliases=("tiny",)))
     board = app.state.server.board
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
 
         async def fails(kind: str) -> bool:
             path, body = BODIES[kind]
@@ -77,7 +71,7 @@ async def test_every_api_tells_its_client_of_a_failure_and_answers_the_next() ->
 
         for kind in BODIES:  # compiles the grammar
             assert not await fails(kind), kind
-        num_tasks, seen = await settled_tasks(), set()
+        num_tasks, seen = len(asyncio.all_tasks()), set()
         for fault in FAULTS:
             for kind in BODIES:
                 with planned(fault) as plan:
@@ -87,7 +81,7 @@ async def test_every_api_tells_its_client_of_a_failure_and_answers_the_next() ->
                     seen.add(fault.point)
                     assert not await fails(kind), (fault, kind)
         assert seen == {fault.point for fault in FAULTS}
-        assert await settled_tasks() == num_tasks
+        await until(lambda: len(asyncio.all_tasks()) <= num_tasks)
         assert board.sum(NUM_REQUESTS) == 0
         [left] = await engine.audit()
         assert left["requests"] == left["owned_requests"] == 0 and left["free_blocks"] == left["all_blocks"]
@@ -99,7 +93,7 @@ async def test_a_dead_engine_fails_readiness_and_says_so_to_everybody(point: str
     engine: AsyncEngine = start_fake_engine()
     await engine.wait_ready()
     transport = httpx.ASGITransport(make_app(engine, ServerSettings()), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         assert (await client.get("/ready")).status_code == 200
         with planned(Fault(point)):
             path, body = BODIES["chat"]

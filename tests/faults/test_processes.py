@@ -10,6 +10,7 @@ server is whole again afterwards, and stops cleanly. Failures that end processes
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import random
 import sys
@@ -22,13 +23,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.patience import PATIENCE_S
 from tests.server.servers import RunningServer
 from tests.server.test_processes import serving
 from tinyvllm.faults import VARIABLE, Fault, Plan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to see which process did what")
 
-HANG_S = 30.0
 # Occurrences are counted in each process, and a failure happens once in all of them.
 FAULTS = (
     Fault("control.handle", "memory"),
@@ -69,7 +70,7 @@ BODIES: tuple[tuple[str, dict[str, object]], ...] = (
 def ask(server: RunningServer, path: str, body: dict[str, object]) -> str:
     """How one request ended. Raises httpx.TimeoutException if it hangs."""
     try:
-        with httpx.stream("POST", server.address + path, json=body, timeout=HANG_S) as response:
+        with httpx.stream("POST", server.address + path, json=body) as response:
             text = response.read().decode()
     except httpx.TimeoutException:
         raise
@@ -91,6 +92,10 @@ def ask(server: RunningServer, path: str, body: dict[str, object]) -> str:
     return "ok"
 
 
+def is_answered(server: RunningServer, path: str, body: dict[str, object]) -> bool:
+    return ask(server, path, body) == "ok"
+
+
 class Clients:
     """Send requests from several threads until they are told to stop."""
 
@@ -109,7 +114,7 @@ class Clients:
         while not self._stop.is_set():
             for path in ("/start_profile", "/stop_profile"):
                 with contextlib.suppress(httpx.TransportError):
-                    httpx.post(self._server.address + path, timeout=HANG_S)
+                    httpx.post(self._server.address + path)
                 time.sleep(0.2)
 
     def _run(self, number: int) -> None:
@@ -127,7 +132,7 @@ class Clients:
 
 
 def is_idle(server: RunningServer) -> bool:
-    metrics = httpx.get(server.address + "/metrics", timeout=HANG_S).text
+    metrics = httpx.get(server.address + "/metrics").text
     busy = [line for line in metrics.splitlines() if "requests_running{" in line or "requests_waiting{" in line]
     return bool(busy) and all(float(line.rpartition(" ")[2]) == 0 for line in busy)
 
@@ -139,7 +144,11 @@ def missing(faults: Sequence[Fault], marks: Path) -> set[str]:
 
 
 def survive(
-    directory: Path, faults: Sequence[Fault], monkeypatch: pytest.MonkeyPatch, seconds: float, is_random: bool = False
+    directory: Path,
+    faults: Sequence[Fault],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float = PATIENCE_S,
+    is_random: bool = False,
 ) -> Counter[str]:
     """Serve with these failures until all have happened, but no longer than `seconds`; then check what is left.
 
@@ -160,23 +169,21 @@ def survive(
         # whole again: both front-ends answer every kind, and nothing runs or waits
         server.wait_for_status("/ready", 200)
         for path, body in BODIES * 2:
-            server.wait_for(lambda path=path, body=body: ask(server, path, body) == "ok")
+            server.wait_for(functools.partial(is_answered, server, path, body))
         server.wait_for(lambda: is_idle(server))
         server.stop()
     assert is_random or not missing(faults, marks), (missing(faults, marks), clients.outcomes)
     return clients.outcomes
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("deaths", [(), pytest.param(DEATHS, marks=pytest.mark.slow)], ids=["failures", "deaths"])
 def test_a_server_survives_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: tuple[Fault, ...]) -> None:
-    outcomes = survive(tmp_path, [*FAULTS, *deaths], monkeypatch, 60)
+    outcomes = survive(tmp_path, [*FAULTS, *deaths], monkeypatch)
     print(dict(outcomes))
     assert outcomes["ok"] and outcomes["500"] + outcomes["error event"] > 3
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_server_survives_failures_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     rng = random.Random(seed)

@@ -308,4 +308,4 @@ arguments = [native.Argument(ctypes.addressof(out), 256), native.Argument(base, 
 native.Natives(Path({str(tmp_path)!r})).run(kernel, arguments, (2, 1, 1), (64, 1, 1))
 assert list(out) == [i ^ 33 for i in range(64)], list(out)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True)

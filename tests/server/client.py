@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from typing import Any
 from urllib.parse import urlsplit
@@ -74,10 +75,25 @@ def exchange(url: str, path: str, body: dict[str, Any], head: str = "") -> bytes
     """What a server sends on a connection of its own."""
     parts = urlsplit(url)
     data = json.dumps(body).encode()
-    with socket.create_connection((parts.hostname, parts.port), timeout=20) as sock:
+    with socket.create_connection((parts.hostname, parts.port)) as sock:
         sock.sendall(
             f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
             f"{head}Content-Length: {len(data)}\r\n\r\n".encode()
             + data
         )
         return b"".join(iter(lambda: sock.recv(1 << 16), b""))
+
+
+def read_answer(sock: socket.socket) -> bytes:
+    """A whole answer that states its length, however it arrives."""
+    answer, size = b"", 1
+    while len(answer) < size:
+        data = sock.recv(1 << 16)
+        assert data, answer
+        answer += data
+        head, end, _ = answer.partition(b"\r\n\r\n")
+        if found := re.search(rb"(?i)\r\ncontent-length: (\d+)", head):
+            size = len(head) + len(end) + int(found[1])
+        else:
+            size = len(answer) + 1
+    return answer

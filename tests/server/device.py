@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from tests.engine.fakes import FakeModelRunner, make_loaded, say
+from tests.patience import wait_for
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.loading import LoadedEngine, Progress
 from tinyvllm.scheduling.plan import StepStats
@@ -36,10 +37,8 @@ class Device:
 
     def wait_until_all_blocks_are_free(self) -> None:
         """Wait until every block is free; then audit the pool."""
-        for _ in range(2000):
-            if self.stats.num_free_blocks == 63 and not self.stats.num_running and not self.stats.num_waiting:
-                break
-            time.sleep(0.01)
+        idle = lambda stats: stats.num_free_blocks == 63 and not stats.num_running and not stats.num_waiting  # noqa: E731
+        wait_for(lambda: idle(self.stats))
         assert self.loaded is not None
         self.loaded.engine.core.scheduler.block_manager.audit()
         assert self.stats.num_free_blocks == 63

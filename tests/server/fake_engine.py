@@ -16,6 +16,7 @@ import uvicorn
 from numpy.typing import NDArray
 from starlette.types import ASGIApp
 
+from tests.patience import PATIENCE_S
 from tinyvllm.config import (
     BlockGroup,
     Capacity,
@@ -337,9 +338,9 @@ class FakeEngine:
             (self.running.add if running else self.running.discard)(request_id)
             self.changed.notify_all()
 
-    def wait_until(self, condition: Any, timeout_s: float = 20.0) -> None:
+    def wait_until(self, condition: Any) -> None:
         with self.changed:
-            assert self.changed.wait_for(condition, timeout_s), f"{self.running=} {self.closed=}"
+            assert self.changed.wait_for(condition, PATIENCE_S), f"{self.running=} {self.closed=}"
 
     def reply_to(self, prompt_ids: list[int]) -> str:
         return self.reply

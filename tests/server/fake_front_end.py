@@ -42,7 +42,7 @@ def connect(spec: FrontEndSpec) -> Any:
     engine = RemoteEngine(reply=f"{spec.name}.", served_model_name="tiny")
     engine.config = spec.config
     if spec.config.served_model_name == "slow":  # like a large tokenizer that is read on a thread
-        asyncio.get_running_loop().run_in_executor(None, time.sleep, 20)
+        asyncio.get_running_loop().run_in_executor(None, time.sleep, 1000)
     return engine, engine
 
 

@@ -11,7 +11,7 @@ from tinyvllm.device.compile_workers import CompileWorkers
 from tinyvllm.engine.loading import LoadedEngine
 
 ANSWER = "Grüße, 世界! 👋"
-STEP_S = 0.02
+STEP_S, DECODE_S = 0.02, 0.25
 
 
 def _runner() -> FakeModelRunner:
@@ -31,6 +31,14 @@ def endless(config: EngineConfig, progress: Callable[[str, int, int], None]) -> 
     runner = _runner()
     runner.choose = lambda request, digest: 97 + digest % 26
     runner.before_step = lambda plan: time.sleep(STEP_S)
+    return make_loaded(runner)
+
+
+def slow(config: EngineConfig, progress: Callable[[str, int, int], None]) -> LoadedEngine:
+    """`endless`, and takes DECODE_S for a step without a prompt: what a test begins still runs when it goes on."""
+    runner = _runner()
+    runner.choose = lambda request, digest: 97 + digest % 26
+    runner.before_step = lambda plan: time.sleep(DECODE_S if all(entry.start for entry in plan.entries) else STEP_S)
     return make_loaded(runner)
 
 

@@ -11,8 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import httpx
 
 from tests.forking import forked, forking_instead_of, started
+from tests.patience import as_for_users, be_patient, wait_for
 from tinyvllm.config import EngineConfig
 from tinyvllm.server import run_directory, sockets, supervisor
 from tinyvllm.server.engine_placement import Placement
@@ -55,16 +55,22 @@ def main() -> None:
     from tinyvllm.errors import TinyvllmError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    options = json.loads(sys.argv[1])
+    if options.pop("is_patient"):
+        be_patient()
+    else:
+        as_for_users()
 
     def say(event: str, **facts: Any) -> None:
         print(json.dumps({"event": event, **facts}), flush=True)
 
     async def run() -> None:
-        options = json.loads(sys.argv[1])
         if options.pop("is_forked"):
             asyncio.create_subprocess_exec = forking_instead_of(asyncio.create_subprocess_exec)
         path = options.pop("uds", None)
         supervisor.UNSEEN_S = options.pop("unseen_s", supervisor.UNSEEN_S)
+        supervisor.ENGINE_EXIT_S = options.pop("engine_exit_s", supervisor.ENGINE_EXIT_S)
+        supervisor.HASTE_S = options.pop("haste_s", supervisor.HASTE_S)
         sock = sockets.bind("127.0.0.1", 0) if path is None else sockets.bind_unix(path)
         say("listening", address=sockets.address_of(sock, has_tls="tls" in options))
         recordings = await supervise(
@@ -110,21 +116,15 @@ class RunningServer:
     def wait_for_status(self, path: str, status: int) -> None:
         self.wait_for(lambda: httpx.get(self.address + path, timeout=5).status_code == status)
 
-    def wait_for(self, condition: Any, timeout_s: float = 40.0) -> None:
-        end_s = time.monotonic() + timeout_s
-        while True:
-            with contextlib.suppress(httpx.TransportError, FileNotFoundError):
-                if condition():
-                    return
-            assert time.monotonic() < end_s, "the condition did not come true in time"
-            time.sleep(0.02)
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        wait_for(condition, httpx.TransportError, FileNotFoundError)
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout_s: float = 40.0) -> int:
+    def wait(self) -> int:
         """Its exit code."""
-        code = self.process.wait(timeout=timeout_s)
+        code = self.process.wait()
         for reader in self._readers:
             reader.join()
         return code
@@ -158,12 +158,13 @@ def own_run_dirs(pid: int) -> list[Path]:
 
 
 @contextlib.contextmanager
-def running_server(is_forked: bool = True, **options: Any) -> Iterator[RunningServer]:
+def running_server(is_forked: bool = True, is_patient: bool = True, **options: Any) -> Iterator[RunningServer]:
     """A server of several processes by `plan_from(options)`. Killed at the end, if it still runs.
 
-    `is_forked`: they have this process's modules, instead of importing their own."""
+    `is_forked`: they have this process's modules, instead of importing their own. `is_patient`: as tests are."""
     model_dir = tempfile.mkdtemp()
-    options = {**options, "is_forked": is_forked, "config": {"model": model_dir, **options.get("config", {})}}
+    options |= {"is_forked": is_forked, "is_patient": is_patient}
+    options["config"] = {"model": model_dir, **options.get("config", {})}
     start = forked if is_forked else started
     with start(
         "tests.server.servers",
@@ -176,11 +177,9 @@ def running_server(is_forked: bool = True, **options: Any) -> Iterator[RunningSe
         try:
             assert process.stdout is not None
             address = json.loads(process.stdout.readline())["address"]
-            end_s = time.monotonic() + 40
-            while not (found := own_run_dirs(process.pid)):
-                assert process.poll() is None and time.monotonic() < end_s
-                time.sleep(0.01)
-            server = RunningServer(process, address, found[0], Path(model_dir))
+            wait_for(lambda: own_run_dirs(process.pid) or process.poll() is not None)
+            (run_dir,) = own_run_dirs(process.pid)
+            server = RunningServer(process, address, run_dir, Path(model_dir))
             yield server
             if process.poll() is None:
                 server.signal(signal.SIGKILL)

@@ -35,7 +35,7 @@ async def serving(folder: Path, **settings: Any) -> AsyncIterator[httpx.AsyncCli
     engine = AsyncEngine.start(config)
     await engine.wait_ready()
     transport = httpx.ASGITransport(make_app(engine, ServerSettings(**settings)))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
     await engine.shutdown()
 

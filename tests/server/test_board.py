@@ -64,7 +64,7 @@ def test_front_ends_admit_exactly_as_many_as_the_limit_allows(tmp_path: Path) ->
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    counts = [int(process.communicate(timeout=60)[0]) for process in greedy]
+    counts = [int(process.communicate()[0]) for process in greedy]
     assert sum(counts) == 40007 == board.sum(NUM_SEQS)
     assert board.sum(NUM_WAITING_TOKENS) == 400070
     assert [row.cells[NUM_SEQS] for row in board.rows] == [*counts, 0]
@@ -74,7 +74,7 @@ def test_a_killed_front_end_keeps_neither_the_lock_nor_its_places(tmp_path: Path
     path = tmp_path / "board"
     board = Board.create(path, 3)
     killed = start(KILLED, str(path))
-    killed.communicate(timeout=60)
+    killed.communicate()
     assert killed.returncode == -signal.SIGKILL and board.sum(NUM_SEQS) == 5
     board.rows[2].clear()
     admission = Admission(ServerSettings(max_num_queued_requests=0), board)

@@ -8,7 +8,6 @@ import json
 import resource
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from tests.patience import until, wait_for
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.server import gate
 from tinyvllm.server.app import make_app
@@ -41,8 +41,7 @@ async def test_a_lost_connection_counts_as_taken(caplog: pytest.LogCaptureFixtur
     intake = Intake(there, make_gate(), board)
     for _ in range(3):
         here.send(b"c")  # this is how a mark arrives whose descriptor exceeds the limit
-    await asyncio.sleep(0.01)
-    assert board.own.cells[NUM_TAKEN] == 3
+    await until(lambda: board.own.cells[NUM_TAKEN] == 3)
     assert caplog.text.count("too many open files") == 1
     intake.close()
     here.close()
@@ -54,8 +53,7 @@ async def test_a_connection_that_was_reset_counts_as_taken() -> None:
     intake = Intake(there, make_gate(), board)
     reset = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)  # has no TCP_NODELAY, like a reset connection on macOS
     socket.send_fds(here, [b"c"], [reset.fileno()])
-    await asyncio.sleep(0.05)
-    assert board.own.cells[NUM_TAKEN] == 1
+    await until(lambda: board.own.cells[NUM_TAKEN] == 1)
     for sock in (here, reset):
         sock.close()
     intake.close()
@@ -65,8 +63,8 @@ async def test_a_connection_that_was_reset_counts_as_taken() -> None:
 
 
 @contextlib.contextmanager
-def serving(engine: FakeEngine, **settings: Any) -> Iterator[str]:
-    """The URL of a server of one process, on a thread."""
+def serving(engine: FakeEngine, **settings: Any) -> Iterator[tuple[str, DrainingServer]]:
+    """A server of one process, on a thread, and its URL."""
     sock = bind("127.0.0.1", 0)
     app = make_app(engine, ServerSettings(**settings))  # type: ignore[arg-type]
     state = app.state.server
@@ -74,23 +72,23 @@ def serving(engine: FakeEngine, **settings: Any) -> Iterator[str]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}", server
     finally:
         server.should_exit = server.force_exit = True
         thread.join()
 
 
 def connect(url: str) -> socket.socket:
-    return socket.create_connection((urlsplit(url).hostname or "", urlsplit(url).port or 0), timeout=10)
+    return socket.create_connection((urlsplit(url).hostname or "", urlsplit(url).port or 0))
 
 
 def test_idle_connections_make_room_then_only_probes_are_served_then_all_are_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = FakeEngine("Hello", hang_after=2)
-    with serving(engine, max_connections=4) as url, contextlib.ExitStack() as stack:
+    with serving(engine, max_connections=4) as (url, server), contextlib.ExitStack() as stack:
         idle = [stack.enter_context(connect(url)) for _ in range(4)]
-        time.sleep(0.1)  # until they are accepted
+        wait_for(lambda: len(server.server_state.connections) == 4)
         body = json.dumps({"prompt": "x", "stream": True}).encode()
         headers = f"host: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
         request = f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n\r\n".encode() + body

@@ -77,7 +77,7 @@ async def test_messages_pass_both_ways_while_the_child_computes_and_it_ends_with
         assert echo["text"] == "line\nbreaks" and EngineConfig(**{**echo["config"], "decode_buckets": ()}).seed == 0
         link.close()
         assert [message async for message in messages] == []
-        assert process.wait(timeout=20) == EXIT_ORPHANED
+        assert process.wait() == EXIT_ORPHANED
         wait_until_gone([started["helper"]])
 
 

@@ -49,7 +49,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[type, tuple[str, in
 
 def answers(address: tuple[str, int], data: bytes) -> bytes:
     """All that the server sends until it closes the connection."""
-    with socket.create_connection(address, timeout=10) as sock:
+    with socket.create_connection(address) as sock:
         sock.sendall(data)
         return b"".join(iter(lambda: sock.recv(65536), b""))
 

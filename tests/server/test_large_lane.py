@@ -18,6 +18,8 @@ import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.patience import PATIENCE_S
+from tests.server.client import read_answer
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.server.app import make_app
 from tinyvllm.server.failures import ClientGone
@@ -33,10 +35,10 @@ from tinyvllm.server.streaming import send_promptly
 class Lanes:
     """A front-end with an engine of its own, and a large lane with another, so that it shows who answered."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, idle_timeout_s: float = PATIENCE_S) -> None:
         self.small, self.large = FakeEngine(reply="small"), FakeEngine(reply="large", max_model_len=10_000_000)
         uds = str(directory / "large")
-        settings = ServerSettings(max_body_bytes=4 * LARGE_BYTES, idle_timeout_s=0.5)
+        settings = ServerSettings(max_body_bytes=4 * LARGE_BYTES, idle_timeout_s=idle_timeout_s)
         lane = make_app(self.large, settings, FrontEnds(is_large_lane=True))  # type: ignore[arg-type]
         app = make_app(self.small, settings, FrontEnds(large_lane=uds))  # type: ignore[arg-type]
         self.states: tuple[ServerState, ServerState] = (lane.state.server, app.state.server)
@@ -77,6 +79,14 @@ class Lanes:
 @pytest.fixture
 def lanes(tmp_path: Path) -> Iterator[Lanes]:
     lanes = Lanes(tmp_path)
+    yield lanes
+    lanes.close()
+
+
+@pytest.fixture
+def hasty_lanes(tmp_path: Path) -> Iterator[Lanes]:
+    """They do not wait for bodies."""
+    lanes = Lanes(tmp_path, idle_timeout_s=0.3)
     yield lanes
     lanes.close()
 
@@ -212,10 +222,11 @@ STALLED = {
 
 
 @pytest.mark.parametrize("request_text", STALLED.values(), ids=STALLED)
-def test_a_body_that_stalls_is_a_408(lanes: Lanes, request_text: str, caplog: pytest.LogCaptureFixture) -> None:
-    with socket.create_connection(lanes.address, timeout=20) as sock:
+def test_a_body_that_stalls_is_a_408(hasty_lanes: Lanes, request_text: str, caplog: pytest.LogCaptureFixture) -> None:
+    lanes = hasty_lanes
+    with socket.create_connection(lanes.address) as sock:
         sock.sendall(request_text.encode())
-        answer = sock.recv(65536).decode()
+        answer = read_answer(sock).decode()
     assert answer.startswith("HTTP/1.1 408") and "the body did not arrive in time" in answer
     assert "x-request-id" in answer and not caplog.records
     lanes.small.wait_until(lambda: bool(lanes.counts("http_requests_total")))
@@ -228,7 +239,7 @@ def test_a_body_that_stalls_is_a_408(lanes: Lanes, request_text: str, caplog: py
 def test_a_client_that_leaves_in_its_body_is_not_logged(
     lanes: Lanes, request_text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with socket.create_connection(lanes.address, timeout=20) as sock:
+    with socket.create_connection(lanes.address) as sock:
         sock.sendall(request_text.encode())
         time.sleep(0.1)
     lanes.small.wait_until(lambda: bool(lanes.counts("http_requests_total")))

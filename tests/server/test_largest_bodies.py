@@ -27,6 +27,7 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tests.builders import write_byte_tokenizer
+from tests.patience import PATIENCE_S
 from tests.server.fake_engine import FakeEngine, serving_app
 from tests.server.measure_interference import Disturbance, disturb, read_all, repeat
 from tinyvllm.config import ModelFiles
@@ -145,7 +146,7 @@ def test_no_body_holds_the_event_loop(tmp_path: Any, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(tokenizers.Tokenizer, "_encode_here", counted)
     slow = {}
-    with server(tmp_path) as (url, turns, engine), httpx.Client(base_url=url, timeout=60) as client:
+    with server(tmp_path) as (url, turns, engine), httpx.Client(base_url=url) as client:
         assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
         for name, (path, body) in bodies().items():
             if name not in names:
@@ -203,13 +204,13 @@ def test_values_are_counted_across_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_seven_large_requests_leave_threads_for_others(tmp_path: Any) -> None:
     """They wait for each other, and a small request is read meanwhile."""
-    with server(tmp_path) as (url, _, engine), httpx.Client(base_url=url, timeout=60) as client:
+    with server(tmp_path) as (url, _, engine), httpx.Client(base_url=url) as client:
         release, tokenizer = multiprocessing.Event(), engine.tokenizer
         encode: Callable[..., list[int]] = tokenizer.encode
 
         def wait_if_long(text: str, **settings: Any) -> list[int]:
             if len(text) > LONG_CHARS:
-                release.wait(30)
+                release.wait(PATIENCE_S)
             return encode(text, **settings)
 
         tokenizer.encode = wait_if_long  # type: ignore[method-assign]

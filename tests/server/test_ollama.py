@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.patience import jump_over_waits
 from tests.server.client import client_of, post
 from tests.server.fake_engine import FakeEngine, TagTemplate
 from tests.server.hermes import CALL, THINKING, hermes
@@ -426,8 +427,9 @@ async def test_a_stream_that_fails_ends_with_an_error() -> None:
 
 
 async def test_silent_streams_send_pieces_without_text() -> None:
+    jump_over_waits()
     engine = FakeEngine(hang_after=2)
-    async with client_of(engine, keepalive_s=0.02, request_timeout_s=0.3) as client:
+    async with client_of(engine, keepalive_s=5, request_timeout_s=18) as client:
         response = await client.post("/api/chat", json={"model": "tiny", "messages": [USER]})
     answered = [json.loads(line) for line in response.text.splitlines()]
     empty = [line for line in answered if line.get("message", {}).get("content") == ""]

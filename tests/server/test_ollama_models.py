@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.builders import GGUFTweaks, write_tiny_gguf, write_tiny_hf_llama
+from tests.patience import PATIENCE_S
 from tests.server.client import client_of, get, post
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.config import EngineConfig, ModelFiles
@@ -184,13 +185,18 @@ def lines_of(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 async def test_a_pull_reports_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = threading.Semaphore(0)
+    taken, line = threading.Semaphore(0), pulls.Pull._line
+
+    def note(pull: pulls.Pull, *stages: Any) -> Any:
+        taken.release()
+        return line(pull, *stages)
 
     def run(report: Callable[[str, int, int], None]) -> None:
         for stage, done in (("download", 0), ("download", 50), ("check", 10), ("check", 100)):
             report(stage, done, 100)
-            taken.acquire(timeout=0.05)  # so that the loop sees each stage
+            taken.acquire(timeout=PATIENCE_S)  # so that the loop sees each stage
 
+    monkeypatch.setattr(pulls.Pull, "_line", note)
     pulled = make_pull(monkeypatch, run)
     lines = lines_of(await post(FakeEngine(), "/api/pull", {"model": "hf.co/org/name:latest"}))
     assert pulled == ["org/name"]
@@ -212,7 +218,7 @@ async def test_two_requests_share_a_pull_and_others_go_on(monkeypatch: pytest.Mo
 
     def run(report: Callable[[str, int, int], None]) -> None:
         report("download", 1, 2)
-        may_end.wait(20)
+        may_end.wait(PATIENCE_S)
 
     pulled = make_pull(monkeypatch, run)
     async with client_of(FakeEngine()) as client:

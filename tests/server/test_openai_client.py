@@ -93,7 +93,7 @@ def test_timing_out_cancels_the_request() -> None:
     engine = FakeEngine(hang_after=3)
     with serving(engine) as url, openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.APITimeoutError):
-            client.chat.completions.create(model="tiny", messages=USER, timeout=0.5)
+            client.chat.completions.create(model="tiny", messages=USER, timeout=openai.Timeout(None, read=0.5))
         engine.wait_until(lambda: len(engine.closed) == 1)
 
 

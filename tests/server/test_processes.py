@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from tests.builders import write_byte_tokenizer
+from tests.server.client import read_answer
 from tests.server.fake_load import ANSWER
 from tests.server.servers import RunningServer, running_server
 from tests.server.test_supervisor import front_end_of, value_of
@@ -49,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 @contextlib.contextmanager
 def streaming(server: RunningServer, body: dict[str, object] = LONG) -> Iterator[tuple[str, Iterator[str]]]:
     """A stream that has begun: its front-end, and its further lines."""
-    with httpx.stream("POST", server.address + "/v1/completions", json=body, timeout=30) as response:
+    with httpx.stream("POST", server.address + "/v1/completions", json=body) as response:
         lines = response.iter_lines()
         next(lines)
         yield front_end_of(server, response), lines
@@ -159,20 +160,19 @@ def test_a_stop_ends_stalled_bodies_with_an_error(tmp_path: Path) -> None:
         f"{head}Content-Length: 400000\r\n\r\n{{",
         f"{head}Transfer-Encoding: chunked\r\n\r\n5\r\n{{    \r\n",
     )
+    settings = {"shutdown_timeout_s": 1000}
     with (
-        serving(tmp_path, "answering", has_large_lane=True, num_front_ends=1) as server,
+        serving(tmp_path, "answering", has_large_lane=True, num_front_ends=1, settings=settings) as server,
         contextlib.ExitStack() as stack,
     ):
         url = urlsplit(server.address)
-        socks = [stack.enter_context(socket.create_connection((url.hostname, url.port), timeout=10)) for _ in texts]
+        socks = [stack.enter_context(socket.create_connection((url.hostname, url.port))) for _ in texts]
         for sock, text in zip(socks, texts, strict=True):
             sock.sendall(text.encode())
         time.sleep(0.5)  # until they wait for the rest
-        start_s = time.monotonic()
-        server.stop()
-        assert time.monotonic() - start_s < 20  # --shutdown-timeout is longer
+        server.stop()  # long before --shutdown-timeout
         for sock in socks:
-            answer = sock.recv(65536).decode()
+            answer = read_answer(sock).decode()
             assert answer.startswith("HTTP/1.1 503") and "server_draining" in answer
         assert "Traceback" not in "".join(server.log)
 
@@ -231,7 +231,7 @@ def test_a_dead_front_end_frees_what_its_requests_held_at_the_engine(tmp_path: P
 
 
 def test_a_dead_engine_ends_its_streams_with_an_error_and_comes_back(tmp_path: Path) -> None:
-    with serving(tmp_path, "endless", restart_engine=True, num_front_ends=1) as server:
+    with serving(tmp_path, "slow", restart_engine=True, num_front_ends=1) as server:
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(streaming(server)) for _ in range(4)]
             os.kill(server.pids()["engine 0"], signal.SIGKILL)
@@ -242,7 +242,7 @@ def test_a_dead_engine_ends_its_streams_with_an_error_and_comes_back(tmp_path: P
                 )
         server.wait_for_status("/ready", 200)
         for _ in range(4):
-            response = httpx.post(server.address + "/v1/completions", json={"prompt": "x", "max_tokens": 3}, timeout=20)
+            response = httpx.post(server.address + "/v1/completions", json={"prompt": "x", "max_tokens": 3})
             assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] == 3
         server.stop()
 
@@ -257,7 +257,7 @@ def test_another_engine_takes_over_from_a_dead_one(tmp_path: Path) -> None:
         assert 0 < sum(ends) < 6
         time.sleep(0.1)
         for _ in range(4):
-            response = httpx.post(server.address + "/v1/completions", json={"prompt": "x", "max_tokens": 3}, timeout=20)
+            response = httpx.post(server.address + "/v1/completions", json={"prompt": "x", "max_tokens": 3})
             assert response.status_code == 200
         assert httpx.get(server.address + "/health").status_code == 200
         state = httpx.get(server.address + "/engine/state").json()

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.patience import jump_over_waits
 from tinyvllm.server import questions
 from tinyvllm.server.control import Message
 from tinyvllm.server.process import Process
@@ -38,6 +39,7 @@ def processes_of(answers: Mapping[str, Message | None]) -> tuple[Questions, list
 
 
 async def test_the_first_answer_that_is_not_empty_is_enough() -> None:
+    jump_over_waits()
     asker, fakes = processes_of({"empty": {}, "knows": {"answer": 1}, "silent": None})
     async with asyncio.timeout(0.5):
         answers = await asker.ask_first(fakes, GET_RESPONSE, "r")
@@ -47,6 +49,7 @@ async def test_the_first_answer_that_is_not_empty_is_enough() -> None:
 async def test_silent_processes_are_named_once_the_time_is_over(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    jump_over_waits()
     monkeypatch.setattr(questions, "ALL_TIMEOUT_S", 0.05)
     monkeypatch.setattr(questions, "FIRST_TIMEOUT_S", 0.05)
     asker, fakes = processes_of({"one": {}, "other": None, "asking": None})
@@ -61,6 +64,7 @@ async def test_silent_processes_are_named_once_the_time_is_over(
 
 
 async def test_nobody_waits_for_a_process_that_has_died() -> None:
+    jump_over_waits()
     asker, _ = processes_of({"one": {"pid": 1}, "dead": None})
     asyncio.get_running_loop().call_later(0.01, asker.forget, "dead")
     async with asyncio.timeout(2):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,8 +14,10 @@ import openai
 import pytest
 
 from tests.engine.fakes import say
+from tests.patience import PATIENCE_S, wait_for
 from tests.server.device import ANSWER, Device
 from tinyvllm.engine.async_engine import AsyncEngine
+from tinyvllm.scheduling.plan import StepPlan
 
 USER: Any = [{"role": "user", "content": "hi"}]
 
@@ -68,29 +70,47 @@ def test_many_clients_are_answered_at_once(client: openai.OpenAI, device: Device
     device.wait_until_all_blocks_are_free()
 
 
+def hold_decodes_of_4(device: Device, until: threading.Event) -> None:
+    """Hold steps in which four requests are past their prompts."""
+    pace = device.runner.before_step
+
+    def before_step(plan: StepPlan) -> None:
+        if len(plan.entries) == 4 and all(entry.start for entry in plan.entries):
+            until.wait(PATIENCE_S)
+        pace(plan)
+
+    device.runner.before_step = before_step
+
+
 def test_clients_that_leave_free_their_blocks(url: str, device: Device) -> None:
-    device.generate_endlessly(step_s=0.02)  # so that 200 tokens take seconds
+    device.generate_endlessly(step_s=0.1)  # until all run
+    have_left = threading.Event()
+    hold_decodes_of_4(device, have_left)
     with contextlib.ExitStack() as streams:
         for number in range(4):
             body = {"prompt": f"{number} is a prompt", "max_tokens": 200, "stream": True}
-            response = streams.enter_context(httpx.stream("POST", url + "/v1/completions", json=body, timeout=20))
+            response = streams.enter_context(httpx.stream("POST", url + "/v1/completions", json=body))
             chunks: Any = response.iter_text()  # a generator
             streams.enter_context(contextlib.closing(chunks))
             next(chunks)
-        assert device.stats.num_running == 4 and device.stats.num_free_blocks < 63
+        wait_for(lambda: device.stats.num_running == 4)
+        assert device.stats.num_free_blocks < 63
+    have_left.set()
     device.wait_until_all_blocks_are_free()
     assert 'finished_reason="abort",model_name="tiny"} 4.0' in httpx.get(url + "/metrics").text
 
 
 def test_client_that_leaves_the_queue_is_never_run(url: str, device: Device) -> None:
-    device.generate_endlessly(step_s=0.02)
+    device.generate_endlessly(step_s=0)
+    has_left = threading.Event()
+    hold_decodes_of_4(device, has_left)
     body = {"prompt": "x", "max_tokens": 50, "n": 4}
     with ThreadPoolExecutor(1) as pool:
-        whole = pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=20)
-        while device.stats.num_running < 4:
-            time.sleep(0.01)
+        whole = pool.submit(httpx.post, url + "/v1/completions", json=body)
+        wait_for(lambda: device.stats.num_running == 4)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url + "/v1/completions", json={"prompt": "late"}, timeout=0.2)
+            httpx.post(url + "/v1/completions", json={"prompt": "late"}, timeout=httpx.Timeout(PATIENCE_S, read=0.2))
+        has_left.set()
         assert whole.result().status_code == 200
     device.wait_until_all_blocks_are_free()
     assert max(len(plan.entries) for plan in device.runner.plans) == 4
@@ -134,7 +154,7 @@ def test_metrics_show_what_was_done(url: str, client: openai.OpenAI) -> None:
 def test_stopping_engine_ends_its_streams(url: str, device: Device, engine: AsyncEngine) -> None:
     device.generate_endlessly(step_s=0.02)
     body = {"prompt": "x", "max_tokens": 200, "stream": True}
-    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=20) as response:
+    with httpx.stream("POST", url + "/v1/completions", json=body) as response:
         chunks = response.iter_text()
         text = next(chunks)
         asyncio.run(engine.shutdown())

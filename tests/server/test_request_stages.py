@@ -49,7 +49,7 @@ def stream(url: str, path: str, number: int, num_tokens: int = 9) -> str:
         {"prompt": f"{number}" * 30} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
     )
     body = {"max_tokens": num_tokens, "stream": True, **prompt}
-    response = httpx.post(f"{url}/v1/{path}", json=body, timeout=20, headers={"x-request-id": f"test-{number}"})
+    response = httpx.post(f"{url}/v1/{path}", json=body, headers={"x-request-id": f"test-{number}"})
     assert response.text.endswith("data: [DONE]\n\n")
     return response.headers["x-request-id"]
 
@@ -135,8 +135,8 @@ def test_the_client_s_times_are_the_borders(device: Device, url: str) -> None:
 
 def test_what_is_not_one_recorded_stream_is_left_out(device: Device, url: str) -> None:
     measure.start()
-    httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=20)
-    httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 2, "n": 2, "stream": True}, timeout=20)
+    httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 2})
+    httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 2, "n": 2, "stream": True})
     httpx.get(url + "/health")
     served = assemble([measure.stop()])
     assert (served.requests, served.num_left_out) == ((), 2)

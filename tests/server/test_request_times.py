@@ -165,7 +165,7 @@ def test_every_answer_says_where_its_time_went(url: str) -> None:
 
 
 def check_answer(url: str, path: str) -> None:
-    response = httpx.post(url + path, json=BODIES[path], timeout=20)
+    response = httpx.post(url + path, json=BODIES[path])
     assert response.status_code == 200, response.text
     stages = stages_of(response.headers["server-timing"])
     check_sum(stages)
@@ -179,7 +179,7 @@ def check_answer(url: str, path: str) -> None:
 
 def test_a_stream_says_at_its_start_what_is_known(url: str) -> None:
     body = BODIES["/v1/completions"] | {"stream": True}
-    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=20) as response:
+    with httpx.stream("POST", url + "/v1/completions", json=body) as response:
         at_start = stages_of(response.headers["server-timing"])
         assert "trailer" not in response.headers
         response.read()
@@ -282,14 +282,14 @@ def check_timings(timings: dict[str, float], stages: dict[str, float]) -> None:
 
 def test_timings_in_the_body_are_from_the_same_accounting(url: str) -> None:
     for path in ("/v1/completions", "/v1/chat/completions"):
-        plain = httpx.post(url + path, json=BODIES[path], timeout=20)
+        plain = httpx.post(url + path, json=BODIES[path])
         assert "timings" not in plain.json()
         prompt = {"prompt": "another one"} if path == "/v1/completions" else {}
-        asked = httpx.post(url + path, json=BODIES[path] | prompt | {"timings_per_token": True}, timeout=20)
+        asked = httpx.post(url + path, json=BODIES[path] | prompt | {"timings_per_token": True})
         if path == "/v1/completions":
             check_timings(asked.json()["timings"], stages_of(asked.headers["server-timing"]))
         body = BODIES[path] | {"timings_per_token": True, "stream": True}
-        lines = httpx.post(url + path, json=body, timeout=20).text.split("\n\n")[:-2]
+        lines = httpx.post(url + path, json=body).text.split("\n\n")[:-2]
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
         timings = [chunk["timings"] for chunk in chunks if "timings" in chunk]
         assert timings[-1]["predicted_n"] == 6 and len(timings) >= 2

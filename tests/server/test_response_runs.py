@@ -11,6 +11,7 @@ import openai
 import pytest
 from openai.types.responses import ResponseItemList
 
+from tests.patience import until
 from tests.server.client import client_of, error_of, post
 from tests.server.fake_engine import FakeEngine, serving
 from tests.server.test_responses import respond
@@ -33,12 +34,9 @@ from tinyvllm.server.state import ServerState
 
 
 async def wait_for(client: Any, response_id: str, *statuses: str) -> dict[str, Any]:
-    for _ in range(200):
-        answer = (await client.get(f"/v1/responses/{response_id}")).json()
-        if answer["status"] in statuses:
-            return dict(answer)
+    while (answer := (await client.get(f"/v1/responses/{response_id}")).json())["status"] not in statuses:
         await asyncio.sleep(0.01)
-    raise AssertionError(f"still {answer['status']}")
+    return dict(answer)
 
 
 def events_in(text: str) -> list[dict[str, Any]]:
@@ -73,7 +71,8 @@ async def test_a_response_in_the_background_is_cancelled() -> None:
         begun = (await client.post("/v1/responses", json={"input": "a", "background": True})).json()
         path = f"/v1/responses/{begun['id']}"
         await wait_for(client, begun["id"], "in_progress")
-        await asyncio.sleep(0.05)  # the reply's first three characters
+        for _ in range(50):
+            await asyncio.sleep(0)  # the reply's first three characters
         early = await client.post("/v1/responses", json={"input": "b", "previous_response_id": begun["id"]})
         assert error_of(early)["param"] == "previous_response_id"
         cancelled = (await client.post(f"{path}/cancel")).json()
@@ -82,12 +81,9 @@ async def test_a_response_in_the_background_is_cancelled() -> None:
         assert events_in((await client.get(path, params={"stream": True})).text)[-1]["type"] == "response.cancelled"
         deleted = (await client.post("/v1/responses", json={"input": "a", "background": True})).json()
         await client.delete(f"/v1/responses/{deleted['id']}")
-        for _ in range(100):
-            await asyncio.sleep(0.01)
-            if len(engine.closed) == 2:
-                break
+        await until(lambda: len(engine.closed) == 2)
         state = client._transport.app.state.server  # type: ignore[attr-defined]
-        assert len(engine.closed) == 2 and not engine.running
+        assert not engine.running
         assert state.admission.num_seqs == state.admission.num_waiting_tokens == state.drain.num_requests == 0
 
 

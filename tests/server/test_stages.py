@@ -6,13 +6,13 @@ import contextlib
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from tests.patience import PATIENCE_S, wait_for
 from tests.server.client import raw_post
 from tests.server.device import Device
 
@@ -26,14 +26,14 @@ class Hold:
 
     def _wait(self, plan: object) -> None:
         self.reached.release()
-        assert self._permits.acquire(timeout=20)
+        assert self._permits.acquire(timeout=PATIENCE_S)
 
     def let(self, num_steps: int) -> None:
         for _ in range(num_steps):
             self._permits.release()
 
     def wait(self) -> None:
-        assert self.reached.acquire(timeout=20)
+        assert self.reached.acquire()
 
 
 @contextlib.contextmanager
@@ -47,11 +47,7 @@ def client_that_leaves(url: str, body: dict[str, object]) -> Iterator[None]:
 def wait_for_departure(device: Device, url: str) -> None:
     """Wait until the server has noticed: the abort is then in the engine's inbox until the step ends."""
     metric = 'vllm:request_success_total{engine="0",finished_reason="abort",model_name="tiny"} 1.0'
-    for _ in range(2000):
-        if metric in httpx.get(url + "/metrics").text:
-            return
-        time.sleep(0.01)
-    raise AssertionError("the server has not noticed")
+    wait_for(lambda: metric in httpx.get(url + "/metrics").text)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -88,7 +84,7 @@ def test_a_client_that_reads_nothing_delays_nobody(device: Device, url: str) -> 
         for number in range(3):  # of 4 places
             body = {"prompt": f"{number}", "max_tokens": 200, "stream": True}
             idle.enter_context(client_that_leaves(url, body))
-        answer = httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 20}, timeout=20)
+        answer = httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 20})
         assert answer.json()["usage"]["completion_tokens"] == 20
         device.wait_until_all_blocks_are_free()  # the engine has finished them, though nobody has read a byte
 
@@ -100,7 +96,7 @@ def test_a_device_that_keeps_failing_is_reported_and_nobody_waits_for_it(device:
     device.runner.before_step = fail
     statuses = []
     for _ in range(5):
-        response = httpx.post(url + "/v1/completions", json={"prompt": "x"}, timeout=20)
+        response = httpx.post(url + "/v1/completions", json={"prompt": "x"})
         statuses.append((response.status_code, response.json()["error"]["code"]))
         assert "/dev" not in response.text
     assert statuses[:2] == [(500, "generation_failed")] * 2 and statuses[-1] == (503, "engine_dead")
@@ -116,8 +112,8 @@ def test_a_step_that_runs_out_of_memory_fails_its_requests_alone(device: Device,
         raise MemoryError
 
     device.runner.before_step = fail
-    first = httpx.post(url + "/v1/completions", json={"prompt": "x", "stream": True}, timeout=20)
+    first = httpx.post(url + "/v1/completions", json={"prompt": "x", "stream": True})
     assert first.status_code == 500 or "MemoryError" in json.dumps(first.text)
-    assert httpx.post(url + "/v1/completions", json={"prompt": "x"}, timeout=20).status_code == 200
+    assert httpx.post(url + "/v1/completions", json={"prompt": "x"}).status_code == 200
     assert httpx.get(url + "/health").status_code == 200
     device.wait_until_all_blocks_are_free()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from starlette.types import Message
 
+from tests.patience import jump_over_waits
 from tests.server.client import CHAT
 from tests.server.fake_engine import TIMING, FakeEngine
 from tinyvllm.config import SamplingParams
@@ -248,7 +249,8 @@ async def test_what_a_late_reader_has_not_read_is_merged_to_one_event_per_choice
 
 
 async def test_a_reader_that_stays_late_loses_its_request() -> None:
-    exchange = Exchange(HandEngine(), "/v1/completions", BODIES["/v1/completions"], idle_timeout_s=0.05)
+    jump_over_waits()
+    exchange = Exchange(HandEngine(), "/v1/completions", BODIES["/v1/completions"], idle_timeout_s=50)
     await exchange.begin(make_delta("a"))
     exchange.may_read.clear()
     exchange.engine.receiver.take(make_delta("b", num_tokens=2))
@@ -258,15 +260,16 @@ async def test_a_reader_that_stays_late_loses_its_request() -> None:
 
 
 async def test_a_late_reader_gets_no_comments() -> None:
-    exchange = Exchange(HandEngine(), "/v1/completions", BODIES["/v1/completions"], keepalive_s=0.02)
+    jump_over_waits()
+    exchange = Exchange(HandEngine(), "/v1/completions", BODIES["/v1/completions"], keepalive_s=5)
     await exchange.begin(make_delta("a"))
     exchange.may_read.clear()
     exchange.engine.receiver.take(make_delta("b", num_tokens=2))
     num_sent = len(exchange.sent)
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(18)
     assert len(exchange.sent) == num_sent
     exchange.may_read.set()
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(18)
     assert exchange.sent[num_sent + 1].startswith(b": keep-alive")
     exchange.engine.receiver.take(make_delta("c", num_tokens=3, finish_reason="stop"))
     await exchange.task

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import re
 import signal
 import ssl
 import sys
@@ -18,6 +20,7 @@ import httpx
 import pytest
 import trustme
 
+from tests.patience import PATIENCE_S
 from tests.server.servers import RunningServer, running_server
 from tests.server.test_control import wait_until_gone
 from tests.sweeps import swept
@@ -37,7 +40,7 @@ def server() -> Iterator[RunningServer]:
 
 def ask(server: RunningServer, prompt: str = "x") -> str:
     """Ask over a connection of its own; the fake engine answers with the name of the front-end."""
-    response = httpx.post(server.address + "/v1/completions", json={**BODY, "prompt": prompt}, timeout=10)
+    response = httpx.post(server.address + "/v1/completions", json={**BODY, "prompt": prompt})
     assert response.status_code == 200, response.text
     return str(response.json()["choices"][0]["text"])
 
@@ -46,7 +49,7 @@ def ask(server: RunningServer, prompt: str = "x") -> str:
 def hanging(server: RunningServer) -> Iterator[tuple[str, Iterator[str]]]:
     """A stream in the middle of its answer: its front-end, and the lines that are still to come."""
     body = {**BODY, "prompt": "hang", "stream": True}
-    with httpx.stream("POST", server.address + "/v1/completions", json=body, timeout=20) as response:
+    with httpx.stream("POST", server.address + "/v1/completions", json=body) as response:
         lines = response.iter_lines()
         assert "f" in next(lines)
         yield front_end_of(server, response), lines
@@ -212,7 +215,7 @@ def test_a_front_end_that_stands_still_is_started_again() -> None:
         os.kill(pid, signal.SIGSTOP)
         server.wait_for(lambda: server.pids().get("front-end 0", pid) != pid)
         server.wait_for(lambda: ask(server) == "front-end 0.")
-        assert any("front-end 0 has stood still for 3 s" in line for line in server.log)
+        assert any(re.match(r"front-end 0 has stood still for \d+ s, and is killed", line) for line in server.log)
         server.stop()
 
 
@@ -233,11 +236,12 @@ def test_a_front_end_that_dies_again_and_again_ends_the_server() -> None:
 
 
 def test_a_dead_engine_ends_the_server_with_an_error() -> None:
-    with running_server(num_front_ends=1) as server:
+    """Clients hear of it until then: here, until a signal ends the wait for them."""
+    with running_server(num_front_ends=1, engine_exit_s=PATIENCE_S) as server:
         server.wait_until_ready()
         with hanging(server) as (_, lines):
             os.kill(server.pids()["engine 0"], signal.SIGKILL)
-            answers: list[httpx.Response] = []  # until the first refusal: the server ends soon after it
+            answers: list[httpx.Response] = []
 
             def is_refused() -> bool:
                 answers.append(httpx.post(server.address + "/v1/completions", json=BODY))
@@ -245,14 +249,14 @@ def test_a_dead_engine_ends_the_server_with_an_error() -> None:
 
             server.wait_for(is_refused)
             assert answers[-1].json()["error"]["code"] == "engine_dead"
+            server.signal()
             rest = "\n".join(lines)
         assert "engine 0 was killed by SIGKILL" in rest
         assert server.wait() == 1
         assert "engine 0 was killed by SIGKILL" in server.events[-1]["text"]
 
 
-@pytest.mark.sweep
-def test_clients_hear_of_a_dead_engine_whose_children_live_on() -> None:
+def test_a_server_ends_with_its_engine_though_children_of_that_live_on() -> None:
     with running_server(num_front_ends=1, load="forks") as server:
         server.wait_until_ready()
         with hanging(server) as (_, lines):
@@ -285,7 +289,7 @@ def test_a_server_waits_for_an_engine_that_loads_when_another_dies() -> None:
         time.sleep(1.3)
         assert server.process.poll() is None
         (server.model_dir / "load").touch()
-        time.sleep(0.3)
+        server.wait_for((server.model_dir / "ready 1").exists)
         os.kill(server.pids()["engine 1"], signal.SIGKILL)
         assert server.wait() == 1
         assert "engine 1 was killed by SIGKILL" in server.events[-1]["text"]
@@ -337,13 +341,15 @@ def test_nothing_outlives_a_killed_supervisor() -> None:
 # ---- Stopping ----
 
 
+def is_draining(client: httpx.Client) -> bool:
+    return client.get("/ready").status_code == 503
+
+
 def test_a_signal_turns_new_work_away_at_every_front_end_until_all_requests_are_answered() -> None:
-    with running_server() as server:
+    with running_server(settings={"shutdown_timeout_s": PATIENCE_S}) as server:
         server.wait_until_ready()
         with hanging(server) as (_, lines), contextlib.ExitStack() as stack:
             server.signal()
-            server.wait_for_status("/ready", 503)
-            time.sleep(0.3)
             clients: dict[str, httpx.Client] = {}
             while len(clients) < 2:
                 client = stack.enter_context(httpx.Client(base_url=server.address))
@@ -352,6 +358,7 @@ def test_a_signal_turns_new_work_away_at_every_front_end_until_all_requests_are_
                     assert response.status_code == 200
                     response.read()  # else its connection would be closed
             for client in clients.values():
+                server.wait_for(functools.partial(is_draining, client))
                 refused = client.post("/v1/completions", json=BODY)
                 assert refused.status_code == 503 and refused.json()["error"]["code"] == "server_draining"
             assert httpx.get(server.address + "/ready").status_code == 503
@@ -359,7 +366,7 @@ def test_a_signal_turns_new_work_away_at_every_front_end_until_all_requests_are_
             (server.model_dir / "go").touch()
             assert list(lines)[-2:] == ["data: [DONE]", ""]
         assert server.wait() == 0
-        assert "stopping: 1 requests may continue for up to 25 s; a second signal stops at once\n" in server.log
+        assert "stopping: 1 requests may continue for up to 120 s; a second signal stops at once\n" in server.log
         assert not server.run_dir.exists()
 
 
@@ -368,9 +375,10 @@ def test_what_still_runs_after_the_time_or_a_second_signal_is_aborted(timeout_s:
     with running_server(num_front_ends=1, settings={"shutdown_timeout_s": timeout_s}) as server:
         server.wait_until_ready()
         with hanging(server) as (_, lines):
-            for _ in range(num_signals):
+            server.signal(signal.SIGINT)
+            if num_signals == 2:  # the system would make one of both
+                server.wait_for(lambda: any("a second signal stops at once" in line for line in server.log))
                 server.signal(signal.SIGINT)
-                time.sleep(0.1)
             assert "the server is stopping" in "\n".join(lines)
         assert server.wait() == 0
 
@@ -387,14 +395,13 @@ def test_a_stop_while_the_engine_loads_is_clean() -> None:
 def test_a_stop_does_not_wait_for_the_threads_of_a_front_end() -> None:
     with running_server(num_front_ends=1, config={"served_model_name": "slow"}) as server:
         server.wait_until_ready()
-        start_s = time.monotonic()
         server.stop()
-        assert time.monotonic() - start_s < 15  # its thread sleeps for 20
+        assert not any("is killed" in line for line in server.log)
 
 
 @pytest.mark.sweep
 def test_a_second_signal_does_not_wait_long_for_a_front_end_that_stands_still() -> None:
-    with running_server(num_front_ends=1) as server:
+    with running_server(num_front_ends=1, is_patient=False) as server:
         server.wait_until_ready()
         os.kill(server.pids()["front-end 0"], signal.SIGSTOP)
         for _ in range(2):
@@ -404,17 +411,15 @@ def test_a_second_signal_does_not_wait_long_for_a_front_end_that_stands_still() 
         assert "a front-end does not end, and is killed\n" in server.log
 
 
-def test_an_engine_whose_step_does_not_end_is_killed_after_a_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    with running_server(num_front_ends=1, load="hangs") as server:
+def test_an_engine_whose_step_does_not_end_is_killed_after_a_second_signal() -> None:
+    with running_server(num_front_ends=1, load="hangs", haste_s=0.2) as server:
         server.wait_until_ready()
         pid = server.pids()["engine 0"]
         server.signal()
         server.wait_for(lambda: "front-end 0" not in server.pids())
         time.sleep(0.2)
         assert server.process.poll() is None  # one signal waits for it
-        for _ in range(2):
-            server.signal()
-            time.sleep(0.05)
+        server.signal()
         assert server.wait() == 1
         wait_until_gone([pid])
 

@@ -41,7 +41,7 @@ class Peer:
     """A connection that reads one answer at a time."""
 
     def __init__(self, address: tuple[str, int]) -> None:
-        self.sock = socket.create_connection(address, timeout=20)
+        self.sock = socket.create_connection(address)
         self._file = self.sock.makefile("rb")
 
     def __enter__(self) -> Peer:

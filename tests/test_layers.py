@@ -17,6 +17,7 @@ INSIDE_OPS |= {"ops/adapter_spec", "ops/experts_spec", "ops/latent_spec", "ops/r
 MAY_IMPORT = {
     "errors": set(),
     "faults": set(),
+    "late_methods": set(),
     "processes": {"errors"},
     "arrays": BASE,
     "config": {"errors"},
@@ -53,11 +54,11 @@ MAY_IMPORT = {
     "convert": BASE | {"arrays", "model", "storage", "text"},
     "execution": BASE | {"arrays", "device", "ops", "model", "profiling", "scheduling", "storage"},
     "engine": BASE | {"text", "scheduling", "execution", "profiling", "storage"},
-    "server": BASE | {"text", "engine", "profiling", "storage", "__init__"},
+    "server": BASE | {"text", "engine", "late_methods", "profiling", "storage", "__init__"},
     "ray_app": BASE | {"engine", "scheduling", "server"},
     "door": BASE | {"device", "engine", "execution", "server", "storage", "__init__"},
     "bench": DOWN_TO_ENGINE | {"__init__"},
-    "cli": DOWN_TO_ENGINE | {"bench", "convert", "door", "server", "__init__"},
+    "cli": DOWN_TO_ENGINE | {"bench", "convert", "door", "late_methods", "server", "__init__"},
     "__init__": BASE | {"engine"},
     "__main__": {"cli"},
 }

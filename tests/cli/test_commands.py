@@ -21,6 +21,7 @@ from tinyvllm.cli import models as models_commands
 from tinyvllm.cli.commands import app
 from tinyvllm.config import EngineConfig, GenerationDefaults, ModelFiles
 from tinyvllm.errors import DownloadError
+from tinyvllm.late_methods import LAST_PYTHON
 from tinyvllm.storage import pull as storage_pull
 from tinyvllm.storage.catalog import DEFAULT_MODEL
 from tinyvllm.text.chat import ChatTemplate
@@ -89,6 +90,29 @@ def test_a_start_hardly_collects_garbage() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout.split()[-1]) < 20
+
+
+@pytest.mark.skipif(sys.version_info[:2] > LAST_PYTHON, reason="dataclasses compile a class's methods at once")
+def test_a_start_compiles_few_methods_of_dataclasses() -> None:
+    """Those that the server's modules define are 1,600."""
+    code = (
+        "import builtins, dataclasses, sys\n"
+        "made, create = 0, dataclasses._create_fn\n"
+        "def count(*arguments, **options):\n"
+        "    global made\n"
+        "    made += 1\n"
+        "    return create(*arguments, **options)\n"
+        "dataclasses._create_fn = count\n"
+        "import tinyvllm.cli\n"
+        "sys.argv = ['tinyvllm', '--version']\n"
+        "try:\n"
+        "    tinyvllm.cli.main()\n"
+        "except SystemExit:\n"
+        "    import tinyvllm.server.serve\n"
+        "    print(made)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 250
 
 
 def test_version_is_printed() -> None:

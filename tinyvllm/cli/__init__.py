@@ -8,6 +8,10 @@ def main() -> None:
 
         collect_rarely()
 
+        from tinyvllm.late_methods import make_methods_late
+
+        make_methods_late()
+
         from tinyvllm.cli.commands import main as run
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # as shells report it; `terminal.INTERRUPTED` is not imported yet

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from tinyvllm.faults import reach
+from tinyvllm.late_methods import make_methods_late
 from tinyvllm.processes import STOP_SIGNALS, collect_rarely, die_with_parent, ignore_meaningless_signals
 from tinyvllm.profiling import measure
 from tinyvllm.server.context import AccessLogFilter, RequestIdFilter
@@ -42,6 +43,7 @@ def prepare_process() -> None:
 def start_child(kind: type[AnySpec]) -> tuple[AnySpec, ChildLink]:
     """The spec that the parent sends, and the link to it. The argument of the command is the link's file descriptor."""
     collect_rarely()
+    make_methods_late()
     # the supervisor decides when to stop: an orchestrator's signal may reach every process of the server. Not SIG_IGN,
     # which would pass to programs that this process starts, so that they could not be ended
     for number in STOP_SIGNALS:

@@ -15,6 +15,7 @@ from tests.builders import FLOAT16_FIELDS, random_k_rows, random_rows
 from tinyvllm.arrays import SCALE_DTYPES, LazyCodes, QuantizedMatrix, grid_table, to_float16, to_float32
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.model.weights import quant
+from tinyvllm.model.weights.blocks import float16, nibbles, uint16
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 from tinyvllm.storage.gguf_file import BLOCK_SIZES
 
@@ -132,3 +133,20 @@ def test_a_large_matrix_is_split_in_pieces_into_the_same(kind: str, monkeypatch:
 def test_values_beyond_float16_become_infinite_without_a_warning() -> None:
     values = to_float16(np.array([[1e6, -1e6, 1.5]], np.float32))
     assert values.dtype == np.float16 and values.tolist() == [[np.inf, -np.inf, 1.5]]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("stride", [17, 18, 20, 24])
+def test_blocks_may_lie_anywhere_in_memory(place: int, stride: int) -> None:
+    """They are read in pieces of one to eight bytes, as their places in the file allow."""
+    memory = np.random.default_rng(0).integers(0, 256, 6 * stride + 64).astype(np.uint8)
+    first = -memory.ctypes.data % 8 + place
+    blocks = memory[first : first + 6 * stride].reshape(2, 3, stride)
+    packed = blocks[..., :16]
+    expected = np.concatenate([packed & 15, packed >> 4], axis=-1)
+    np.testing.assert_array_equal(nibbles(packed, 32), expected)
+    halves = packed.reshape(2, 3, 2, 8)
+    np.testing.assert_array_equal(nibbles(packed, 16), np.stack([halves & 15, halves >> 4], axis=3).reshape(2, 3, 32))
+    numbers = blocks[..., 1].astype(np.uint16) << 8 | blocks[..., 0]
+    np.testing.assert_array_equal(uint16(blocks, 0), numbers)
+    np.testing.assert_array_equal(float16(blocks, 0).view(np.uint16), numbers)

@@ -22,12 +22,16 @@ def dot_cols(width: int) -> int:
 
 def pack_dots(codes: np.ndarray, width: int) -> np.ndarray:
     """(N, K) codes, of which the low `width` bits count -> (N, K / run) words."""
-    pairs = codes.view(np.uint8).reshape(len(codes), -1, HALF_WORD // width, 2)
-    words = np.zeros(pairs.shape[:2], np.uint32)
-    for i in range(pairs.shape[2]):
-        low, high = (pairs[:, :, i, half].astype(np.uint32) & ((1 << width) - 1) for half in (0, 1))
-        words |= (low | high << HALF_WORD) << width * i
-    return words
+    words = np.ascontiguousarray(codes).view(np.uint32)  # bytes: even column, odd column, even, odd
+    if width < 8:
+        words = words & np.uint32(((1 << width) - 1) * 0x01010101)
+    while width < 8:  # put the later pair of columns above the earlier, and keep the lower half of the word
+        words = (words | words >> np.uint32(HALF_WORD - width)).astype(np.uint16).view(np.uint32)
+        width *= 2
+    packed = words & np.uint32(0xFF0000FF)  # and change the places of the bytes in the middle
+    packed |= (words & np.uint32(0xFF00)) << np.uint32(8)
+    packed |= words >> np.uint32(8) & np.uint32(0xFF00)
+    return packed.reshape(len(codes), -1)
 
 
 def unpack_dots(words: Tensor, width: int) -> Tensor:

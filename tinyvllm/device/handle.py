@@ -101,10 +101,7 @@ class DeviceHandle:
         reach("device.allocate")
         if not self.is_cpu:
             return self._cleared(size, dtype)
-        uop = UOp.new_buffer(core or self.name, size, dtype)
-        # nolru: a recycled buffer would have its old contents
-        buffers[uop] = Buffer(core or self.name, size, dtype, options=BufferSpec(nolru=True)).allocate().ref(1)
-        return Tensor(uop)
+        return Tensor(_fresh(core or self.name, size, dtype))
 
     def _cleared(self, size: int, dtype: DType) -> Tensor:
         """Without a kernel if possible: one is compiled for each size, and the first starts the compiling processes."""
@@ -211,20 +208,35 @@ def open_device(num_cores: int = 1, programs: Path | None = None) -> DeviceHandl
 def upload(array: np.ndarray, device: str) -> Tensor:
     """Copy a host array to a new flat tensor on `device`. Bypasses tinygrad's scheduler, which takes 2 ms a tensor."""
     reach("device.allocate")
-    uop = UOp.new_buffer(device, array.size, _from_np_dtype(array.dtype))
+    dtype = _from_np_dtype(array.dtype)
+    if device.split(":")[0] == "CPU":
+        uop = _fresh(device, array.size, dtype)
+        _copy_in(uop.buffer, array, waits=False)
+        return Tensor(uop)
+    uop = UOp.new_buffer(device, array.size, dtype)
     _copy_in(uop.buffer.allocate(), array)
     return Tensor(uop)
 
 
-def _copy_in(buffer: Buffer, array: np.ndarray) -> None:
-    """Overwrite the beginning of a buffer. Waits for the device, which may still use recycled memory."""
+def _fresh(core: str, size: int, dtype: DType) -> UOp:
+    """A buffer of a CPU, of memory that the system has just given, zeroed. A recycled one would have its old contents,
+    and may still be in use."""
+    uop = UOp.new_buffer(core, size, dtype)
+    buffers[uop] = Buffer(core, size, dtype, options=BufferSpec(nolru=True)).allocate().ref(1)
+    return uop
+
+
+def _copy_in(buffer: Buffer, array: np.ndarray, *, waits: bool = True) -> None:
+    """Overwrite the beginning of a buffer. Waits for the device, which may still use recycled memory, unless told that
+    it does not use this."""
     if not has_memory(buffer.device):
         return
     reach("device.copy_in")
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     with watched_copy(buffer.device, HOST, data.size):
         if is_mapped(buffer.device):
-            np.frombuffer(buffer.as_memoryview(force_zero_copy=True), np.uint8)[: data.size] = data
+            memory = buffer.as_memoryview(force_zero_copy=True, no_sync=not waits)
+            np.frombuffer(memory, np.uint8)[: data.size] = data
         elif not kind_of(buffer.device).copy_in(buffer, data):
             # tinygrad takes writable memory only, and a checkpoint's values are views of a file's pages
             data = data if data.flags.writeable else data.copy()

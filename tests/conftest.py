@@ -55,8 +55,14 @@ gc.set_threshold(200_000, 20, 1000)
 
 pytest.register_assert_rewrite("tests.ops", "tests.builders")
 
-# The same examples in every run, and no limit on the time of one: what fails here fails everywhere.
-hypothesis.settings.register_profile("tinyvllm", derandomize=True, deadline=None, database=None)
+# The same examples in every run, and no limit on the time of one, or of making it: what fails here fails everywhere.
+hypothesis.settings.register_profile(
+    "tinyvllm",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("tinyvllm")
 
 CERTIFICATES = os.environ.get("SSL_CERT_FILE")

@@ -20,6 +20,7 @@ LIMITS: dict[str, tuple[str, ...]] = {
     "tinyvllm.door.fleet": ("CLOSE_S", "END_S", "KILL_S"),
     "tinyvllm.execution.kv_tiers.disk_tier": ("CLOSE_S",),
     "tinyvllm.execution.kv_tiers.tiers": ("CLOSE_S", "FETCH_S"),
+    "tinyvllm.execution.tune_process": ("END_S",),
     "tinyvllm.server.process": ("EXIT_CODE_S",),
     "tinyvllm.server.questions": ("ALL_TIMEOUT_S", "FIRST_TIMEOUT_S"),
     "tinyvllm.server.relay": ("FETCH_S",),

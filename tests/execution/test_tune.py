@@ -6,10 +6,10 @@ import itertools
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from multiprocessing import Pipe
+from multiprocessing import Pipe, connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -248,7 +248,7 @@ def test_a_step_that_is_checked_reads_no_state_that_steps_write(tmp_path: Path) 
     assert runner.execute(checked).logprobs == first.logprobs
 
 
-def run_process(tmp_path: Path, worker: object, budget_s: float = 60.0) -> tuple[tune_process.Outcome, list[Event]]:
+def run_process(tmp_path: Path, worker: object, budget_s: float = 3600.0) -> tuple[tune_process.Outcome, list[Event]]:
     events: list[Event] = []
     job = Job(EngineConfig("tiny"), kind=str(tmp_path / "choices.json"))
     return tune(job, budget_s, events.append, worker), events  # type: ignore[arg-type]
@@ -260,20 +260,36 @@ def test_a_search_that_goes_well_is_complete(tmp_path: Path) -> None:
     assert [event.what for event in events][:4] == ["ready", "bucket", "prepare", "begin"]
 
 
+@pytest.fixture
+def hung(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The patience with a worker is over when it hangs, and not before. The file is there from then on."""
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+    hangs, hung = tmp_path / tune_workers.HANGS, tmp_path / "hung"
+
+    def wait_for_events(sources: Sequence[Any], timeout_s: float) -> list[Any]:
+        while not (ready := connection.wait(sources, 0.05)):
+            if hangs.exists() and not connection.wait(sources, 0):
+                hangs.rename(hung)
+                return []
+        return ready
+
+    monkeypatch.setattr(tune_process, "wait", wait_for_events)
+    return hung
+
+
 @pytest.mark.parametrize(
     ("worker", "message"),
     [
         (tune_workers.dying, "ended with exit code 139 while timing"),
-        (tune_workers.hanging, "gave no answer for 3 s while timing"),
+        (tune_workers.hanging, "gave no answer for 120 s while timing"),
         (tune_workers.dying_early, "ended with exit code 139 while preparing"),
-        (tune_workers.hanging_early, "gave no answer for 3 s while preparing"),
+        (tune_workers.hanging_early, "gave no answer for 120 s while preparing"),
     ],
     ids=["dies", "hangs", "dies early", "hangs early"],
 )
 def test_what_a_worker_dies_of_is_remembered_and_another_goes_on(
-    tmp_path: Path, worker: object, message: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, hung: Path, worker: object, message: str
 ) -> None:
-    monkeypatch.setattr(tune_process, "TRIAL_TIMEOUT_S", 3.0)
     outcome, events = run_process(tmp_path, worker)
     assert (outcome.is_complete, outcome.num_bad) == (True, 1)
     assert outcome.num_tried == tune_workers.NUM_CANDIDATES + 2, "the second worker tries the first two again"
@@ -433,7 +449,11 @@ def test_a_bucket_has_a_share_of_the_time_with_those_that_are_still_to_be_search
     }
 
 
-def test_a_spent_budget_ends_the_search_and_blames_nobody(tmp_path: Path) -> None:
+def test_a_spent_budget_ends_the_search_and_blames_nobody(
+    tmp_path: Path, hung: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=lambda: 4.0 if hung.exists() else 0.0)
+    monkeypatch.setattr(tune_process, "time", clock)
     outcome, _ = run_process(tmp_path, tune_workers.hanging, budget_s=4.0)
     assert (outcome.is_complete, outcome.num_bad) == (False, 0)
 

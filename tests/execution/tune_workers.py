@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from tinyvllm.config import CACHE_DIR_VARIABLE
@@ -15,13 +16,12 @@ from tinyvllm.ops.kernel.tuning import load_choices
 
 NUM_CANDIDATES = 4
 FATAL = "kernel {'tiles': 2}"
+HANGS = "hangs"  # the name of a file
 
 
 def _search(job: Job, pipe: Connection, fatal: object, when: str = "begin") -> None:
     """Go through candidates that were not bad before. `job.kind` is the path of the choices, if it has one. `fatal` is
     called after the event `when` of FATAL."""
-    from pathlib import Path
-
     path = job.kind or str(Path(os.environ[CACHE_DIR_VARIABLE], "choices.json"))
     choices = load_choices(Path(path))
     pipe.send(Event("ready", path=path, buckets=("decode 1",)))
@@ -39,6 +39,12 @@ def _search(job: Job, pipe: Connection, fatal: object, when: str = "begin") -> N
     pipe.send(Event("done"))
 
 
+def _hang() -> None:
+    """And say so, so that a test need not wait to find out."""
+    Path(os.environ[CACHE_DIR_VARIABLE], HANGS).touch()
+    time.sleep(600)
+
+
 def well(job: Job, pipe: Connection) -> None:
     _search(job, pipe, None)
 
@@ -48,7 +54,7 @@ def dying(job: Job, pipe: Connection) -> None:
 
 
 def hanging(job: Job, pipe: Connection) -> None:
-    _search(job, pipe, lambda: time.sleep(600))
+    _search(job, pipe, _hang)
 
 
 def saying_why(job: Job, pipe: Connection) -> None:
@@ -81,7 +87,7 @@ def dying_early(job: Job, pipe: Connection) -> None:
 
 
 def hanging_early(job: Job, pipe: Connection) -> None:
-    _search(job, pipe, lambda: time.sleep(600), "prepare")
+    _search(job, pipe, _hang, "prepare")
 
 
 def dying_real(job: Job, pipe: Connection) -> None:

@@ -31,7 +31,7 @@ Loader = Callable[[Path], object]
 
 CPU_S = 2.0  # of one case; the processor's time, since the machine may be busy with other work
 START_S = 300.0  # imports take minutes on a machine that does much else
-WALL_S = 30.0  # for a case that waits instead: a pipe, a lock
+WALL_S = 120.0  # for a case that waits instead: a pipe, a lock
 MEMORY_BYTES = 256 << 20  # of address space for a case beside `MEMORY_PER_BYTE` of its files
 MEMORY_PER_BYTE = 40  # a uint16 of an array becomes an int (28 bytes) and a pointer to it (8)
 

@@ -248,10 +248,14 @@ def has_many_registers() -> bool:
     ones: this computer has them, and DEV names no other processor (as CPU::x86_64,haswell)."""
     _, processor, *features = f"{Device['CPU'].renderer.target.arch},".split(",")
     excluded = [feature for feature in features if feature.startswith("-avx512")]
-    if not sys.platform.startswith("linux") or processor != "native" or excluded:
-        return False
+    return sys.platform.startswith("linux") and processor == "native" and not excluded and "avx512vl" in _cpu_flags()
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """The instruction sets of this computer, under Linux's names. Products ask for them in every layer."""
     with open("/proc/cpuinfo") as file:
-        return any("avx512vl" in line.split() for line in file if line.startswith("flags"))
+        return frozenset(flag for line in file if line.startswith("flags") for flag in line.split())
 
 
 def has_dot_instructions() -> bool:

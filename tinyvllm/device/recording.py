@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from tinygrad import Tensor, UOp
@@ -20,11 +21,11 @@ from tinygrad.dtype import DType
 from tinygrad.engine import realize
 from tinygrad.helpers import BEAM, getenv
 from tinygrad.renderer import Estimates
-from tinygrad.schedule.memory import memory_plan_rewrite
 from tinygrad.tensor import all_tensors
-from tinygrad.uop.ops import Ops, buffers, graph_rewrite
+from tinygrad.uop.ops import Ops, buffers
 
 from tinyvllm.device.compiling import Compiler, Kernel
+from tinyvllm.device.memory_plan import Launch, plan_memory
 from tinyvllm.device.program_store import ProgramStore, slim
 from tinyvllm.errors import CacheError, InvariantError
 
@@ -137,13 +138,11 @@ def trace_step(trace: Callable[[], Tensor], *, shares_rows: bool = True) -> Trac
             output = trace()
         finally:
             realize.capturing.clear()
-    linear = UOp(Ops.LINEAR, src=tuple(recorder.calls))
     if beam := getenv("JITBEAM", BEAM.value):
-        linear = graph_rewrite(linear, realize.pm_beam, ctx=beam, walk=True)
-    linear = memory_plan_rewrite(linear, set(buffers) | set(_live_buffers()))
-    launches = tuple(_make_launch(call) for call in linear.src)
-    if len(launches) != len(recorder.calls):
-        raise InvariantError(f"a step of {len(recorder.calls)} kernels became one of {len(launches)}")
+        recorder.launches = [(_with_beam(target, beam), args) for target, args in recorder.launches]
+    held = set(_live_buffers())
+    places = plan_memory(recorder.launches, lambda buffer: buffer in buffers or buffer in held)
+    launches = tuple(_make_launch(target, args, places) for target, args in recorder.launches)
     bases = {id(buffer.base): buffer.base for _, args in launches for buffer in args}
     cut = len(launches) if recorder.cut is None else recorder.cut
     kept = tuple(tensor.uop.base.buffer for tensor in kept_tensors)
@@ -155,10 +154,9 @@ def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> bool:
     """While a step is traced: note that the kernel `fn` runs on these tensors next. Returns False at any other time."""
     if not (_kept and realize.capturing):
         return False
-    tensors[0].realize(*tensors[1:])  # for tensors that are not in a buffer yet; those that our kernels wrote are
-    kernel = fn(*[UOp.placeholder_like(tensor.uop, slot=slot) for slot, tensor in enumerate(tensors)])
-    call = kernel.call(*[tensor.uop.base for tensor in tensors])
-    realize.capturing[0].add_linear(UOp(Ops.LINEAR, src=(call,)), {})
+    _realize(tensors)
+    kernel = fn(*[_placeholder(tensor.uop.max_shard_shape, tensor.dtype, slot) for slot, tensor in enumerate(tensors)])
+    _note(realize.capturing[0], kernel, tensors)
     return True
 
 
@@ -173,21 +171,40 @@ def launch_rows(
     many elements in every row. Returns False also if steps of different numbers of rows do not share the kernel.
     most: MOST_ROWS, or for rows that are blocks of rows, MOST_BLOCKS."""
     recorder = realize.capturing[0] if _kept and realize.capturing else None
-    of_rows = [tensor for tensor in tensors if all(tensor is not one for one in shared)]
     if not isinstance(recorder, _Recorder) or not recorder.shares_rows or num_rows > most:
         return False
-    if any(tensor.numel() % num_rows for tensor in of_rows):
+    common = set(map(id, shared))
+    sizes = [tensor.uop.max_numel() for tensor in tensors]
+    if any(size % num_rows for tensor, size in zip(tensors, sizes, strict=True) if id(tensor) not in common):
         return False
-    tensors[0].realize(*tensors[1:])
-    slots = []
-    for slot, tensor in enumerate(tensors):
-        is_shared = any(tensor is one for one in shared)
-        size = tensor.numel() if is_shared else tensor.numel() // num_rows * most
-        slots.append(UOp.placeholder((size,), tensor.dtype, slot))
-    call = make(most)(*slots).call(*[tensor.uop.base for tensor in tensors])
-    recorder.add_linear(UOp(Ops.LINEAR, src=(call,)), {})
-    recorder.rows[-1] = num_rows
+    _realize(tensors)
+    slots = [
+        _placeholder((size if id(tensor) in common else size // num_rows * most,), tensor.dtype, slot)
+        for slot, (tensor, size) in enumerate(zip(tensors, sizes, strict=True))
+    ]
+    _note(recorder, make(most)(*slots), tensors, num_rows)
     return True
+
+
+def _realize(tensors: Sequence[Tensor]) -> None:
+    """Put those into buffers that are not yet in one. Those that our kernels wrote are."""
+    if missing := [tensor for tensor in tensors if not tensor.uop.has_buffer_identity()]:
+        missing[0].realize(*missing[1:])
+
+
+@cache
+def _placeholder(shape: tuple[int, ...], dtype: DType, slot: int) -> UOp:
+    """A kernel's argument. The layers of a model ask for the same ones."""
+    return UOp.placeholder(shape, dtype, slot)
+
+
+def _note(recorder: Any, kernel: UOp, tensors: Sequence[Tensor], num_rows: int | None = None) -> None:
+    """Let a recorder, ours or TinyJit's, receive a launch."""
+    args = tuple(tensor.uop.base for tensor in tensors)
+    if isinstance(recorder, _Recorder):
+        recorder.add(kernel, args, num_rows)
+    else:
+        recorder.add_linear(UOp(Ops.LINEAR, src=(kernel.call(*args),)), {})
 
 
 def with_rows(program: UOp, num_rows: int | None) -> UOp:
@@ -211,7 +228,7 @@ def cut_here() -> None:
     """While a step is recorded: mark this place as its cut."""
     for recorder in realize.capturing:
         if isinstance(recorder, _Recorder):
-            recorder.cut = len(recorder.calls)
+            recorder.cut = len(recorder.launches)
 
 
 def keep(*tensors: Tensor) -> None:
@@ -240,27 +257,38 @@ class _Recorder:
 
     def __init__(self, shares_rows: bool) -> None:
         self.shares_rows = shares_rows
-        self.calls: list[UOp] = []
-        self.rows: list[int | None] = []  # of each call: TracedStep.rows
+        self.launches: list[Launch] = []
+        self.rows: list[int | None] = []  # of each launch: TracedStep.rows
         self.cut: int | None = None
 
+    def add(self, target: UOp, args: tuple[UOp, ...], num_rows: int | None = None) -> None:
+        self.launches.append((target, args))
+        self.rows.append(num_rows)
+
     def add_linear(self, linear: UOp, var_vals: dict[str, int]) -> None:
-        self.calls += linear.src
-        self.rows += [None] * len(linear.src)
+        for call in linear.src:
+            self.add(call.src[0], call.src[1:])
 
 
 def _live_buffers() -> Iterator[UOp]:
     """Buffers of live tensors, which the memory planner must not touch."""
     for reference in list(all_tensors):
         if (tensor := reference()) is not None:
-            yield from (uop for uop in tensor.uop.toposort() if uop.op is Ops.BUFFER)
+            uop = tensor.uop.base
+            yield from [uop] if uop.op is Ops.BUFFER else (uop for uop in uop.toposort() if uop.op is Ops.BUFFER)
 
 
-def _make_launch(call: UOp) -> tuple[UOp, tuple[Buffer, ...]]:
-    target, args = call.src[0], call.src[1:]
-    if target.op not in (Ops.SINK, Ops.COPY) or any(arg.is_bound_var for arg in args):
+def _with_beam(target: UOp, beam: int) -> UOp:
+    """A kernel for a search of this width, unless it has a width."""
+    if target.op is not Ops.SINK or target.arg.beam:
+        return target
+    return target.replace(arg=replace(target.arg, beam=beam))
+
+
+def _make_launch(target: UOp, args: tuple[UOp, ...], places: Mapping[UOp, Buffer]) -> tuple[UOp, tuple[Buffer, ...]]:
+    if target.op not in (Ops.SINK, Ops.COPY) or any(arg.op is not Ops.BUFFER and arg.is_bound_var for arg in args):
         raise InvariantError(f"a step launches kernels and copies of fixed shapes, but this one has {target.op}")
-    return target, tuple(arg.buffer for arg in args)
+    return target, tuple(places.get(arg) or arg.buffer for arg in args)
 
 
 def head_of(step: RecordedStep) -> RecordedStep:

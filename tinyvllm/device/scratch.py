@@ -8,10 +8,9 @@ from dataclasses import replace
 from tinygrad import dtypes
 from tinygrad.device import Buffer
 
+from tinyvllm.device.memory_plan import ALIGNMENT
 from tinyvllm.device.recording import Call, RecordedStep, view_of
 from tinyvllm.faults import reach
-
-ALIGNMENT = 256  # bytes: that of tinygrad's memory planner, and the largest that a device requires of a buffer's offset
 
 
 class Scratch:

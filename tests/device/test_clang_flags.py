@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 import tinyvllm.device  # noqa: F401  (before tinygrad)
+from tinyvllm.device import clang_flags
 from tinyvllm.device.clang_flags import FEWER_COPIES, use_fewer_copies
+from tinyvllm.execution import tracing
 
 from tinygrad.helpers import getenv  # isort: skip  (tinyvllm makes its settings first)
 from tinygrad.runtime.support.compiler_cpu import ClangCompiler  # isort: skip
@@ -40,3 +43,16 @@ def test_dense_products_are_unrolled_as_clang_likes(name: str, tmp_path: Path, m
 def test_a_compiler_without_these_flags_compiles_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = 'case "$*" in *-mllvm*) exit 1;; esac; echo made'
     assert "-mllvm" not in compile_with(refusing, QUANTIZED[0], tmp_path, monkeypatch)
+
+
+def test_a_template_asks_the_compiler_for_all_that_it_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = mock.Mock()
+    monkeypatch.setattr("tinyvllm.device.clang_flags.subprocess.run", run)
+    monkeypatch.setattr(tracing, "import_kernels", lambda is_cpu: None)
+    monkeypatch.setenv("CC", "a compiler of this test")
+    tracing.prepare_there(False)
+    assert not run.called
+    for _ in range(2):
+        tracing.prepare_there(True)
+        clang_flags.knows_flags()
+    assert run.call_count == 1

@@ -18,6 +18,7 @@ from tinygrad.helpers import Context
 from tinygrad.renderer import Renderer
 
 from tinyvllm.device import meta
+from tinyvllm.device.clang_flags import knows_flags
 from tinyvllm.device.compiling import (
     Key,
     PackedKernel,
@@ -162,8 +163,11 @@ def renderers_of(device: DeviceHandle) -> dict[str, Renderer]:
 
 
 def prepare_there(is_cpu: bool) -> None:
-    """Finding this function has imported what tracing needs, except the kernels."""
+    """Finding this function has imported what tracing needs, except the kernels. In a template, whose processes have
+    what it finds out."""
     import_kernels(is_cpu)
+    if is_cpu:
+        knows_flags()
 
 
 Task = tuple[Mapping[str, Renderer], dict[str, Any], bytes, Bucket, dict[str, Chosen]]

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import distributions, version
@@ -85,6 +86,11 @@ def pytest_configure(config: pytest.Config) -> None:
     sweeps.is_sweeping = "not sweep" not in config.option.markexpr
     config.stash[STDERR] = os.dup(2)  # where capturing does not reach
     config.pluginmanager.register(CpuSeconds())
+    if PROGRAM_FILES and shutil.which(os.environ["TESTS_CC"]) is None:
+        raise pytest.UsageError(
+            f"tests compile kernels with {os.environ['TESTS_CC']!r}, which is not on the PATH: install clang (Debian: "
+            "apt-get install clang), or name it in CC"
+        )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

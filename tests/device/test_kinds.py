@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(DeviceError, match="'no-such-compiler' is not on the PATH: install clang"):
         open_device()
+
+
+def test_another_compiler_than_clang_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where gcc alone is installed."""
+    gcc = tmp_path / "gcc"
+    gcc.write_text('#!/bin/sh\ncase "$*" in *--target*) exit 1;; esac\n')
+    gcc.chmod(0o755)
+    monkeypatch.setenv("CC", str(gcc))
+    assert "does not take the arguments of clang: install clang" in KINDS["CPU"].why_missing()
+    monkeypatch.setenv("CC", os.environ.get("TESTS_CC", "clang"))
+    assert not KINDS["CPU"].why_missing()
 
 
 def test_kinds_import_tinygrad_only_when_a_device_is_open() -> None:

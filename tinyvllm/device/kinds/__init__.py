@@ -33,6 +33,8 @@ def check_known(device: str) -> None:
 def choice() -> str:
     """What to do instead, in words: the devices that this computer may have."""
     here = [name for name, kind in KINDS.items() if not kind.why_missing()]
+    if not here:
+        return f"give --device (or DEV) one of {', '.join(KINDS)}, and install what it needs"
     return f"give --device (or DEV) one of those here: {', '.join(here)}"
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from tinyvllm.config import Limits
 from tinyvllm.device.kinds.base import DeviceKind
 from tinyvllm.errors import DeviceError
+
+REMEDY = "install clang (Debian: apt-get install clang; macOS: xcode-select --install), or name it in CC"
 
 
 class Cpu(DeviceKind):
@@ -28,10 +31,13 @@ class Cpu(DeviceKind):
     def check(self) -> None:
         compiler = os.environ.get("CC", "clang")
         if shutil.which(compiler) is None:
-            raise DeviceError(
-                f"the CPU device needs a C compiler and {compiler!r} is not on the PATH: "
-                "install clang (Debian: apt-get install clang), or name one in CC"
-            )
+            raise DeviceError(f"the CPU device needs clang, and {compiler!r} is not on the PATH: {REMEDY}")
+
+    def why_missing(self) -> str:
+        compiler = os.environ.get("CC")
+        if compiler is None or shutil.which(compiler) is None or _is_clang(compiler):
+            return ""
+        return f"CC names {compiler!r}, which does not take the arguments of clang: {REMEDY}"
 
     def opened(self, name: str) -> None:
         """Refuse renderers that do not know C, in which many kernels have statements."""
@@ -48,3 +54,9 @@ class Cpu(DeviceKind):
     def step_limits(self, free_bytes: Callable[[], int]) -> Limits:
         """A step of 256 tokens takes 0.29 s on two cores (135M parameters)."""
         return Limits(max_num_seqs=16, max_num_batched_tokens=256)
+
+
+def _is_clang(compiler: str) -> bool:
+    """Whether it takes the argument of tinygrad's that other compilers refuse."""
+    command = [compiler, "--target=x86_64-none-unknown-elf", "-fsyntax-only", "-x", "c", "-"]
+    return subprocess.run(command, input=b"", capture_output=True, check=False).returncode == 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.execution.driver import FOUR_GRAPHS, generate, make_request, write_mixed_gguf
 from tests.patience import PATIENCE_S
-from tinyvllm.config import Limits, ModelFiles
+from tinyvllm.config import CACHE_DIR_VARIABLE, Limits, ModelFiles
 from tinyvllm.device.recording import Call
 from tinyvllm.execution import captures as captures_module
 from tinyvllm.execution.buckets import Bucket, first_buckets
@@ -45,11 +47,18 @@ def whole(files: ModelFiles) -> ModelRunner:
 
 
 @pytest.fixture
-def runner(files: ModelFiles, whole: ModelRunner) -> ModelRunner:
-    """With those that serve everything."""
+def kept_runner(files: ModelFiles, whole: ModelRunner) -> ModelRunner:
+    """With those that serve everything. The steps of all are kept."""
     runner = load_runner(files, CONFIG)
     runner.warm_up_first()
     return runner
+
+
+@pytest.fixture
+def runner(kept_runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> ModelRunner:
+    """The same, but a plan waits for no graph, as on a GPU or where nothing is kept."""
+    monkeypatch.setattr(Captures, "_restored", lambda captures, bucket: None)
+    return kept_runner
 
 
 def tokens_of(runner: ModelRunner, prompts: list[list[int]] = PROMPTS, *, chunk: int = 5) -> list[list[int]]:
@@ -78,6 +87,39 @@ def test_the_first_graphs_serve_everything_with_the_same_tokens(runner: ModelRun
     assert (runner.num_captures, set(runner.captures.graphs)) == (4, set(whole.buckets))
     runner.captures.advance()
     assert runner.num_captures == 4, "there is nothing left to do"
+
+
+def test_a_graph_whose_steps_are_kept_is_captured_for_its_plan(
+    kept_runner: ModelRunner, whole: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Captures, "advance", lambda captures: pytest.fail("the plan must not wait for it"))
+    captures = kept_runner.captures
+    assert kept_runner.num_captures == 2
+    generate(kept_runner, [make_request([1, 2, 3])], 1)
+    assert [bucket.name for bucket in captures.graphs][2:] == ["prefill 8"]
+    assert tokens_of(kept_runner) == tokens_of(whole)
+    assert (kept_runner.num_captures, captures.num_to_come) == (4, 0)
+
+
+def test_a_graph_that_is_not_kept_is_looked_for_once(
+    files: ModelFiles, whole: ModelRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(CACHE_DIR_VARIABLE, str(tmp_path))
+    with Context(PARALLEL=0):
+        runner = load_runner(files, CONFIG)
+        runner.warm_up_first()
+        begun: list[Bucket] = []
+        monkeypatch.setattr(
+            captures_module, "PendingGraph", lambda bucket, *rest, **options: _noted(begun, bucket, rest, options)
+        )
+        assert tokens_of(runner) == tokens_of(whole)
+        assert [bucket.name for bucket in begun] == ["prefill 8", "decode 1"]
+        assert (runner.num_captures, runner.captures.num_to_come) == (2, 2)
+
+
+def _noted(begun: list[Bucket], bucket: Bucket, rest: tuple[Any, ...], options: dict[str, Any]) -> PendingGraph:
+    begun.append(bucket)
+    return PendingGraph(bucket, *rest, **options)
 
 
 def test_the_most_requested_graph_is_captured_next(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:

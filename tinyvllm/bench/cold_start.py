@@ -58,7 +58,8 @@ class ColdStart:
     system does not report it.
 
     `first_graphs_s`: capturing the graphs that can run every request, after which a server is ready. `first_step_s`:
-    the step of a short prompt in them. `buckets`: in the order of capture, these first."""
+    the step of a short prompt, in one of them, or in one that is captured for it because its steps are kept. `buckets`:
+    in the order of capture, these first."""
 
     process_s: float | None
     import_s: float
@@ -150,10 +151,10 @@ def start_engine(
     memory.end("load")
     try:
         first = _capture(runner, runner.warm_up_first, progress)
-        first_step_s = _answer_once(runner)
-        others = _capture(runner, runner.warm_up, progress)
-        memory.end(f"capture {len(first | others)} graphs")
-        called = tuple(_call(runner, bucket, start, num_calls) for bucket, start in (first | others).items())
+        first_step_s, needed = _answer_once(runner)
+        starts = first | needed | _capture(runner, runner.warm_up, progress)
+        memory.end(f"capture {len(starts)} graphs")
+        called = tuple(_call(runner, bucket, start, num_calls) for bucket, start in starts.items())
         memory.end("warm-up calls")
     except BaseException:
         runner.close()
@@ -200,15 +201,20 @@ def _capture(runner: ModelRunner, capture: Callable[[Progress], None], progress:
     }
 
 
-def _answer_once(runner: ModelRunner) -> float:
-    """Run the step of a short prompt; its seconds."""
+def _answer_once(runner: ModelRunner) -> tuple[float, dict[Bucket, BucketStart]]:
+    """Run the step of a short prompt: its seconds, and of these the graph that is captured for it, if one is."""
     request = Request("first", [1] * min(FIRST_PROMPT, runner.capacity.max_num_batched_tokens), GREEDY)
     capacity = runner.capacity
     (request.tables,) = fixed_tables(capacity.groups, [-(-request.num_tokens // capacity.block_size)])
     (request.state,) = fixed_states(capacity, 1)
-    start_s = time.perf_counter()
-    runner.execute(StepPlan((Scheduled(request, 0, request.num_tokens),)))
-    return time.perf_counter() - start_s
+    plan = StepPlan((Scheduled(request, 0, request.num_tokens),))
+    before, start_s = set(runner.captures.graphs), time.perf_counter()
+    graph = runner.captures.graph_for(plan)
+    capture_s = time.perf_counter() - start_s - graph.trace_s
+    runner.execute(plan)
+    step_s = time.perf_counter() - start_s
+    is_new = graph.bucket not in before
+    return step_s, {graph.bucket: BucketStart(graph.bucket.name, graph.trace_s, 0.0, capture_s)} if is_new else {}
 
 
 def _call(runner: ModelRunner, bucket: Bucket, start: BucketStart, num_calls: int) -> BucketStart:

@@ -35,6 +35,9 @@ class Captures:
     A plan runs in the smallest captured graph that holds it. If a smaller one is missing, that one counts as requested,
     and the most requested one is captured next. If a graph cannot be captured, larger ones take its place. While the
     engine serves, other processes trace and compile, as many graphs at once as there are processes.
+
+    On a CPU a missing graph whose steps are kept is captured for the plan that it would run: that takes 0.05 s, and the
+    padding of a larger one up to half a second.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Captures:
         self._pending: dict[Bucket, PendingGraph] = {}  # those that are being traced or compiled
         self._urgencies = itertools.count(1)
         self._requested: Counter[Bucket] = Counter()  # plans that would have run in a missing graph
+        self._not_kept: set[Bucket] = set()  # missing graphs whose steps the store has not
         self._is_closed = False
 
     @property
@@ -89,9 +93,9 @@ class Captures:
         return [bucket for bucket in self.buckets if bucket not in self.graphs and bucket not in self.failed]
 
     def graph_for(self, plan: StepPlan) -> Graph:
-        """The smallest captured graph that holds the plan."""
+        """The smallest captured graph that holds the plan, if need be one that is captured now."""
         best = first_fit(self._ranked, plan)
-        graph = None if best is None else self.graphs.get(best)
+        graph = None if best is None else self.graphs.get(best) or self._restored(best)
         if best is None or graph is None:
             best = choose_bucket(self.buckets, plan)
             if not self.graphs:
@@ -99,6 +103,16 @@ class Captures:
             self._requested[best] += 1
             graph = self.graphs[choose_bucket(self.graphs, plan)]
         return graph
+
+    def _restored(self, bucket: Bucket) -> Graph | None:
+        """A missing graph, captured now, if its steps are kept and this takes less time than padding."""
+        context, is_tried = self._context, bucket in self._not_kept or bucket in self.failed
+        if is_tried or not self.graphs or context.is_jit or not context.backend.device.is_cpu:
+            return None
+        self._try(bucket, self._restore)
+        if not self._to_come:
+            self._close()
+        return self.graphs.get(bucket)
 
     def make_all(self, progress: Progress | None = None) -> None:
         """Capture every missing graph. Raises if one cannot be captured."""
@@ -182,6 +196,17 @@ class Captures:
 
     def _begin(self, bucket: Bucket, tracer: Tracer | None) -> PendingGraph:
         return PendingGraph(bucket, self._context, self._compiler, tracer, next(self._urgencies))
+
+    def _restore(self, bucket: Bucket) -> bool:
+        """Capture a graph if its steps are kept. Returns whether they are."""
+        pending = self._pending.get(bucket) or PendingGraph(
+            bucket, self._context, self._compiler, is_restored_only=True
+        )
+        if not pending.is_recorded:
+            self._not_kept.add(bucket)
+            return False
+        self._pending[bucket] = pending
+        return self._capture(bucket)
 
     def _begin_next(self) -> None:
         """Begin the most requested bucket, or else the smallest, unless enough are pending."""

@@ -77,16 +77,23 @@ class PendingGraph:
     """
 
     def __init__(
-        self, bucket: Bucket, context: GraphContext, compiler: Compiler, tracer: Tracer | None = None, urgency: int = 0
+        self,
+        bucket: Bucket,
+        context: GraphContext,
+        compiler: Compiler,
+        tracer: Tracer | None = None,
+        urgency: int = 0,
+        *,
+        is_restored_only: bool = False,
     ) -> None:
-        """tracer, urgency: those of `PendingSteps`."""
+        """tracer, urgency, is_restored_only: those of `PendingSteps`."""
         self.bucket = bucket
         self.trace_s = 0.0
         self._context, device = context, context.backend.device
         self._layout = context.layout(bucket)
         self._buffers = [device.input_buffer(self._layout.size) for _ in context.outputs]
         with self._timed():
-            self._steps = PendingSteps(self._code(0), compiler, tracer, urgency)
+            self._steps = PendingSteps(self._code(0), compiler, tracer, urgency, is_restored_only=is_restored_only)
 
     @property
     def is_traced(self) -> bool:

@@ -35,8 +35,17 @@ class PendingSteps:
     Nothing waits until `record`. With a tracer, another process traces what the store lacks, and `advance` takes over
     what is ready; without one, this process traces at once."""
 
-    def __init__(self, code: StepCode, compiler: Compiler, tracer: Tracer | None = None, urgency: int = 0) -> None:
-        """urgency: of the jobs for other processes, as in `CompileWorkers.submit`."""
+    def __init__(
+        self,
+        code: StepCode,
+        compiler: Compiler,
+        tracer: Tracer | None = None,
+        urgency: int = 0,
+        *,
+        is_restored_only: bool = False,
+    ) -> None:
+        """urgency: of the jobs for other processes, as in `CompileWorkers.submit`. is_restored_only: nothing is traced,
+        so that the steps are either recorded now or never."""
         self._code, self._compiler, self._urgency = code, compiler, urgency
         # TinyJit must see the kernels themselves, which a saved step does not have; saved programs it can use
         self._store = None if code.context.is_jit else compiler.store
@@ -48,8 +57,9 @@ class PendingSteps:
         self._elsewhere: TracedElsewhere | None = None
         self._compiling: list[Pending] = []
         self._restore()
-        self._tracing = None if self.is_recorded or tracer is None else tracer.begin(code.bucket, urgency, name)
-        if not self.is_recorded and self._tracing is None:
+        is_done = self.is_recorded or is_restored_only
+        self._tracing = None if is_done or tracer is None else tracer.begin(code.bucket, urgency, name)
+        if not is_done and self._tracing is None:
             self._trace()
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinyvllm.config import EngineConfig
 from tinyvllm.engine.board import StatsRow
-from tinyvllm.engine.heap import settle_heap
+from tinyvllm.engine.heap import keep_imports, settle_heap
 from tinyvllm.engine.loading import LoadedEngine, Progress, load_for_clients
 from tinyvllm.engine.loop import EngineLoop
 from tinyvllm.engine.process_host import Endpoint
@@ -38,6 +38,7 @@ class EngineServer:
                 raise EngineDeadError("the engine was stopped before it was ready")
             progress(stage, done, total)
 
+        keep_imports()
         engine = load(self._config, report)
         self._row.write(engine.core.stats)
         self._loop = EngineLoop(engine.core, engine.grammars, self._door, self._row.write)

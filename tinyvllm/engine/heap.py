@@ -19,8 +19,8 @@ def collect_start(num_graphs: int) -> None:
 
 
 def keep_imports() -> None:
-    """Called in a server when nearly all modules are imported: `settle_heap` need not visit what they have made, which
-    would take 0.2 s of a start."""
+    """Called in a server when most modules are imported, before the model is loaded: neither the collections of the
+    load nor `settle_heap` need visit what they have made, which would take 0.2 s of a start."""
     gc.freeze()
 
 
@@ -28,8 +28,10 @@ def settle_heap() -> None:
     """Called when all that lives as long as the process is loaded: collections no longer visit it, and are rare.
 
     A full collection visits every object of a process, 100 ms for a large one, in which no token leaves it. Requests
-    and their outputs are freed by their reference counts.
+    and their outputs are freed by their reference counts. If nothing was collected since `keep_imports`, too little was
+    made for a collection to pay: a start whose steps are kept leaves 2,000 objects of garbage among 80,000.
     """
-    gc.collect()
+    if any(gc.get_count()[1:]):
+        gc.collect()
     gc.freeze()
     gc.set_threshold(*THRESHOLDS)

@@ -14,7 +14,6 @@ from tinyvllm.engine.admission import RequestFactory
 from tinyvllm.engine.constraints import GrammarCompiler
 from tinyvllm.engine.core import Captures, EngineCore, Runner
 from tinyvllm.engine.drafters import CapturesInTurn, find_draft_files, load_drafter, memory_beside
-from tinyvllm.engine.heap import keep_imports
 from tinyvllm.engine.hosts import Loaded
 from tinyvllm.engine.output import TextEngine
 from tinyvllm.errors import TinyvllmError
@@ -155,7 +154,6 @@ def _load_files(
         @functools.cache
         def prepare() -> None:
             if grammars is not None:
-                keep_imports()
                 beside.submit(grammars.prepare)  # whoever asks for a grammar gets its error
 
         def report(stage: str, done: int, total: int) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from tinyvllm.engine.heap import settle_heap
+from tinyvllm.engine.heap import keep_imports, settle_heap
 from tinyvllm.processes import STOP_SIGNALS, hears_stop
 from tinyvllm.profiling import measure
 from tinyvllm.server.app import make_app
@@ -61,6 +61,7 @@ async def serve(
     """
     settings = settings or ServerSettings()
     measure.name_process("server")
+    keep_imports()
     engine = start_engine()
     app = make_app(engine, settings)
     end_silent_peers(sock, settings.idle_timeout_s)

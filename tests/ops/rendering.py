@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -143,7 +143,16 @@ def kernels_of(outputs: list[Tensor]) -> list[UOp]:
 
 def buffer_bytes(program: UOp, space: AddrSpace) -> int:
     """Bytes of a program's own memory: registers (a CPU's stack) or a threadgroup's."""
-    buffers = [uop for uop in program.src[1].src if uop.op is Ops.BUFFER and uop.addrspace is space]
+    return _bytes_of(program.src[1].src, space)
+
+
+def written_bytes(kernel: UOp, space: AddrSpace) -> int:
+    """`buffer_bytes` of a kernel as it is written. Rendering adds to registers alone, and takes ten times as long."""
+    return _bytes_of(kernel.toposort(), space)
+
+
+def _bytes_of(uops: Iterable[UOp], space: AddrSpace) -> int:
+    buffers = [uop for uop in uops if uop.op is Ops.BUFFER and uop.addrspace is space]
     return sum(uop.max_numel() * uop.dtype.itemsize for uop in buffers)
 
 
@@ -193,13 +202,17 @@ def _check_limits(kernel: UOp, target: str) -> None:
     for size in info.local_size or ():
         threads *= size
     assert params <= METAL_BUFFERS, f"{name} takes {params} buffers"
-    limit = CUDA_THREADGROUP_BYTES if target.startswith("CUDA") else THREADGROUP_BYTES
-    assert buffer_bytes(program, AddrSpace.LOCAL) <= limit, f"{name} shares too much"
+    assert buffer_bytes(program, AddrSpace.LOCAL) <= threadgroup_bytes(target), f"{name} shares too much"
     assert threads <= THREADS, f"{name} has {threads} threads"
     assert "double" not in source, f"{name} computes in double precision"
     if target.startswith("CUDA"):  # tinygrad includes the header for values of a type, but not for buffers
         for declared, header in (("half", "cuda_fp16.h"), ("nv_bfloat16", "cuda_bf16.h")):
             assert header in source or re.search(rf"\b{declared}\b", source) is None, f"{name} lacks {header}"
+
+
+def threadgroup_bytes(target: str) -> int:
+    """Of memory, at most."""
+    return CUDA_THREADGROUP_BYTES if target.startswith("CUDA") else THREADGROUP_BYTES
 
 
 def gpu_backend(dtype: str) -> Backend:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tinygrad import Tensor, UOp, dtypes
 from tinygrad.codegen import to_program
+from tinygrad.dtype import AddrSpace
 from tinygrad.uop.ops import Ops
 
 from tests import sweeps
@@ -62,7 +63,9 @@ from tests.ops.rendering import (
     plan_attention_layer,
     plan_layer,
     rendered,
+    threadgroup_bytes,
     unwritten,
+    written_bytes,
 )
 from tests.sweeps import in_both, swept
 from tinyvllm.arrays import Format, to_float32
@@ -171,6 +174,13 @@ def test_decoding_with_many_heads_renders_within_the_limits(kind: str, dim: int)
     kernels = kernels_of(plan_attention(rendered(kind), layer, "float16", is_decode=True))
     assert [kernel.arg.name for kernel in kernels] == [f"decode_attention_4x32x{dim}"]
     check_limits(kernels[0], KINDS[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_of_wide_heads_shares_no_more_than_there_is(kind: str) -> None:
+    layer = LayerKind(32, 2, 256, Rope(10000.0), has_sinks=True, window=40)
+    (kernel,) = kernels_of(plan_attention(rendered(kind), layer, "float16", is_decode=True))
+    assert 0 < written_bytes(kernel, AddrSpace.LOCAL) <= threadgroup_bytes(KINDS[kind])
 
 
 @pytest.mark.parametrize("kind", swept(KINDS, []))  # tests/metal multiplies, and test_prefill.py has the others

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from tests.builders import write_tiny_gguf, write_tiny_hf_llama
 from tests.execution.driver import TINY, generate, make_request
 from tests.ops.builders import make_host
+from tests.ops.rendering import rendered
 from tests.patience import wait_for
 from tests.sweeps import swept
 from tinyvllm.config import CACHE_DIR_VARIABLE, Limits, ModelConfig, ModelFiles
@@ -28,8 +30,10 @@ from tinyvllm.execution.buckets import first_buckets, make_buckets
 from tinyvllm.execution.early_traces import EarlyTraces
 from tinyvllm.execution.runner import ModelRunner, load_random_runner, load_runner
 from tinyvllm.execution.setting import Setting
+from tinyvllm.model.weights.quant import decompose
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.formats.matrix import pack
+from tinyvllm.storage.gguf_file import BLOCK_SIZES
 from tinyvllm.storage.model_config import read_model_config
 
 pytestmark = pytest.mark.usefixtures("shared_compiling_processes")
@@ -177,9 +181,9 @@ def test_an_early_trace_of_another_step_is_refused(
     files, config = write_tiny_gguf(tmp_path / "tiny.gguf"), replace(TINY, compile_cache=False)
     begin = early_traces.begin_early_traces
 
-    def begin_wrongly(setting: Setting, *others: object) -> EarlyTraces | None:
+    def begin_wrongly(setting: Setting, *others: Any, **facts: Any) -> EarlyTraces | None:
         wrong = replace(setting.config, num_gpu_blocks_override=65)
-        return begin(replace(setting, config=wrong), *others)  # type: ignore[arg-type]
+        return begin(replace(setting, config=wrong), *others, **facts)
 
     with monkeypatch.context() as patch:
         patch.setattr("tinyvllm.execution.runner.begin_early_traces", begin_wrongly)
@@ -201,29 +205,30 @@ def test_an_early_trace_of_another_step_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "vocab_size", "hidden_size", "ffn_size", "num_heads", "num_jobs"),
+    ("gigabytes", "hidden_size", "ffn_size", "num_heads", "num_jobs", "num_quantized"),
     [
-        pytest.param(32, 128256, 4096, 14336, 32, 5, id="8B beside 32 GB"),
-        pytest.param(16, 128256, 4096, 14336, 32, 2, id="8B beside 16 GB"),
-        pytest.param(8, 128256, 4096, 14336, 32, 0, id="8B beside 8 GB"),
-        pytest.param(32, 128256, 8192, 28672, 64, 2, id="70B beside 32 GB"),
-        pytest.param(64, 128256, 8192, 28672, 64, 5, id="70B beside 64 GB"),
+        pytest.param(32, 4096, 14336, 32, 5, 5, id="8B beside 32 GB"),
+        pytest.param(16, 4096, 14336, 32, 2, 5, id="8B beside 16 GB"),
+        pytest.param(8, 4096, 14336, 32, 0, 2, id="8B beside 8 GB"),
+        pytest.param(4, 4096, 14336, 32, 0, 0, id="8B beside 4 GB"),
+        pytest.param(32, 8192, 28672, 64, 2, 5, id="70B beside 32 GB"),
+        pytest.param(64, 8192, 28672, 64, 5, 5, id="70B beside 64 GB"),
     ],
 )
 def test_early_traces_leave_half_of_the_host_memory_to_the_load(
     gigabytes: int,
-    vocab_size: int,
     hidden_size: int,
     ffn_size: int,
     num_heads: int,
     num_jobs: int,
+    num_quantized: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shape = replace(
         _shape(write_tiny_gguf(tmp_path / "tiny.gguf")),
         num_layers=32,
-        vocab_size=vocab_size,
+        vocab_size=128256,
         hidden_size=hidden_size,
         ffn_size=ffn_size,
         num_heads=num_heads,
@@ -243,8 +248,10 @@ def test_early_traces_leave_half_of_the_host_memory_to_the_load(
         monkeypatch.setattr(early_traces, name, lambda *_, value=value: value)
     monkeypatch.setattr("tinyvllm.device.meta.dump", lambda value: b"")
     monkeypatch.setattr(early_traces, "begin_elsewhere", begin_elsewhere)
-    early = early_traces.begin_early_traces(setting, mock.Mock(), None)
-    assert len(started) == num_jobs and (early is None) == (not num_jobs)
+    for is_quantized, expected in ((False, num_jobs), (True, num_quantized)):
+        started.clear()
+        early = early_traces.begin_early_traces(setting, mock.Mock(), None, is_quantized=is_quantized)
+        assert len(started) == expected and (early is None) == (not expected)
 
 
 def test_every_loader_of_a_backend_packs_equal_matrices_once() -> None:
@@ -263,3 +270,21 @@ def test_alike_matrices_have_maps_of_their_own() -> None:
     assert matrix.maps is not None and like.maps is not None
     assert like.maps.uop.base.buffer is not matrix.maps.uop.base.buffer and like.maps.shape == matrix.maps.shape
     assert early_traces._like(replace(matrix, maps=None)).maps is None
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
+def test_packing_takes_no_more_memory_than_is_counted_for_an_early_trace(name: str) -> None:
+    rows, cols, pieces_bytes = 4096, 4096, 12 << 20  # some steps go piece by piece
+    block_size, block_bytes = BLOCK_SIZES[name]
+    raw = np.zeros((rows, cols // block_size, block_bytes), np.uint8)
+    for count, each_bytes in ((1, early_traces.ALONE_BYTES), (2, early_traces.STACKED_BYTES)):
+        backend = rendered("CUDA")
+        tracemalloc.start()
+        try:
+            hosts = [decompose(name, raw, (rows, cols)) for _ in range(count)]
+            backend.matrix(hosts[0]) if count == 1 else backend.gate_up(*hosts)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        num_weights = rows * cols * count
+        assert num_weights < peak < each_bytes * num_weights + pieces_bytes, peak / num_weights

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tinygrad import dtypes
@@ -73,7 +73,8 @@ def load_runner(
     model_config = with_own_head(model_config, checkpoint)
     require_tensors(complete_config(model_config), checkpoint)  # at once, and by name
     reopen = functools.partial(open_checkpoint, files, model_config)
-    return make_runner(model_config, checkpoint, config, progress, draft=draft, reopen=reopen)
+    more: dict[str, Any] = {"draft": draft, "reopen": reopen, "is_quantized": checkpoint.is_quantized}
+    return make_runner(model_config, checkpoint, config, progress, **more)
 
 
 def load_random_runner(
@@ -86,7 +87,8 @@ def load_random_runner(
 ) -> ModelRunner:
     """`load_runner` for a shape alone, with random weights of `kind` (float16, Q4_0, ...) seeded by config.seed."""
     source, reopen = RandomWeights(kind, config.seed), functools.partial(AlikeWeights, kind, config.seed)
-    return make_runner(model_config, source, config, progress, draft=draft, reopen=reopen)
+    more: dict[str, Any] = {"draft": draft, "reopen": reopen, "is_quantized": source.is_quantized}
+    return make_runner(model_config, source, config, progress, **more)
 
 
 def _with_drafting(model_config: ModelConfig, config: EngineConfig) -> ModelConfig:
@@ -112,15 +114,17 @@ def make_runner(
     *,
     draft: DraftMemory = NO_DRAFT,
     reopen: Callable[[], WeightSource] | None = None,
+    is_quantized: bool = False,
 ) -> ModelRunner:
-    """`load_runner` for known settings, with tensors from `source`. reopen: opens it again, in another process."""
+    """`load_runner` for known settings, with tensors from `source`. reopen: opens it again, in another process.
+    is_quantized: all of its matrices are."""
     report = progress or (lambda stage, done, total: None)
     setting = _make_setting(complete_config(model_config), config, draft)
     device, early = setting.backend.device, None
     store = open_program_store(device.name) if config.compile_cache else None
     if setting.capture == "replay" and (store is None or not store.has_steps):
         prepare_tracing(device, model_config.num_layers, len(setting.buckets))
-        early = None if reopen is None else begin_early_traces(setting, reopen, store)
+        early = None if reopen is None else begin_early_traces(setting, reopen, store, is_quantized=is_quantized)
 
     def advance(done: int, total: int) -> None:
         report("load", done, total)

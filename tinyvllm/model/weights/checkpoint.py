@@ -23,7 +23,7 @@ from tinyvllm.model.weights.latents import split_latents
 from tinyvllm.model.weights.names import HEAD_NAME, tied, unwrapped, with_drafting, with_model
 from tinyvllm.model.weights.recurrent import from_hf
 from tinyvllm.model.weights.safetensors import RAW_DTYPES, read_safetensors
-from tinyvllm.model.weights.stored import DENSE_DTYPES, StoredTensor
+from tinyvllm.model.weights.stored import DENSE_DTYPES, DENSE_NAMES, StoredTensor
 from tinyvllm.storage import families
 
 logger = logging.getLogger(__name__)
@@ -167,6 +167,12 @@ class Checkpoint:
         """Whether there is a head beside the embeddings: in files of a model that config.json ties, one of other
         values."""
         return HEAD_NAME in self.tensors
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether all matrices are."""
+        matrices = [one for one in self.tensors.values() if len(one.shape) > 1]
+        return not any(one.is_converted or one.format_name in DENSE_NAMES.values() for one in matrices)
 
     def names(self) -> list[str]:
         """Every tensor's name, sorted."""

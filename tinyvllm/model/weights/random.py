@@ -63,6 +63,11 @@ class RandomWeights:
         self._seed = seed
         self._experts: dict[tuple[str, tuple[int, ...]], HostMatrix] = {}
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether all matrices are."""
+        return self._kind not in DENSE_KINDS and self._expert_kind not in DENSE_KINDS
+
     def take(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
         """A vector, a matrix, or the taps of a depthwise convolution (channels, 1, taps). All layers have the same
         experts, which are most of a model. Raises ModelError if a quantized matrix's rows are not whole blocks."""

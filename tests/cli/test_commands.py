@@ -115,6 +115,24 @@ def test_a_start_compiles_few_methods_of_dataclasses() -> None:
     assert int(done.stdout.split()[-1]) < 250
 
 
+def test_a_command_of_bench_makes_no_other() -> None:
+    """All of them have 600 flags, which take 0.1 s."""
+    code = (
+        "import sys\n"
+        "from tinyvllm.cli import bench, commands\n"
+        "spread, made = bench.spread, []\n"
+        "bench.spread = lambda command: made.append(command.__name__) or spread(command)\n"
+        "sys.argv = ['tinyvllm', 'bench', 'cold-start', '--help']\n"
+        "try:\n"
+        "    commands.main()\n"
+        "except SystemExit:\n"
+        "    print(made, 'tinyvllm.cli.serve' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['cold_start'] False"
+    assert "No such command 'nothing'" in run("bench", "nothing").output
+
+
 def test_version_is_printed() -> None:
     result = run("--version")
     assert result.exit_code == 0 and result.stdout.startswith("tinyvllm ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,11 +27,7 @@ if TYPE_CHECKING:
     from tinyvllm.bench.rows import Row
     from tinyvllm.bench.subject import Subject
 
-bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure how fast a model runs on this machine.")
 
-
-@bench.command()
-@spread
 def latency(
     *,
     prefill: Annotated[
@@ -147,8 +144,6 @@ def _run_variants(
     return runs
 
 
-@bench.command()
-@spread
 def throughput(
     *,
     num_prompts: Annotated[int, Option(metavar="COUNT", help="Requests, all queued at the start.")] = 32,
@@ -183,5 +178,27 @@ def throughput(
     subject.write([row])
 
 
-for command in (across, breakdown, cold_start, compare, contexts, diff, kv_quality, ledger, serve, speculation):
-    bench.command()(spread(command))
+# --help lists them in this order
+COMMANDS: tuple[Callable[..., None], ...] = (
+    latency,
+    throughput,
+    across,
+    breakdown,
+    cold_start,
+    compare,
+    contexts,
+    diff,
+    kv_quality,
+    ledger,
+    serve,
+    speculation,
+)
+
+
+def make_bench(only: str = "") -> typer.Typer:
+    """`bench` with every command of COMMANDS, or with the one that is called `only`, if there is one."""
+    bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure how fast a model runs on this machine.")
+    named = {command.__name__.replace("_", "-"): command for command in COMMANDS}
+    for command in (named[only],) if only in named else COMMANDS:
+        bench.command()(spread(command))
+    return bench

@@ -28,10 +28,12 @@ COMMANDS = (
     "doctor",
     "why",
 )
+BENCH = "bench"  # which has commands of its own
 
 
-def make_app(only: str = "") -> typer.Typer:
-    """The command line with every command of COMMANDS, and `bench` with its own; or with a single one."""
+def make_app(only: str = "", of_bench: str = "") -> typer.Typer:
+    """The command line with every command of COMMANDS, and `bench` with its own; or with a single one. of_bench: with
+    `bench` as the single one, the name of its single one."""
     app = typer.Typer(
         cls=RedErrors,
         no_args_is_help=True,
@@ -42,13 +44,13 @@ def make_app(only: str = "") -> typer.Typer:
         epilog="To start: tinyvllm pull, then tinyvllm chat. Every command has --help, with examples.",
         help="Run language models on tinygrad: over the APIs of OpenAI, Anthropic and Ollama, or in the terminal.",
     )
-    for name in (only,) if only else COMMANDS:
+    for name in () if only == BENCH else (only,) if only else COMMANDS:
         command = getattr(importlib.import_module(f"tinyvllm.cli.{name}"), name)
         app.command(epilog=epilog(name))(spread(command))
-    if not only:
-        from tinyvllm.cli.bench import bench
+    if only in ("", BENCH):
+        from tinyvllm.cli.bench import make_bench
 
-        app.add_typer(bench)
+        app.add_typer(make_bench(of_bench))
     app.callback()(_options)
     return app
 
@@ -82,8 +84,8 @@ def __getattr__(name: str) -> Any:
 def main() -> None:
     """The console script. It imports the modules of one command if it can: all of them take as long as a start of
     tinygrad."""
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    app = make_app(wanted if wanted in COMMANDS else "")
+    wanted, of_bench = [*sys.argv[1:3], "", ""][:2]
+    app = make_app(BENCH, of_bench) if wanted == BENCH else make_app(wanted if wanted in COMMANDS else "")
     try:
         app()
     except SystemExit as end:

@@ -188,7 +188,7 @@ class Values:
         value = self.get(key)
         if value is None:
             return []
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list) or not set(map(type, value)) <= {str}:
             self.refuse(key, "a list of texts")
         return value
 

@@ -82,6 +82,8 @@ class Vocabulary:
     @property
     def doubled(self) -> dict[int, str]:
         """Texts of the tokens that `ids` does not lead to, because a later token has the same text."""
+        if len(self.ids) == len(self.tokens):
+            return {}
         return {token_id: text for token_id, text in enumerate(self.tokens) if self.ids[text] != token_id}
 
     def of_type(self, *types: TokenType) -> list[int]:
@@ -167,12 +169,12 @@ def read_vocabulary(metadata: Mapping[str, Any], source: Path = IN_MEMORY, *, ma
     # an empty text cannot be looked up; these are llama.cpp's names for them
     tokens = [text or f"[EMPTY_{token_id}]" for token_id, text in enumerate(texts)]
     types = read_types(values, len(tokens))
-    ids = {token: token_id for token_id, token in enumerate(tokens)}
-    doubles = [] if may_repeat else [token for token_id, token in enumerate(tokens) if ids[token] != token_id]
-    double = next((token for token in doubles if DAMAGED not in token), None)
+    ids = dict(zip(tokens, range(len(tokens)), strict=True))
+    vocabulary = Vocabulary(tokens, types, ids)
+    double = next((token for token in vocabulary.doubled.values() if DAMAGED not in token and not may_repeat), None)
     if double is not None:
         raise ModelError(f"{source}: {PREFIX}tokens contains {shown(double)} more than once: tokens must be unique")
-    return Vocabulary(tokens, types, ids)
+    return vocabulary
 
 
 def read_types(values: Values, num_tokens: int) -> list[int]:
@@ -180,7 +182,7 @@ def read_types(values: Values, num_tokens: int) -> list[int]:
     types = values.get("token_type")
     if types is None or types == []:
         return [int(TokenType.NORMAL)] * num_tokens
-    if not isinstance(types, list) or not all(type(one) is int for one in types):
+    if not isinstance(types, list) or not set(map(type, types)) <= {int}:
         values.refuse("token_type", "a list of whole numbers, one for each token")
     check_length(values, "token_type", len(types), num_tokens)
     return types
@@ -201,11 +203,11 @@ def read_merges(values: Values, vocabulary: Vocabulary) -> list[tuple[str, str]]
     """The pairs of tokens that are merged, the most frequent first. Raises ModelError."""
     if values.get("merges") is None:
         values.refuse("merges", "a list of texts, each of two tokens with a space between them")
-    merges = []
+    merges, ids = [], vocabulary.ids
     for rank, line in enumerate(values.texts("merges")):
-        left, space, right = line[1:].partition(" ")  # from the second character: the first may be a space
-        left = line[:1] + left
-        if not (space and right and {left, right, left + right} <= vocabulary.ids.keys()):
+        space = line.find(" ", 1)  # from the second character: the first may be a space
+        left, right = line[:space], line[space + 1 :]
+        if space < 0 or not right or left not in ids or right not in ids or left + right not in ids:
             raise ModelError(
                 f"{values.source}: {PREFIX}merges[{rank}] is {shown(line)}, which is not two tokens that form a third"
             )
@@ -252,7 +254,7 @@ def make_score_bpe(values: Values, vocabulary: Vocabulary) -> models.BPE:
 
 def read_scores(values: Values, num_tokens: int) -> list[float]:
     scores = values.get("scores")
-    if not isinstance(scores, list) or not all(type(score) in (int, float) for score in scores):
+    if not isinstance(scores, list) or not set(map(type, scores)) <= {int, float}:
         values.refuse("scores", "a list of numbers, one for each token")
     check_length(values, "scores", len(scores), num_tokens)
     odd = next((token_id for token_id, score in enumerate(scores) if not math.isfinite(score)), None)

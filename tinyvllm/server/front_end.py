@@ -31,6 +31,7 @@ from tinyvllm.server.front_ends import FrontEnds
 from tinyvllm.server.openai.response_store import ResponseStore
 from tinyvllm.server.output_queue import exit_now
 from tinyvllm.server.questions import GET_REQUEST, LIST_REQUESTS, OF_RESPONSES, Asker
+from tinyvllm.server.routes import late_routes, load_when_idle
 from tinyvllm.server.serve import make_gate, uvicorn_config
 from tinyvllm.server.sockets import bind_unix
 from tinyvllm.server.specs import FrontEndSpec, client_name
@@ -105,7 +106,7 @@ class _FrontEnd:
             ask_others=self._asker.ask_others,
             pids=functools.partial(read_pids, directory),
         )
-        app = make_app(self._engine, spec.settings, front_ends)
+        self._app = app = make_app(self._engine, spec.settings, front_ends)
         self._state: ServerState = app.state.server
         self._responses: ResponseStore = app.state.responses
         self._server = FrontEndServer(
@@ -142,6 +143,7 @@ class _FrontEnd:
             await self._engine.wait_ready()
             settle_heap()
             self._link.send("ready", can_chat=self._engine.chat_template is not None)
+            await load_when_idle(late_routes(self._app), lambda: not self._state.drain.num_requests)
 
     def _handle(self, message: Message) -> None:
         """Do what the supervisor says."""

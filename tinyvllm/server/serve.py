@@ -23,6 +23,7 @@ from tinyvllm.server.event_loop import http_protocol
 from tinyvllm.server.file_limit import default_max_connections
 from tinyvllm.server.gate import Acceptor, Gate
 from tinyvllm.server.output_queue import exit_now
+from tinyvllm.server.routes import late_routes, load_when_idle
 from tinyvllm.server.settings import ENGINE_END_S, LAST_WRITES_S, ServerSettings
 from tinyvllm.server.sockets import TlsFiles, end_silent_peers
 from tinyvllm.server.status_log import log_status
@@ -78,8 +79,10 @@ async def serve(
             server.should_exit = True
             raise
         settle_heap()
-        if not server.should_exit:
-            on_ready(engine)
+        if server.should_exit:
+            return
+        on_ready(engine)
+        await load_when_idle(late_routes(app), lambda: not server.drain.num_requests)
 
     announcement = asyncio.create_task(announce())
     tasks = [announcement]

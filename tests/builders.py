@@ -24,7 +24,7 @@ import tokenizers
 from safetensors.numpy import save_file
 
 from tinyvllm.config import ModelFiles
-from tinyvllm.storage.gguf_file import BLOCK_SIZES
+from tinyvllm.storage.gguf_types import BLOCK_SIZES
 
 ENDOFTEXT_ID, IM_START_ID, IM_END_ID = 256, 257, 258
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

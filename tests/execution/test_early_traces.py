@@ -33,7 +33,7 @@ from tinyvllm.execution.setting import Setting
 from tinyvllm.model.weights.quant import decompose
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.formats.matrix import pack
-from tinyvllm.storage.gguf_file import BLOCK_SIZES
+from tinyvllm.storage.gguf_types import BLOCK_SIZES
 from tinyvllm.storage.model_config import read_model_config
 
 pytestmark = pytest.mark.usefixtures("shared_compiling_processes")

@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.storage.gguf_header import Cursor, TensorInfo, cut_short, printable
+from tinyvllm.storage.gguf_types import ALIGNMENT, BLOCK_SIZES, TYPE_NAMES
 from tinyvllm.storage.regular_file import file_status, is_present, is_regular, open_regular
 from tinyvllm.storage.resolve import SPLIT_FILE
 from tinyvllm.storage.values import Values
 
-# Names of ggml's types by number. The gguf package of 2026 lacks the newest.
-TYPE_NAMES = {int(known): known.name for known in GGMLQuantizationType} | {42: "Q2_0"}
-# Weights and bytes of a block, by a type's name
-BLOCK_SIZES = {known.name: size for known, size in GGML_QUANT_SIZES.items()} | {"Q2_0": (64, 18)}
 # Layouts for one kind of CPU, which were files once; llama.cpp and its converters make them of Q4_0 and IQ4_NL today
 REPACKED_TYPES = {31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}
 MAX_PARTS = 0xFFFF  # split.count is a uint16
@@ -98,7 +94,7 @@ def _map(path: Path) -> np.ndarray:
 
 def _alignment(values: Values) -> int:
     """The data section and each tensor in it begin at a multiple of this many bytes."""
-    alignment = values.integer("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+    alignment = values.integer("general.alignment", ALIGNMENT)
     if alignment & (alignment - 1):
         values.refuse("general.alignment", "a power of two")
     return alignment

@@ -1,8 +1,8 @@
 """Read the header of a GGUF file: metadata as Python values, and where each tensor is.
 
 Our own reader, because the gguf package makes NumPy views of every string: it takes 2.0 s for a vocabulary of 49k
-tokens and its merges, this one 0.07 s. Names, type numbers and block sizes come from that package. Counts and lengths
-are checked before anything is allocated: a header never takes more memory than a small multiple of its own size.
+tokens and its merges, this one 0.07 s. Counts and lengths are checked before anything is allocated: a header never
+takes more memory than a small multiple of its own size.
 Format: https://github.com/ggml-org/ggml/blob/9d325133eed396b7bf005a53a83d9747cbd8bde1/docs/gguf.md
 What is refused here is refused by llama.cpp too, except where a limit says otherwise:
 https://github.com/ggml-org/llama.cpp/blob/067d44f6c48459f7a82dbafc6fbd0bae97755a4e/ggml/src/gguf.cpp
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGUFValueType
 
 from tinyvllm.errors import ModelError, UnsupportedModelError
+from tinyvllm.storage.gguf_types import ValueType
 from tinyvllm.storage.regular_file import shortened
 
 MAGIC = b"GGUF"
@@ -31,17 +31,17 @@ OTHER_MAGICS = {
 }
 VERSIONS = (2, 3)
 SCALAR_DTYPES = {
-    GGUFValueType.UINT8: np.dtype("<u1"),
-    GGUFValueType.INT8: np.dtype("<i1"),
-    GGUFValueType.UINT16: np.dtype("<u2"),
-    GGUFValueType.INT16: np.dtype("<i2"),
-    GGUFValueType.UINT32: np.dtype("<u4"),
-    GGUFValueType.INT32: np.dtype("<i4"),
-    GGUFValueType.FLOAT32: np.dtype("<f4"),
-    GGUFValueType.BOOL: np.dtype("?"),
-    GGUFValueType.UINT64: np.dtype("<u8"),
-    GGUFValueType.INT64: np.dtype("<i8"),
-    GGUFValueType.FLOAT64: np.dtype("<f8"),
+    ValueType.UINT8: np.dtype("<u1"),
+    ValueType.INT8: np.dtype("<i1"),
+    ValueType.UINT16: np.dtype("<u2"),
+    ValueType.INT16: np.dtype("<i2"),
+    ValueType.UINT32: np.dtype("<u4"),
+    ValueType.INT32: np.dtype("<i4"),
+    ValueType.FLOAT32: np.dtype("<f4"),
+    ValueType.BOOL: np.dtype("?"),
+    ValueType.UINT64: np.dtype("<u8"),
+    ValueType.INT64: np.dtype("<i8"),
+    ValueType.FLOAT64: np.dtype("<f8"),
 }
 # Limits that llama.cpp does not have, far above what models need
 MAX_KEYS = 1 << 16  # files have fewer than a hundred
@@ -132,9 +132,9 @@ class Cursor:
 
     def value(self, key: str, type_number: int) -> Any:
         """A metadata value: str, int, float, bool or a list of one of them."""
-        if type_number == GGUFValueType.STRING:
+        if type_number == ValueType.STRING:
             return self.string()
-        if type_number == GGUFValueType.ARRAY:
+        if type_number == ValueType.ARRAY:
             return self._array(key, self.number(U32), self.number(U64))
         return self._scalars(key, type_number, 1)[0]
 
@@ -145,7 +145,7 @@ class Cursor:
                 f"{self.path}: {shortened(key)} is a list of {count} items: the lists of a GGUF file must have at most "
                 f"{MAX_ITEMS} together"
             )
-        if type_number == GGUFValueType.STRING:
+        if type_number == ValueType.STRING:
             return self._strings(count)
         return self._scalars(key, type_number, count)
 
@@ -164,7 +164,7 @@ class Cursor:
     def _scalars(self, key: str, type_number: int, count: int) -> list[Any]:
         dtype = SCALAR_DTYPES.get(type_number)  # type: ignore[call-overload]
         if dtype is None:
-            kind = "a list of lists" if type_number == GGUFValueType.ARRAY else f"of type number {type_number}"
+            kind = "a list of lists" if type_number == ValueType.ARRAY else f"of type number {type_number}"
             raise ModelError(
                 f"{self.path}: {shortened(key)} is {kind}: a value must be a text, a number, a boolean or a list of "
                 "one of them; the file is damaged: download it again"

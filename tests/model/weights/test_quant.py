@@ -17,7 +17,7 @@ from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.model.weights import quant
 from tinyvllm.model.weights.blocks import float16, nibbles, uint16
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
-from tinyvllm.storage.gguf_file import BLOCK_SIZES
+from tinyvllm.storage.gguf_types import BLOCK_SIZES
 
 
 def wild_rows(kind: str, num_rows: int, blocks_per_row: int, seed: int) -> np.ndarray:

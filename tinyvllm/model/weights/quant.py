@@ -15,7 +15,7 @@ from tinyvllm.arrays import E2M1, Format, LazyCodes, QuantizedMatrix, ScaleForma
 from tinyvllm.errors import ModelError, UnsupportedModelError
 from tinyvllm.model.weights.blocks import BlockKind, Parts, bit_fields, float16, nibbles, uint16, whole_rows
 from tinyvllm.model.weights.grids import GRID_KINDS
-from tinyvllm.storage.gguf_file import BLOCK_SIZES
+from tinyvllm.storage.gguf_types import BLOCK_SIZES
 
 PIECE_WEIGHTS = 1 << 22  # that are split at a time
 LAZY_WEIGHTS = 1 << 26  # from which on codes are not kept: splitting twice takes longer

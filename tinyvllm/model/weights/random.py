@@ -12,7 +12,7 @@ from ml_dtypes import bfloat16, float8_e4m3fn
 from tinyvllm.arrays import E2M1, SCALE_DTYPES, Format, HostMatrix, QuantizedMatrix, ScaleFormat, Scales, to_float32
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
-from tinyvllm.storage.gguf_file import BLOCK_SIZES
+from tinyvllm.storage.gguf_types import BLOCK_SIZES
 
 DENSE_KINDS = ("float32", "float16", "bfloat16")
 # Rows that are drawn for a matrix and then repeated: billions of numbers would take minutes. A prime, so that the

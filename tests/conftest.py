@@ -43,6 +43,7 @@ for name in ("http_proxy", "https_proxy", "all_proxy"):
 # choice of flags, since tinygrad looks for a program by its source alone.
 QUICK, AS_FOR_USERS = "-O1", ""
 PROGRAM_FILES: dict[str, str] = {}
+PROGRAMS: dict[str | None, dict[Any, Any]] = {}  # tinygrad's in memory, of flags that are not in use
 if os.environ["DEV"].startswith("CPU"):
     os.environ.setdefault("TESTS_CC", os.environ.get("CC", "clang"))  # a worker has it
     os.environ["CC"] = str(Path(__file__).parent / "clang_quick.sh")
@@ -98,20 +99,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     clang optimizes less for all others."""
     is_quick = item.path.parent.name != "cpu" and item.get_closest_marker("model") is None
     flags = QUICK if is_quick else AS_FOR_USERS
-    if flags != os.environ.get("TESTS_CFLAGS"):
+    if flags != (before := os.environ.get("TESTS_CFLAGS")):
         os.environ["TESTS_CFLAGS"] = flags
         if os.environ.get("CACHEDB") in PROGRAM_FILES.values():  # nobody has named another one
             os.environ["CACHEDB"] = PROGRAM_FILES[flags]
             if "tinygrad" in sys.modules:
-                _forget_programs()
+                _change_programs(before, flags)
 
 
-def _forget_programs() -> None:
-    """Those that tinygrad has in memory, and the file from which it read others: they have other flags."""
+def _change_programs(before: str | None, flags: str) -> None:
+    """Those that tinygrad has in memory, which later tests with the same flags find again, and the file from which it
+    reads others."""
     from tinygrad import helpers
     from tinygrad.codegen import to_program_cache
 
+    PROGRAMS[before] = dict(to_program_cache)
     to_program_cache.clear()
+    to_program_cache.update(PROGRAMS.pop(flags, {}))
     helpers.CACHEDB, helpers._db_connection = os.environ["CACHEDB"], None
     helpers._db_tables.clear()
     if "tinyvllm.device.disk_cache" in sys.modules:  # which has opened the other one for any thread

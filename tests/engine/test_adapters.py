@@ -23,11 +23,11 @@ from tinyvllm.execution.adapters import AdapterTable
 ENGINE: dict[str, Any] = {
     "max_model_len": 128,
     "max_num_seqs": 8,
-    "max_num_batched_tokens": 24,  # prompts in chunks, in steps with others' decodes
+    "max_num_batched_tokens": 8,  # prompts in chunks, in steps with others' decodes
     "num_gpu_blocks_override": 101,
     "block_size": 8,
     "decode_buckets": (8,),
-    "token_buckets": (24,),
+    "token_buckets": (8,),
     "kv_cache_dtype": "float32",
     "enable_lora": True,
     "max_loras": 2,  # fewer than there are adapters

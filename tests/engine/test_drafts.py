@@ -152,9 +152,9 @@ FAMILIES = ("qwen3_5", "gpt_oss", "lfm2", "glm4_moe_lite")
 def test_every_kind_of_context_takes_drafts_back(family: str, tmp_path: Path) -> None:
     """Wrong drafts leave nothing behind: not in keys, latents and windows, nor in recurrent states."""
     files = write_hf(tmp_path / "tiny", RECIPES[family])
-    # the sizes of tests/engine/test_conversations.py and tests/execution/test_mtp.py, which share programs
+    # one number of rows for all steps, and the sizes of tests/execution/test_mtp.py, which shares programs
     settings: dict[str, Any] = {"dtype": "float32", "kv_cache_dtype": "float32", "verify_buckets": (8,)}
-    settings |= {"decode_buckets": (4,), "max_model_len": 512, "num_gpu_blocks_override": 66}
+    settings |= {"max_num_seqs": 8, "decode_buckets": (8,), "max_model_len": 512, "num_gpu_blocks_override": 66}
     runner = make_runner(files, **{**SPECULATION, **settings})
     for right in (0.6, 1.0):
         requests = {name: make_requests(8, is_processed=False) for name in ("without", "with")}

@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 
 from tests.execution import tune_workers
+from tests.execution.test_mtp import CONFIG as RECURRENT
 from tests.families.recipe import write_hf
 from tests.families.recipes import RECIPES
 from tinyvllm.arrays import Format
@@ -239,10 +240,10 @@ def test_the_plan_of_a_graph_for_short_contexts_runs_in_no_other(runner: ModelRu
 
 def test_a_step_that_is_checked_reads_no_state_that_steps_write(tmp_path: Path) -> None:
     """Else a candidate would be compared with what another state gave."""
-    config = EngineConfig("tiny", max_model_len=64, max_num_seqs=2, max_num_batched_tokens=8, num_gpu_blocks_override=9)
-    runner = load_runner(write_hf(tmp_path / "tiny", RECIPES["qwen3_5"]), config)
-    runner.captures.remake(BUCKET)
-    checked, timed = make_plan(runner, BUCKET, 5), make_plan(runner, BUCKET)
+    config = replace(RECURRENT, speculative_config=None)  # with the sizes of test_mtp.py, which shares programs
+    runner, bucket = load_runner(write_hf(tmp_path / "tiny", RECIPES["qwen3_5"]), config), Bucket.decode(8)
+    runner.captures.remake(bucket)
+    checked, timed = make_plan(runner, bucket, 5), make_plan(runner, bucket)
     first = runner.execute(checked)
     runner.execute(timed)
     assert runner.execute(checked).logprobs == first.logprobs

@@ -32,17 +32,17 @@ ATOL = 1e-4
 
 @asynccontextmanager
 async def serving(files: ModelFiles) -> AsyncIterator[httpx.AsyncClient]:
-    """Prompts come in chunks of 64 tokens."""
+    """Prompts come in chunks of 8 tokens, and all steps have as many rows."""
     config = EngineConfig(
         str(files.path),
         dtype="float32",
         kv_cache_dtype="float32",
         max_model_len=768,
-        max_num_seqs=2,
-        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        max_num_batched_tokens=8,
         num_gpu_blocks_override=97,
-        decode_buckets=(2,),
-        token_buckets=(64,),
+        decode_buckets=(8,),
+        token_buckets=(8,),
     )
     engine = AsyncEngine.start(config)
     await engine.wait_ready()

@@ -157,6 +157,7 @@ ATTENTION = [
     ((4, 2, 64), (70, 3, 6, 16), False, "float16"),
     ((4, 1, 32), (8, 2, 4, 8), False, "float32"),
     ((8, 1, 128), (2, 2, 4, 16), True, "q8_0/q4_0"),
+    ((2, 1, 64), (2, 2, 4, 16), True, "q8_0/q4_0"),
     ((4, 2, 64), (20, 3, 6, 16), False, "q4_0/fp8_e4m3"),
 ]
 NORMED = [  # the same with an RMSNorm of every head
@@ -170,7 +171,7 @@ CASES = [(*case, False) for case in ATTENTION] + [(*case, True) for case in NORM
 
 # by default: prompts without matrix units, and normed; decoding quantized, and below with a window. The engine of
 # test_engine.py has the others' kernels
-DEFAULT_CASES = [CASES[i] for i in (7, 12)]
+DEFAULT_CASES = [CASES[i] for i in (8, 13)]
 
 
 @pytest.mark.parametrize(("heads", "sizes", "is_decode", "dtype", "normed"), swept(CASES, DEFAULT_CASES), ids=str)

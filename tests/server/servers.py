@@ -117,7 +117,16 @@ class RunningServer:
         self.wait_for(lambda: httpx.get(self.address + path, timeout=5).status_code == status)
 
     def wait_for(self, condition: Callable[[], object]) -> None:
-        wait_for(condition, httpx.TransportError, FileNotFoundError)
+        """Wait until the condition is true, but not once the server has ended."""
+
+        def is_met() -> bool:
+            with contextlib.suppress(httpx.TransportError, FileNotFoundError):
+                if condition():
+                    return True
+            assert self.process.poll() is None, f"the server has ended: {self.events[-1:]} {self.log[-20:]}"
+            return False
+
+        wait_for(is_met)
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)

@@ -147,11 +147,9 @@ def pytest_collection_finish() -> None:
     if "httpx" in sys.modules:
         _share_certificates()
     if "tinygrad" in sys.modules:
-        from tinygrad.uop.ops import UOp
+        from tinyvllm.device.rewriting import rewrite_faster
 
-        from tinyvllm.device.compiling import depends_on_any
-
-        UOp.op_in_backward_slice_with_self = depends_on_any
+        rewrite_faster()
 
 
 def _share_certificates() -> None:

@@ -24,6 +24,7 @@ from tinyvllm.device.clang_flags import use_fewer_copies
 from tinyvllm.device.compile_workers import BEGIN_WORKER, CompileWorkers, Job, LostJobError, end_unused
 from tinyvllm.device.disk_cache import share_disk_cache
 from tinyvllm.device.program_store import ProgramStore, slim
+from tinyvllm.device.rewriting import rewrite_faster
 from tinyvllm.faults import reach
 from tinyvllm.processes import collect_rarely
 
@@ -258,22 +259,9 @@ def begin_worker() -> None:
     logging.disable(logging.WARNING)  # the parent has said what is wrong with the cache
     share_disk_cache()
     collect_rarely()
-    UOp.op_in_backward_slice_with_self = depends_on_any
+    rewrite_faster()
     use_fewer_copies()
     os.nice(WORKER_NICENESS)
-
-
-def depends_on_any(uop: UOp, *ops: Ops) -> bool:
-    """tinygrad's method, which lists and keeps all that a node depends on before it looks: a tenth of the time of
-    compiling a large kernel."""
-    seen, stack = {uop}, [uop]
-    while stack:
-        node = stack.pop()
-        if node.op in ops:
-            return True
-        stack += (source for source in node.src if source not in seen)
-        seen.update(node.src)
-    return False
 
 
 def _get_pool() -> CompileWorkers | None:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "text": BASE | {"storage"},
     "scheduling": BASE,
     "profiling": BASE,
-    "device": BASE,
+    "device": BASE | {"late_methods"},
     "ops": BASE | {"arrays", "device"},
     "ops/step_inputs": BASE,
     "ops/kernel": BASE | {"device"},

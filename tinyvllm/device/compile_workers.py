@@ -34,6 +34,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+from tinyvllm.late_methods import make_methods_late
 from tinyvllm.processes import die_with_parent, ignore_all_signals
 
 # Runs in the new process, whose modules are found where this one's are.
@@ -468,6 +469,7 @@ def fork_on_demand(fd: int, parent: int, initialize: str) -> None:
     """Answer the template's messages until its socket closes."""
     ignore_all_signals()
     die_with_parent(parent)
+    make_methods_late()
     __import__(initialize.partition(":")[0])
     server, own = socket.socket(fileno=fd), os.getpid()
     while True:
@@ -499,6 +501,7 @@ def main(fd: int, parent: int, initialize: str) -> None:
     """Answer jobs until the pipe closes."""
     ignore_all_signals()
     die_with_parent(parent)
+    make_methods_late()
     _find(initialize)()
     connection = Connection(fd)
     try:

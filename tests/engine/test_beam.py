@@ -134,8 +134,8 @@ def test_an_engines_beams_are_those_of_a_model_in_numpy(tiny: Any) -> None:
     files, tiny_model, weights = tiny
     prompt = list(b"the quick brown fox")
     config = EngineConfig(
-        str(files.path), max_model_len=64, max_num_seqs=8, max_num_batched_tokens=32, block_size=8,
-        num_gpu_blocks_override=40, kv_cache_dtype="float32", decode_buckets=(8,), token_buckets=(32,),
+        str(files.path), max_model_len=64, max_num_seqs=8, max_num_batched_tokens=8, block_size=8,
+        num_gpu_blocks_override=40, kv_cache_dtype="float32", decode_buckets=(8,), token_buckets=(8,),
     )  # fmt: skip
 
     def logprobs(tokens: tuple[int, ...]) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -101,3 +103,26 @@ def wait_for_stop(pool: CompileWorkers) -> list[int]:
     ):
         time.sleep(0.01)
     return pids
+
+
+PRACTICE = """
+import tinyvllm.device
+from tinygrad import UOp, dtypes
+from tinygrad.uop import upat
+from tinyvllm.device.compiling import practise
+from tinyvllm.ops.backends import practice_kernel
+from tinyvllm.ops.cpu.linear import join_kernel
+
+rules, compile_rule = [], upat.upat_compile
+upat.upat_compile = lambda *rule: rules.append(rule) or compile_rule(*rule)
+for kernel in (practice_kernel(), join_kernel(4, (32,))(*[UOp.placeholder((128,), dtypes.float, i) for i in (0, 1)])):
+    before = len(rules)
+    practise(kernel)
+    print(len(rules) - before)
+"""
+
+
+def test_after_practice_another_kernel_compiles_hardly_any_rule() -> None:
+    process = subprocess.run([sys.executable, "-c", PRACTICE], capture_output=True, text=True, check=True)
+    first, second = map(int, process.stdout.split())
+    assert first > 100 and second < first / 10

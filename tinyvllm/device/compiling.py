@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinygrad import Device, UOp
-from tinygrad.codegen import to_program_cache, to_program_context, to_program_key
+from tinygrad.codegen import do_to_program, to_program_cache, to_program_context, to_program_key
+from tinygrad.device import Compiler as TinygradCompiler
 from tinygrad.engine import worker
 from tinygrad.engine.realize import _compile_kernel, pm_optimize_local_size
-from tinygrad.helpers import BEAM, PARALLEL, Context, getenv
+from tinygrad.helpers import BEAM, PARALLEL, Context, Target, getenv
 from tinygrad.renderer import Renderer
+from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import CallInfo, Ops, graph_rewrite
 
 from tinyvllm.device.clang_flags import use_fewer_copies
@@ -262,6 +264,16 @@ def begin_worker() -> None:
     rewrite_faster()
     use_fewer_copies()
     os.nice(WORKER_NICENESS)
+
+
+def practise(kernel: UOp) -> None:
+    """Generate the code of a kernel, as C. tinygrad compiles a rule at its first use, so the first kernel of a process
+    takes 0.2 s longer, unless the process is forked from one that has practised."""
+    rewrite_faster()
+    renderer = ClangRenderer(Target("CPU", arch="x86_64,native"))
+    renderer.compiler = TinygradCompiler()  # it returns the source
+    with Context(DEBUG=0, TRACK_MATCH_STATS=0, VIZ=0):
+        do_to_program(kernel, renderer)
 
 
 def _get_pool() -> CompileWorkers | None:

@@ -26,6 +26,7 @@ from tinyvllm.device.compiling import (
     begin_elsewhere,
     can_trace_elsewhere,
     key_of,
+    practise,
     prepare_elsewhere,
     settings,
 )
@@ -36,7 +37,7 @@ from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.early_start import MANY_LAYERS, PREPARE
 from tinyvllm.execution.step_code import GraphContext, StepCode
 from tinyvllm.faults import reach
-from tinyvllm.ops.backends import import_kernels
+from tinyvllm.ops.backends import import_kernels, practice_kernel
 from tinyvllm.ops.coverage import Note
 from tinyvllm.ops.kernel import tuning
 from tinyvllm.ops.kernel.tuning import Chosen
@@ -164,10 +165,11 @@ def renderers_of(device: DeviceHandle) -> dict[str, Renderer]:
 
 def prepare_there(is_cpu: bool) -> None:
     """Finding this function has imported what tracing needs, except the kernels. In a template, whose processes have
-    what it finds out."""
+    what it finds out and has practised."""
     import_kernels(is_cpu)
     if is_cpu:
         knows_flags()
+        practise(practice_kernel())
 
 
 Task = tuple[Mapping[str, Renderer], dict[str, Any], bytes, Bucket, dict[str, Chosen]]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tinygrad import UOp, dtypes
+
 from tinyvllm.config import LayerKind
 from tinyvllm.device.handle import DeviceHandle, has_dot_instructions
 from tinyvllm.device.kinds import KINDS
@@ -19,6 +21,16 @@ def import_kernels(is_cpu: bool) -> None:
         import tinyvllm.ops.cpu.unfused
     else:
         import tinyvllm.ops.gpu.fused  # noqa: F401
+
+
+def practice_kernel() -> UOp:
+    """A small kernel of a CPU: most rules that others need apply to it too."""
+    from tinyvllm.ops.cpu.linear import rms_norm_kernel
+    from tinyvllm.ops.cpu.product import NormSpec
+
+    spec = NormSpec(num_tokens=4, num_cols=64, eps=1e-5)
+    sizes = (spec.num_tokens * spec.num_cols, spec.num_tokens * spec.num_cols, spec.num_cols)
+    return rms_norm_kernel(spec)(*[UOp.placeholder((size,), dtypes.float, slot) for slot, size in enumerate(sizes)])
 
 
 def make_backend(

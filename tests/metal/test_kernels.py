@@ -30,6 +30,9 @@ PRODUCTS = [
 OTHERS = ("affine3_g64-float16", "MXFP4-e8m0", "NVFP4-e4m3", "FP8-float32", "IQ4_XS-float16", "W4A16-bfloat16")
 PRODUCTS += [(fmt, 1 + index % 2, OPERATIONS[index % 3]) for index, fmt in enumerate(OTHERS)]
 PRODUCTS += [("Q4_K", 70, "norm_gated"), ("MXFP4-e8m0", 70, "norm_linear")]
+# of every size of METAL's tiles
+PRODUCTS += [("Q4_K", 12, "norm_linear"), ("float16", 20, "linear_add"), ("bfloat16", 9, "norm_gated")]
+PRODUCTS += [("Q6_K", 33, "linear_add"), ("Q8_0", 64, "norm_gated"), ("float32", 8, "norm_linear")]
 # by default: one row, some and many; values, and codes (of a table: the experts below)
 DEFAULT_PRODUCTS = [
     case for case in PRODUCTS if case[:2] in {("float16", 70), ("bfloat16", 3), ("float32", 1), ("Q4_0", 5)}

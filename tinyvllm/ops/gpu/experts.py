@@ -289,7 +289,7 @@ class ManyRows:
         tiles = self.tiles(matrix, is_first=is_first, has_bias=bias is not None)
         shape = (matrix.expert_size, matrix.num_cols, self.layer.kind.activation if is_first else None)
         read = [*matrix.planes, x, rows.tiles, rows.pairs, *([] if bias is None else [bias])]
-        if self.is_few:
+        if self.is_few and self.mma.kind == "CUDA":
             few = ExpertMatrixSpec(name, self.lanes, self.mma, matrix.format, self.tile_rows, *shape, tiles=tiles)
             rounds = is_first and self.passes_words
             dtype = F16 if rounds else dtype

@@ -38,7 +38,7 @@ from tinyvllm.ops.gpu.attention_split import SplitHeads, combine_kernel
 from tinyvllm.ops.gpu.backend import GpuBackend, embed_kernel
 from tinyvllm.ops.gpu.experts import FusedRouting, ManyRows, OneRow, run_route, uncovered_layer
 from tinyvllm.ops.gpu.experts_route import uncovered_kind
-from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows, round_rows
+from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, multiply_rows, round_rows, takes_tiles
 from tinyvllm.ops.gpu.latent_attention import store_latents_kernel
 from tinyvllm.ops.gpu.latent_fused import FusedLatentSpec, combine_latents_kernel, fused_latent_kernel
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
@@ -713,7 +713,7 @@ class FusedGpuBackend(GpuBackend):
         if self.mma is None or self.mma.dtype != dtypes.bfloat16:
             return False
         if self.mma.kind == "METAL":
-            return num_tokens >= MIN_TOKENS
+            return takes_tiles(self.mma, num_tokens)
         are_words = [matrix.format.name == "bfloat16" for matrix in matrices]
         if num_tokens < MIN_TOKENS and all(are_words):
             return True
@@ -743,7 +743,7 @@ class FusedGpuBackend(GpuBackend):
             return stream
         if unpacked := self._unpacked_spec(name, mma, matrix, num_tokens, activation, x_dtype):
             return unpacked
-        if num_tokens >= MIN_TOKENS:
+        if takes_tiles(mma, num_tokens):
             shape = (num_tokens, matrix.num_rows, matrix.num_cols, activation, self.has_wgmma)
             return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
         if few := self._few_spec(name, mma, matrix, num_tokens, activation, x_dtype):

@@ -51,12 +51,19 @@ from tinyvllm.ops.kernel.tiles import (
 from tinyvllm.ops.kernel.tuning import Tunable
 
 DENSE = Format("float16", 16)
-MIN_TOKENS = 65  # the fewest rows that are worth a tile of tokens
+MIN_TOKENS = 65  # the fewest rows that are worth a tile of tokens on CUDA
+METAL_TILES = (8, 16, 32, 64)  # tokens of a tile
 UNPACK_TOKENS = 256  # the fewest rows for which weights are unpacked first
 UNPACK_ELEMENTS = 640 << 20  # of the largest matrix, or stack of experts, that is unpacked first: 1.25 GiB of float16
 STAGES = 3  # tiles of an operand that CUDA holds: one is multiplied, two are being copied
 GROUPS_WANTED = 128  # threadgroups that keep a large GPU busy
 SHORTEST_SPLIT = 16  # the fewest steps of 32 columns that are worth a threadgroup
+
+
+def takes_tiles(mma: Mma, num_tokens: int) -> bool:
+    """Whether a product of so many rows is one of tiles in threadgroup memory."""
+    # on METAL, a kernel that unpacks weights into each simdgroup's registers would need more than a thread has
+    return num_tokens >= (2 if mma.kind == "METAL" else MIN_TOKENS)
 
 
 def quick_arithmetic(kind: str) -> Arithmetic:
@@ -160,7 +167,10 @@ class GemmSpec(GatedRows, Tunable):
 
     @property
     def token_tile(self) -> int:
-        return 128 if self.mma.kind == "CUDA" else 64
+        """Tokens of a tile; on METAL the fewest that hold all tokens."""
+        if self.mma.kind == "CUDA":
+            return 128
+        return next((tile for tile in METAL_TILES if tile >= self.num_tokens), METAL_TILES[-1])
 
     @property
     def row_tile(self) -> int:
@@ -170,7 +180,7 @@ class GemmSpec(GatedRows, Tunable):
     @property
     def warp_grid(self) -> tuple[int, int]:
         """(warps along the tokens, warps along the rows)."""
-        return 2, 2
+        return (2, 2) if self.token_tile >= 64 else (1, 4)
 
     @property
     def num_warps(self) -> int:

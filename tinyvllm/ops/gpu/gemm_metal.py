@@ -30,11 +30,12 @@ from tinyvllm.ops.formats.pairs import pair_form, read_pairs
 from tinyvllm.ops.formats.runs import Run, read_run, run_factors
 from tinyvllm.ops.gpu.token_tiles import TokenTile
 from tinyvllm.ops.kernel.body import F16, F32, U16, U32, Body
-from tinyvllm.ops.kernel.lanes import Mma, load_floats
+from tinyvllm.ops.kernel.lanes import Mma, load_floats, outer_loads
 from tinyvllm.ops.kernel.simdgroups import PAD, PARTS, declared, elements, loaded, operands, padded, product, statement
 from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma
 
 SLICES = TILE_COLS // 8  # products of 8 columns in 32
+INDEPENDENT = 4  # products before an accumulator is used again
 HALF_ULP = 0x8000  # of a bfloat16, in a float32's bits
 
 Store = tuple[UOp, UOp, UOp | None]  # (place in a tile, value, whether it is wanted; None: always)
@@ -239,8 +240,8 @@ def multiply_blocks(mma: Mma, chunks: Sequence[tuple[list[UOp], list[UOp]]]) -> 
     chunk; accumulators of the first right block come first. `chunks`: where a lane's 16 bytes of each left and right
     block begin.
 
-    Of the left blocks only two are in registers at a time. An accumulator is used again after as many products as there
-    are right blocks, when its last product has left the pipeline."""
+    Of the left blocks only two or three are in registers at a time. An accumulator is used again after as many products
+    as there are right blocks, or twice as many where those are few, when its last product has left the pipeline."""
     lines: list[str] = []
     for number, (lefts, rights) in enumerate(chunks):
         first = number * (len(lefts) + len(rights))
@@ -248,11 +249,14 @@ def multiply_blocks(mma: Mma, chunks: Sequence[tuple[list[UOp], list[UOp]]]) -> 
         right_names = [f"b{number}_{i}" for i in range(len(rights))]
         loads = [loaded(name, first + i) for i, name in enumerate((*left_names, *right_names))]
         lines += [*loads[len(lefts) :], *operands(mma.dtype, right_names), loads[0]]
-        for j, left in enumerate(left_names):
-            lines += [*loads[j + 1 : min(j + 2, len(lefts))], *operands(mma.dtype, [left])]
+        at_once = 1 if len(rights) >= INDEPENDENT else min(2, len(lefts))
+        for j in range(0, len(lefts), at_once):
+            some = left_names[j : j + at_once]
+            lines += [*loads[j + 1 : min(j + at_once + 1, len(lefts))], *operands(mma.dtype, some)]
             lines += [
-                product(f"sum{i * len(lefts) + j}", left + part, right + part)
+                product(f"sum{i * len(lefts) + j + k}", left + part, right + part)
                 for part in PARTS
+                for k, left in enumerate(some)
                 for i, right in enumerate(right_names)
             ]
     return statement(lines, *(start for lefts, rights in chunks for start in (*lefts, *rights)))
@@ -266,7 +270,7 @@ class _Pending:
 
     def __init__(self, body: Body, loop: UOp, *stores: list[Store]) -> None:
         self._stores = stores
-        self._loads = _outer_loads([value for some in stores for _, value, _ in some])
+        self._loads = outer_loads([value for some in stores for _, value, _ in some])
         counts = Counter(load.dtype for load in self._loads)
         self._registers = {dtype: body.registers(count, dtype) for dtype, count in counts.items()}
         self.kept = [place.store(load) for load, place in zip(self._loads, self._places(loop), strict=True)]
@@ -287,23 +291,6 @@ class _Pending:
             [(place, value.substitute(known, walk=True), wanted) for place, value, wanted in some]
             for some in self._stores
         ]
-
-
-def _outer_loads(values: Sequence[UOp]) -> list[UOp]:
-    """The loads that the values are computed from, without those that only lead to other loads."""
-    found: dict[UOp, None] = {}
-    seen: set[UOp] = set()
-    todo = list(reversed(values))
-    while todo:
-        uop = todo.pop()
-        if uop in seen:
-            continue
-        seen.add(uop)
-        if uop.op is Ops.LOAD:
-            found[uop] = None
-        else:
-            todo += reversed(uop.src)
-    return list(found)
 
 
 def _as_half(word: UOp) -> UOp:

@@ -1,4 +1,4 @@
-"""One token row times a quantized matrix, on the matrix unit, without converting codes to weights.
+"""One token row times a quantized matrix without converting codes to weights, on CUDA on the matrix unit.
 
 Unpacking dominates the cost of such a product: 4-bit codes arrive from memory faster than a GPU converts them one by
 one. So two codes at a time become two float16 values by an instruction or two (pairs.py), such as 1024 + code, and the
@@ -11,6 +11,9 @@ leaves at most sqrt(K), and the finished sums are multiplied by the RMS.
 The sum of a group must not mix with those of other groups before it is scaled. A tile of the matrix unit has 8 tokens,
 but there is only one token here: in token n of the tile, x is kept for the runs of slot n, and is zero elsewhere. Then
 each column of the tile's sums belongs to one run.
+
+METAL's matrix unit is its ordinary arithmetic, on which the seven other tokens would cost as much as the one. There a
+lane multiplies the codes of its two rows with x itself (`has_products`).
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from tinyvllm.ops.kernel.lanes import (
     load_cuda_floats,
     load_cuda_vectors,
     load_floats,
+    used_after,
     warps,
     zeros,
 )
@@ -48,10 +52,12 @@ from tinyvllm.ops.kernel.tuning import Tunable
 
 PIECE = 8  # columns that a thread stages at once
 MAX_WARPS = 16
+METAL_WARPS = 8  # of a threadgroup, which then runs whatever its kernel's registers
 MOST_RESIDENT_TILES = 2
 RESIDENT_BYTES = 20 << 20
 WIDE_ROWS = 32768
 GROUPS_WANTED = 200  # threadgroups that keep every core of a large GPU busy
+DOT_WORDS = 4  # words of each row in a piece of a dot product
 LANE_ROWS = 2  # rows of a tile for which a lane holds sums
 RESCALING_EPS = 1e-30  # keeps a row of zeros from being divided by zero
 
@@ -71,6 +77,16 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     def groups(self) -> int:
         """Groups of columns in a run: one (or a part of one), or two halves."""
         return groups_in_run(self.format)
+
+    @property
+    def has_products(self) -> bool:
+        """Whether the matrix unit multiplies."""
+        return self.mma.kind == "CUDA"
+
+    @property
+    def fills_chunks(self) -> bool:
+        """Whether each slot of each chunk has a run."""
+        return self.num_runs % (self.mma.slots * self.warps * self.ahead) == 0
 
     @property
     def form(self) -> CodeForm:
@@ -101,7 +117,7 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
             count, share = 8 if self.activation is not None and is_even and self.format.bits < 8 else 4, self.chunks
         else:
             count, share = (8, self.chunks) if is_even_row else (4, 8 if self.lanes.is_chained else 4)
-        while count < MAX_WARPS and self.chunks >= share * count:
+        while count < (MAX_WARPS if self.has_products else METAL_WARPS) and self.chunks >= share * count:
             count *= 2
         return self.knob("warps", count)
 
@@ -116,11 +132,11 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
         enough threadgroups to fill the device. (NVIDIA H200: two tiles are within 14 % of the best for gate and up in 4
         bits, where four take 12 % less in 8 bits; four tiles take 4 to 15 % less than eight for heads.)"""
         least = 2 if self.activation is not None else 1
-        wanted = 4 * 16 // self.mma.rows
+        wanted = 4
         if self.lanes.is_chained:
             is_small = self.is_resident or (self.activation is not None and self.format.bits < 8)
             wanted = MOST_RESIDENT_TILES if is_small else 4 if self._is_chained_wide else 8
-        while wanted > least and not self._fills_device(wanted):
+        while wanted > least and not (self._fills_device(wanted) and self._fits_shared(wanted)):
             wanted //= 2
         return self.knob("tiles", wanted)
 
@@ -134,6 +150,8 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
     @property
     def tiles_at_once(self) -> int:
         """How many of a threadgroup's tiles load their codes together."""
+        if not self.has_products:
+            return min(self.tiles, 1 if high_bits(self.format) else 2)
         return min(self.tiles, 4 * 16 // self.mma.rows)
 
     @property
@@ -160,11 +178,19 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
         rows = tiles * self.mma.rows
         return self.num_rows % rows == 0 and self.num_rows // rows * self.slots >= GROUPS_WANTED
 
+    def _fits_shared(self, tiles: int) -> bool:
+        """Whether a threadgroup of so many tiles has enough memory on METAL, whose tiles are small."""
+        return (
+            self.has_products or self._staged_bytes(PANEL // 2) + self._warp_sum_bytes(tiles) <= self.lanes.shared_bytes
+        )
+
     @property
     def ahead(self) -> int:
         """Chunks whose codes a warp has in flight: all of its own if there are registers for them. Wide matrices have
         other warps to run instead: one takes 12 % less than two for gate and up in Q4_K (NVIDIA H200)."""
         per_warp = -(-self.chunks // self.warps)
+        if not self.has_products:
+            return min(per_warp, self.knob("ahead", 1))
         rule = max(1, self._room * 16 // (self.tiles_at_once * self.mma.rows))
         if not self.is_resident and self.lanes.is_chained:
             is_even_row = self.chunks % 8 == 0 and self.tiles == 1 and not high_bits(self.format)
@@ -197,8 +223,15 @@ class QuantizedVectorSpec(RowProductSpec, Tunable):
         return padded if self._shared_bytes(padded) <= self.lanes.shared_bytes else PANEL // 2
 
     def _shared_bytes(self, staged_run: int) -> int:
-        staged = (self.num_runs + 1) * staged_run * 4 + self.num_runs * self.groups * 4
-        return staged + self.warps * (self.tiles * self.mma.rows + 1 + (self.sum is not None)) * 4
+        return self._staged_bytes(staged_run) + self._warp_sum_bytes(self.tiles)
+
+    def _staged_bytes(self, staged_run: int) -> int:
+        """Of x and the sums of its groups."""
+        return (self.num_runs + 1) * staged_run * 4 + self.num_runs * self.groups * 4
+
+    def _warp_sum_bytes(self, tiles: int) -> int:
+        """Of the warps' sums."""
+        return self.warps * (tiles * self.mma.rows + 1 + (self.sum is not None)) * 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -349,7 +382,7 @@ class _Loads:
     def _locate(self, row: UOp, run: UOp) -> tuple[UOp, UOp]:
         """(row of the whole matrix, run in it); the first run for those after the last."""
         spec = self.spec
-        if spec.num_runs % (spec.mma.slots * spec.warps * spec.ahead):
+        if not spec.fills_chunks:
             run = (run < spec.num_runs).where(run, 0)
         return spec.locate(self.chosen, row, run, PANEL)
 
@@ -363,6 +396,8 @@ def _add_chunks(
         inputs = _inputs(spec, x, chunk.number, lane)
         start, totals = _starts(spec, sums, chunk.number, lane)
         for tile, (runs, factors) in enumerate(zip(chunk.codes, chunk.factors, strict=True)):
+            if tile and not spec.has_products:
+                runs, factors = _used_after(runs, factors, new[(tile - 1) * LANE_ROWS : tile * LANE_ROWS])
             products = multiply_run(body, spec, runs, inputs, start)
             for element, pairs in enumerate(factors):
                 at = tile * LANE_ROWS + element // share
@@ -371,6 +406,18 @@ def _add_chunks(
                     if minimum is not None:
                         new[at] = new[at] + totals[element][g] * minimum
     return new
+
+
+Factors = list[list[tuple[UOp, UOp | None]]]
+
+
+def _used_after(runs: list[list[UOp]], factors: Factors, done: list[UOp]) -> tuple[list[list[UOp]], Factors]:
+    """A tile's runs and factors, unpacked after `done`."""
+    values = [word for run in runs for word in run]
+    values += [value for pairs in factors for pair in pairs for value in pair if value is not None]
+    rest = iter(used_after(values, done))
+    runs = [[next(rest) for _ in run] for run in runs]
+    return runs, [[(next(rest), None if low is None else next(rest)) for _, low in pairs] for pairs in factors]
 
 
 @dataclass(frozen=True)
@@ -556,8 +603,14 @@ def _sum_threads(body: Body, spec: QuantizedVectorSpec, value: UOp, thread: UOp)
 
 
 def _inputs(spec: QuantizedVectorSpec, staged: UOp, chunk: UOp, lane: UOp) -> list[list[UOp]]:
-    """The lane's runs of x: those of the slot with the token's number; zeros for other tokens."""
+    """The lane's runs of x: those of the slot with the token's number; zeros for other tokens. On METAL the one run of
+    its slot."""
     runs = []
+    if not spec.has_products:
+        _, slot = spec.mma.row_runs(lane)[0]
+        run = chunk * spec.mma.slots + slot
+        start = (run if spec.fills_chunks else (run < spec.num_runs).where(run, spec.num_runs)) * spec.staged_run
+        return [[staged[start + i].load() for i in range(PANEL // 2)]]
     for token, slot in spec.mma.token_runs(lane):
         run = chunk * spec.mma.slots + slot
         is_own = token.eq(slot) & (run < spec.num_runs)
@@ -588,8 +641,26 @@ def multiply_run(
     for g, start in enumerate(starts):
         words = [i for i in range(PANEL // 2) if spec.groups == 1 or i // 2 % 2 == g]
         w, x = ([[run[i] for i in words] for run in side] for side in (runs, inputs))
-        products.append(spec.mma.multiply_words(body, w, x, start))
+        if spec.has_products:
+            products.append(spec.mma.multiply_words(body, w, x, start))
+        else:
+            products.append(_add_dots(spec.mma, w, x[0], start))
     return products
+
+
+def _add_dots(mma: Mma, rows: list[list[UOp]], x: list[UOp], totals: list[UOp]) -> list[UOp]:
+    """`totals` plus the dot product of each row with x, in words of two halves. A few words of all rows follow each
+    other, so that few unpacked codes are in registers at a time."""
+    new = list(totals)
+    for first in range(0, len(x), DOT_WORDS):
+        piece = [row[first : first + DOT_WORDS] for row in rows]
+        if first:
+            piece = [used_after(words, new) for words in piece]
+        for at, words in enumerate(piece):
+            for word, other in zip(words, x[first : first + DOT_WORDS], strict=True):
+                for code, value in zip(mma.pair_of(word), mma.pair_of(other), strict=True):
+                    new[at] = new[at] + code.cast(F32) * value.cast(F32)
+    return new
 
 
 def _codes(

@@ -30,6 +30,8 @@ class VectorType(DType):
 
 
 SHUFFLES = {"CUDA": "__shfl_xor_sync(0xffffffffu,{0},%d)", "METAL": "simd_shuffle_xor({0},%d)"}
+HELD = "{0}"  # of a value that is the same as another one
+LEADING = {Ops.RANGE, Ops.SPECIAL, Ops.PARAM, Ops.BUFFER, Ops.INDEX}  # what leads to loads, and is not computed of any
 HALF_PAIR = 0x64006400  # two float16 of 1024, whose lowest mantissa bit is worth 1
 # word & mask | bits as one instruction; the compiler keeps one of the two constants in a register
 AND_OR = (
@@ -474,6 +476,38 @@ def load_cuda_words(buffer: UOp, at: UOp, count: int, *after: UOp) -> list[UOp]:
 def _words_of(loads: Sequence[UOp], size: int) -> list[UOp]:
     """The words of vectors of so many."""
     return [UOp(Ops.CUSTOMI, dtypes.uint, src=(load,), arg=f"{{0}}.{name}") for load in loads for name in "xyzw"[:size]]
+
+
+def used_after(values: Sequence[UOp], done: Sequence[UOp]) -> list[UOp]:
+    """The same values, computed from their loads after `done` are. tinygrad would compute them as early as it can, and
+    hold them all in registers until each is used."""
+    known = {load: UOp(Ops.CUSTOM, load.dtype, src=(load, *done), arg=HELD) for load in outer_loads(values)}
+
+    def rebuilt(uop: UOp) -> UOp:
+        if uop not in known:
+            src = uop.src if uop.op in LEADING else tuple(rebuilt(source) for source in uop.src)
+            known[uop] = uop if src == uop.src else uop.replace(src=src)
+        return known[uop]
+
+    return [rebuilt(value) for value in values]
+
+
+def outer_loads(values: Sequence[UOp]) -> list[UOp]:
+    """The loads that the values are computed from, also those that are `used_after` something already, without those
+    that only lead to other loads."""
+    found: dict[UOp, None] = {}
+    seen: set[UOp] = set()
+    todo = list(reversed(values))
+    while todo:
+        uop = todo.pop()
+        if uop in seen:
+            continue
+        seen.add(uop)
+        if uop.op is Ops.LOAD or (uop.op is Ops.CUSTOM and uop.arg == HELD):
+            found[uop] = None
+        elif uop.op not in LEADING:
+            todo += reversed(uop.src)
+    return list(found)
 
 
 def dot(a: Sequence[UOp], b: Sequence[UOp]) -> UOp:

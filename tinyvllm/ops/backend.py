@@ -479,7 +479,7 @@ class DeviceSampling:
         state: SamplingState | None = None,
     ) -> Tensor:
         logits = self.join(logits, stride, layout)
-        spec = SampleSpec(layout, vocab_size, stride, self.device.has_threads)
+        spec = SampleSpec(layout, vocab_size, stride, self.device.has_threads, self.device.kind.safe_threads)
         if state is None:
             return sample(spec, logits, inputs, out)
         return sample_processed(spec, logits, inputs, state, out)

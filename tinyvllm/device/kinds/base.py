@@ -35,6 +35,7 @@ class DeviceKind:
     default_share: ClassVar[float] = 0.9  # of the free memory, for weights and KV cache
     has_kernels: ClassVar[bool] = False  # the operations in ops have kernels for it
     program_limits: ClassVar[ProgramLimits | None] = None
+    safe_threads: ClassVar[int] = 512  # of a threadgroup that runs however many registers its kernel needs
     pins_host_memory: ClassVar[bool] = False  # `host_bytes` has a result
 
     def __init__(self, name: str) -> None:

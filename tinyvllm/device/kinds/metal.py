@@ -21,6 +21,7 @@ class Metal(DeviceKind):
     has_kernels = True
     # Metal Feature Set Tables: "maximum buffer argument entries", "threads per threadgroup", "threadgroup memory"
     program_limits = ProgramLimits(arguments=31, threads=1024, shared_bytes=32 << 10)
+    safe_threads = 256  # a core runs 384 threads that have all 128 registers (profiling/apple.py: OCCUPANCY)
 
     def __init__(self) -> None:
         super().__init__("METAL")

@@ -247,6 +247,8 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
         if self.is_split:
             # the shortest split takes one pass; several rows share a multiprocessor
             return 4 if self.layout.num_tokens > 1 else SHORTEST_SPAN // TILE_TOKENS
+        if self.lanes.kind == "METAL":  # 16 warps run only if a thread needs at most 104 registers
+            return 4 if groups > 256 else 8
         if self.lanes.kind != "CUDA":
             return 4 if groups > 256 else 16 if groups <= FEW_GROUPS and self.is_long else 8
         # as many as there are registers for, if all threadgroups run at once: those that wait for others to end lose

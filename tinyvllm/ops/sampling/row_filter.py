@@ -13,7 +13,7 @@ from tinygrad.uop.ops import Ops
 from tinyvllm.config import MAX_STOP_IDS
 from tinyvllm.ops.kernel.body import NEG_INF, Body, KernelFn, cached_kernel, finish
 from tinyvllm.ops.sampling.reduction import RowSlice, flag
-from tinyvllm.ops.sampling.sample import ROW_THREADS, Row, SampleSpec
+from tinyvllm.ops.sampling.sample import Row, SampleSpec
 
 IsKept = Callable[[UOp], UOp]  # whether an id with this logit is kept
 # (row, its logits, whether they are wanted as int32 0 or 1) -> which ids are kept; 0 makes every pass's length 0
@@ -27,7 +27,7 @@ def filter_kernel(name: str, is_wanted: Callable[[Row], UOp], rule: Rule) -> Cal
     @cached_kernel
     def make(spec: SampleSpec) -> KernelFn:
         def kernel(logits: UOp, inputs: UOp) -> UOp:
-            row = Row(spec, Body(), inputs, num_splits=1, num_threads=ROW_THREADS)
+            row = Row(spec, Body(), inputs, num_splits=1, num_threads=spec.row_threads)
             wanted = flag(is_wanted(row))
             ready = logits.after(_suppress(row, logits, wanted))
             values = row.slice(ready)

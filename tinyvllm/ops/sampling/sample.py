@@ -104,6 +104,7 @@ class SampleSpec:
     vocab_size: int  # V
     stride: int
     has_threads: bool  # whether a threadgroup has a split (GPU), or the lanes of one core (CPU)
+    row_threads: int = ROW_THREADS
     is_processed: bool = False  # tokens are drawn from processed logits, and there are raw logits too
     any_rows: tuple[int, int] | None = None  # of `for_rows`: the number of rows, and of splits
 
@@ -425,7 +426,7 @@ def draw_kernel(spec: SampleSpec) -> KernelFn:
     except for the suppressed ids."""
 
     def kernel(out: UOp, inputs: UOp, found: UOp, values: UOp, noises: UOp, *raw: UOp) -> UOp:
-        row = Row(spec, Body(), inputs, num_splits=1, num_threads=ROW_THREADS)
+        row = Row(spec, Body(), inputs, num_splits=1, num_threads=spec.row_threads)
         leaders, logits = Leaders(row, found), row.slice(values, noises)
         raw_leaders, raw_logits = (Leaders(row, raw[0]), row.slice(raw[1])) if spec.is_processed else (leaders, logits)
         (token,) = row.lanes.to_registers([_choose(row, leaders, logits)], [I32])

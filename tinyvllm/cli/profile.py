@@ -17,7 +17,7 @@ from tinyvllm.cli.terminal import progress_bars
 from tinyvllm.config import EngineConfig, ModelConfig
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.profiling import measure
-from tinyvllm.profiling.apple import PromptArithmetic, prompt_arithmetic
+from tinyvllm.profiling.apple import StepArithmetic, step_arithmetic
 from tinyvllm.profiling.chips import CHIPS, Chip, find_chip, measured_chip
 from tinyvllm.profiling.kernels import GROUPINGS
 from tinyvllm.profiling.predict import MEASURED, predict, predict_prompt
@@ -213,7 +213,8 @@ def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) ->
     )
     kv = runner.planned_kv
     if flags.prefill is None:
-        prediction = predict(found.model_config, weights, chip, flags.batch, flags.context, kv)
+        arithmetic = _arithmetic(found.model_config, weights.name, chip, flags.batch, is_decode=True)
+        prediction = predict(found.model_config, weights, chip, flags.batch, flags.context, kv, arithmetic)
     else:
         step_tokens = runner.max_num_batched_tokens or _step_tokens(chip)
         arithmetic = _arithmetic(found.model_config, weights.name, chip, min(flags.prefill, step_tokens))
@@ -233,12 +234,15 @@ def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) ->
     subject.write_json(document)
 
 
-def _arithmetic(config: ModelConfig, kind: str, chip: Chip, num_tokens: int) -> PromptArithmetic | None:
-    """What the kernels of a step argue on METAL."""
-    from tinyvllm.execution.metal_prompts import count_prompt
+def _arithmetic(
+    config: ModelConfig, kind: str, chip: Chip, num_tokens: int, *, is_decode: bool = False
+) -> StepArithmetic | None:
+    """What the kernels of a step of several rows argue on METAL; in a decode step, its products alone."""
+    from tinyvllm.execution.metal_steps import count_products, count_prompt
 
-    kernels = count_prompt(config, kind, num_tokens) if chip.device == "METAL" else []
-    return prompt_arithmetic(kernels, chip) if kernels else None
+    count = count_products if is_decode else count_prompt
+    kernels = count(config, kind, num_tokens) if chip.device == "METAL" and num_tokens > 1 else []
+    return step_arithmetic(kernels, chip) if kernels else None
 
 
 def _step_tokens(chip: Chip) -> int:

@@ -165,6 +165,17 @@ def generation(chip: str) -> int:
     return int(chip[:2] not in ("m1", "m2"))
 
 
+# four rows by the kernel for prompts, whose tile has 32 tokens: 2 * 32 operations for each of 12.85e9 weights
+OVERLAPPED = Published(
+    "m1-pro",
+    "LLaMA-13B Q4_0 by llama.cpp, 4 rows in a tile of 32",
+    18.08,
+    2 * 12.85e9 * 32 / 4,
+    *Q4_0,
+    "github.com/ggml-org/llama.cpp/pull/10491",
+)
+ONE_ROW_MS = 46.9  # the same model's step of one row there, which memory takes
+
 REST = round(PUBLISHED[0].share / PUBLISHED[0].counted, 2)
 
 
@@ -182,26 +193,38 @@ def rest_lines() -> list[str]:
     ]
 
 
-# -- a prompt ----------------------------------------------------------------------------------------------------------
+def overlap_line() -> str:
+    """Why weights that arrive meanwhile are not added."""
+    rule_s = OVERLAPPED.flops / (CHIPS[OVERLAPPED.chip].half_tflops * 1e12 * OVERLAPPED.counted * REST)
+    return (
+        f"weights arrive while products are computed, so the longer of the two counts: {OVERLAPPED.what}, takes "
+        f"{4e3 / OVERLAPPED.tok_s:.0f} ms on {OVERLAPPED.chip}, for {4e3 * rule_s:.0f} by counts; one row takes "
+        f"{ONE_ROW_MS:.0f} ms ({OVERLAPPED.source})"
+    )
+
+
+# -- a step ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class PromptArithmetic:
-    """The shares of the peak that a prompt's products and its attention reach, and why."""
+class StepArithmetic:
+    """The shares of the peak that a step's products and its attention reach, and why. Without attention that is
+    counted, its share is 1."""
 
     products: float
     attention: float
     lines: tuple[str, ...]
 
 
-def prompt_arithmetic(kernels: Sequence[CountedKernel], chip: Chip) -> PromptArithmetic:
-    """Of a prompt that launches these kernels."""
+def step_arithmetic(kernels: Sequence[CountedKernel], chip: Chip) -> StepArithmetic:
+    """Of a step that launches these kernels."""
     place = generation(chip.name)
     by_kind = [[kernel for kernel in kernels if kernel.is_attention is wanted] for wanted in (False, True)]
     products, attention = (_share(some, place) for some in by_kind)
     others = "each other instruction of float32" if place else "each other instruction"
+    of_attention = f" and {attention:.0%} for attention" if by_kind[True] else ""
     lines = (
-        f"{products:.0%} of the peak for products and {attention:.0%} for attention, by counts: 17 cycles a product of "
+        f"{products:.0%} of the peak for products{of_attention}, by counts: 17 cycles a product of "
         f"8 x 8 instead of 16 ({BENCHMARKS}), and one for {others} ({PARALLEL if place else BENCHMARKS})",
         *rest_lines(),
         *(kernel.line for kernel in kernels),
@@ -209,7 +232,7 @@ def prompt_arithmetic(kernels: Sequence[CountedKernel], chip: Chip) -> PromptAri
         f"{MESA}); a product's results are ready after {PRODUCT_LATENCY} cycles, so two independent ones keep a "
         f"scheduler busy, or two simdgroups",
     )
-    return PromptArithmetic(products * REST, attention * REST, lines)
+    return StepArithmetic(products * REST, attention * REST, lines)
 
 
 def _share(kernels: Sequence[CountedKernel], place: int) -> float:

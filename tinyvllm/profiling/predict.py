@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass, replace
 
 from tinyvllm.config import FLOAT16_KV, KVFormats, ModelConfig
 from tinyvllm.errors import ProfilingError
-from tinyvllm.profiling.apple import PromptArithmetic
+from tinyvllm.profiling.apple import StepArithmetic, overlap_line
 from tinyvllm.profiling.chips import CHIPS, GB, Chip
 from tinyvllm.profiling.digits import rounded
 from tinyvllm.profiling.kernels import floor_s
@@ -81,7 +81,8 @@ FACTORS = {
             "Q4_K_M, 4.62 GB per token, 20.9 tok/s: github.com/brand-o/normiebench/issues/3)",
             "2.4 us per kernel that waits for the previous one in the same command buffer: 3,200 of them in 7.7 ms on "
             "an M3 Ultra, minus 16 borders of 20 us (github.com/ml-explore/mlx/issues/4521)",
-            "42 % of the peak for up to 64 rows: what kernels like METAL's reached on an H200, decoding 64 sequences",
+            "42 % of the peak for decoding's attention, and for up to 64 rows unless their kernels are counted: what "
+            "kernels like METAL's reached on an H200, decoding 64 sequences",
             "74 % for prompts unless their kernels are counted: about 85 % by counts, of which a prompt keeps 89 %",
             "host 90 us per step and 1.1 us per sequence: the H200's, plus 50 us to commit and wait (akunu: 30 to 80)",
         ),
@@ -174,20 +175,27 @@ def predict(
     batch: int,
     context: int,
     kv: KVFormats = FLOAT16_KV,
+    arithmetic: StepArithmetic | None = None,
 ) -> Prediction:
     """Predict one decode step of `batch` sequences with `context` tokens each, weights in format `kind`, and keys and
-    values in `kv`. Raises ProfilingError for an unknown format."""
+    values in `kv`. `arithmetic`: the products' share of the peak by counts, whose time is not added to that of the
+    weights, but overlaps it. Raises ProfilingError for an unknown format."""
     weights = WeightBytes.of_kind(kind) if isinstance(kind, str) else kind
     if batch < 1 or context < 0:
         raise ProfilingError(f"a step needs at least one sequence and no negative context: {batch=}, {context=}")
     work = count_work(config, weights, kv.bytes_per_element, [(context, 1)] * batch)
     factors = FACTORS[chip.device]
-    matrix_flops = work.matrix_flops * (batch - 1) / batch
-    share = factors.compute_share if batch <= FEW_ROWS else factors.prompt_share
-    compute_s = _compute_s(chip, matrix_flops, share)
-    compute_s += _compute_s(chip, work.attention_flops, factors.attention_share)
     setup = _Setup(weights, chip, num_steps=1, column=int(batch > 1))
-    return setup.prediction(config, work, compute_s, batch=batch, context=context, prompt=0)
+    if arithmetic is None:
+        share = factors.compute_share if batch <= FEW_ROWS else factors.prompt_share
+        compute_s = _compute_s(chip, work.matrix_flops * (batch - 1) / batch, share)
+    else:
+        products_s = _compute_s(chip, work.matrix_flops, arithmetic.products)
+        compute_s = max(0.0, products_s - setup.weights_s(work))
+    compute_s += _compute_s(chip, work.attention_flops, factors.attention_share)
+    prediction = setup.prediction(config, work, compute_s, batch=batch, context=context, prompt=0)
+    lines = () if arithmetic is None else (overlap_line(), *arithmetic.lines)
+    return replace(prediction, assumptions=prediction.assumptions + lines)
 
 
 def predict_prompt(
@@ -197,7 +205,7 @@ def predict_prompt(
     num_tokens: int,
     step_tokens: int,
     num_rows: int = 1,
-    arithmetic: PromptArithmetic | None = None,
+    arithmetic: StepArithmetic | None = None,
     kv: KVFormats = FLOAT16_KV,
 ) -> Prediction:
     """Predict a single prompt of `num_tokens`, computed `step_tokens` at a time. `num_rows`: rows of logits in each
@@ -232,15 +240,20 @@ class _Setup:
     num_steps: int
     column: int
 
+    def weights_s(self, work: Work) -> float:
+        """Until all weights are read."""
+        factors = FACTORS[self.chip.device]
+        share = factors.bandwidth_share if self.weights.layers >= 2 else factors.quantized_share
+        return work.weight_bytes / (self.chip.bandwidth_gbps * GB * share)
+
     def prediction(
         self, config: ModelConfig, work: Work, compute_s: float, *, batch: int, context: int, prompt: int
     ) -> Prediction:
         chip, factors = self.chip, FACTORS[self.chip.device]
-        weights_share = factors.bandwidth_share if self.weights.layers >= 2 else factors.quantized_share
         layer, others = factors.layer_kernels[self.column], factors.other_kernels[self.column]
         sparse, more = len(config.sparse_layers), factors.sparse_kernels[self.column]
         num_kernels = self.num_steps * (config.num_layers * layer + sparse * more + others)
-        moved = work.weight_bytes / weights_share + (work.kv_bytes + work.state_bytes) / factors.bandwidth_share
+        states_s = (work.kv_bytes + work.state_bytes) / (chip.bandwidth_gbps * GB * factors.bandwidth_share)
         return Prediction(
             chip,
             batch,
@@ -248,7 +261,7 @@ class _Setup:
             prompt,
             work,
             num_kernels,
-            memory_s=moved / (chip.bandwidth_gbps * GB),
+            memory_s=self.weights_s(work) + states_s,
             compute_s=compute_s,
             kernels_s=num_kernels * factors.kernel_us * 1e-6,
             host_s=self.num_steps * (factors.host_us + batch * factors.host_us_per_seq) * 1e-6,

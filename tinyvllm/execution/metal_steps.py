@@ -1,4 +1,4 @@
-"""The kernels that compute a prompt on METAL, counted without the device and without weights."""
+"""The kernels of a step of several rows on METAL, counted without the device and without weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinyvllm.ops.formats.matrix import planes_of
 from tinyvllm.ops.formats.runs import covers
 from tinyvllm.ops.gpu.attention_prefill import prefill_kernel
 from tinyvllm.ops.gpu.attention_prefill_inputs import PrefillSpec
-from tinyvllm.ops.gpu.gemm import MIN_TOKENS, GemmSpec, gemm_kernel
+from tinyvllm.ops.gpu.gemm import GemmSpec, gemm_kernel
 from tinyvllm.ops.kernel.body import F16, F32, I32
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.metal_counts import MetalCounts, count_kernel
@@ -28,7 +28,7 @@ from tinyvllm.profiling.roofline import attended_keys, operations_a_key
 
 LANES = Lanes("METAL", (dtypes.half, dtypes.bfloat16))
 BLOCK_SIZE = 16
-COUNTED_TOKENS, TOKEN_TILE = 512, 64  # of the kernels that are counted; other steps have more or fewer tiles
+COUNTED_TOKENS, TOKEN_TILE = 512, 64  # of the kernels of prompts that are counted; others have more or fewer tiles
 SMALL = (32, 256)  # of a matrix whose planes stand for larger ones
 UNKNOWN_KIND = "Q4_K"  # stands for quantized formats that random weights do not have
 
@@ -40,17 +40,18 @@ def count_prompt(config: ModelConfig, kind: str, num_tokens: int) -> list[Counte
 
 
 def count_products(config: ModelConfig, kind: str, num_tokens: int) -> list[CountedKernel]:
-    """Products, gated ones and others: of each the largest is counted, and the rest differ in sizes. None if the step
-    takes the kernels for few rows."""
+    """Products of at least two rows, gated ones and others: of each the largest is counted, and the rest differ in
+    sizes."""
     kind, shapes, found = _covered(kind.partition(",")[0]), _shapes(config), []
     for is_gated in (True, False):
         alike = {shape: count for shape, count in shapes.items() if (shape[0] == "gate_up") is is_gated}
-        if not alike or num_tokens < MIN_TOKENS:
+        if not alike:
             continue
         _, rows, cols = max(alike, key=lambda shape: shape[1] * shape[2])
-        counts = _count_product(kind, rows, cols, is_gated)
+        counted = num_tokens if num_tokens <= TOKEN_TILE else COUNTED_TOKENS
+        counts = _count_product(kind, counted, rows, cols, is_gated)
         weights = sum(rows * cols * count for (_, rows, cols), count in alike.items())
-        tiles = -(-num_tokens // TOKEN_TILE) / (COUNTED_TOKENS // TOKEN_TILE)
+        tiles = -(-num_tokens // TOKEN_TILE) / -(-counted // TOKEN_TILE)
         times = counts.simdgroups * counts.groups * tiles * weights / (rows * cols)
         serial, parallel = issue_cycles(counts)
         names = ", ".join(dict.fromkeys(name for name, _, _ in alike))
@@ -89,8 +90,8 @@ def _covered(kind: str) -> str:
 
 
 @cache
-def _count_product(kind: str, rows: int, cols: int, is_gated: bool) -> MetalCounts:
-    """A product of COUNTED_TOKENS rows."""
+def _count_product(kind: str, num_tokens: int, rows: int, cols: int, is_gated: bool) -> MetalCounts:
+    """A product of `num_tokens` rows."""
     fmt, planes = planes_of(RandomWeights(kind, 0).take("matrix", SMALL), "row")
     is_bfloat = kind == "bfloat16"
     mma, x_dtype = (
@@ -98,13 +99,13 @@ def _count_product(kind: str, rows: int, cols: int, is_gated: bool) -> MetalCoun
         F32 if is_bfloat and not is_gated else F16,
     )
     name, activation = ("gate_up", "silu") if is_gated else ("down", None)
-    spec = GemmSpec(name, mma, fmt, x_dtype, COUNTED_TOKENS, rows, cols, activation)
+    spec = GemmSpec(name, mma, fmt, x_dtype, num_tokens, rows, cols, activation)
     adds = not is_gated and spec.splits == 1
     spec = replace(spec, adds_residual=adds)
-    size = COUNTED_TOKENS * spec.out_rows
+    size = num_tokens * spec.out_rows
     sizes = [(spec.splits * size, F16 if adds or is_gated else F32)]
     sizes += [(plane.size * rows * cols // math.prod(SMALL), _from_np_dtype(plane.dtype)) for plane in planes]
-    sizes += [(COUNTED_TOKENS * cols, x_dtype), *([(size, F16)] if adds else [])]
+    sizes += [(num_tokens * cols, x_dtype), *([(size, F16)] if adds else [])]
     return count_kernel(gemm_kernel(spec)(*_placeholders(sizes)))[0]
 
 

@@ -60,7 +60,8 @@ def test_tinyjit_captures_the_recorded_kernels_in_their_order_with_the_same_toke
     """Penalties, biases, masks that need the token before, seeds, chunks and preemptions among the requests."""
     kernels, answers = [], []
     for capture in ("replay", "tinyjit"):
-        runner = make_runner(tiny_gguf_files, async_scheduling=overlaps, capture=capture, decode_buckets=(4,))
+        rows = {"max_num_seqs": 8, "decode_buckets": (8,)}  # as prompts have
+        runner = make_runner(tiny_gguf_files, async_scheduling=overlaps, capture=capture, **rows)
         assert runner.max_in_flight == 1 + overlaps
         kernels.append(kernels_of(runner))
         tokens, core = run(runner, is_processed=True, num=12)
@@ -138,7 +139,7 @@ def test_a_closed_runner_holds_no_memory(tiny_gguf_files: ModelFiles) -> None:
 
     before = used()
     for _ in range(2):
-        runner = make_runner(tiny_gguf_files, capture="tinyjit", decode_buckets=(4,))
+        runner = make_runner(tiny_gguf_files, capture="tinyjit", max_num_seqs=8, decode_buckets=(8,))
         bucket = runner.buckets[0]
         taken = used()
         runner.captures.remake(bucket)

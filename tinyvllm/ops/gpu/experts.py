@@ -52,7 +52,7 @@ from tinyvllm.ops.kernel.hopper import WGMMA_COLS
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import choose
 
-MOST_ROWS = 16  # of an expert, on average, up to which weights go from memory straight into registers
+MOST_ROWS = 16  # of an expert, on average, up to which its tiles are small
 UNPACK_ROWS = 64  # of an expert, on average, from which on quantized weights are unpacked first
 MOST_TILES = 4  # of TOKENS rows each, in a tile there
 

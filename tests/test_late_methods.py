@@ -79,6 +79,15 @@ def test_a_method_is_made_when_it_is_first_used() -> None:
     assert vars(Labeled)["__init__"].__qualname__ == f"{Labeled.__qualname__}.__init__"
 
 
+def test_a_wrapped_method_is_made_once() -> None:
+    """dataclasses wraps `__repr__`, so that the method cannot take its place."""
+    Node, made = define()["Node"], []
+    late = vars(Node)["__repr__"].__wrapped__
+    make = late._make
+    late._make = lambda: made.append(1) or make()
+    assert repr(Node(1)) == repr(Node(1)) and made == [1]
+
+
 def test_classes_behave_as_without_it() -> None:
     kinds = define()
     Point, Labeled, Pair, Node = kinds["Point"], kinds["Labeled"], kinds["Pair"], kinds["Node"]

@@ -38,13 +38,19 @@ class LateMethod:
     """What stands for a method in its class, and gives its place to the method once that is made."""
 
     # no __dict__, which functools.wraps would copy
-    __slots__ = ("__name__", "_make")
+    __slots__ = ("__name__", "_make", "_method")
 
     def __init__(self, name: str, make: Callable[[], Any]) -> None:
         self.__name__, self._make = name, make
+        self._method: Any = None
+
+    def _made(self) -> Any:
+        if self._method is None:
+            self._method = self._make()
+        return self._method
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        method = self._make()
+        method = self._made()
         for kind in owner.__mro__:
             if kind.__dict__.get(self.__name__) is self:
                 method.__qualname__ = f"{kind.__qualname__}.{self.__name__}"
@@ -53,5 +59,5 @@ class LateMethod:
         return method.__get__(instance, owner)
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """For `__repr__`, which dataclasses wraps in a function of its own."""
-        return self._make()(*arguments, **options)
+        """For `__repr__`, which dataclasses wraps in a function of its own, and which thus keeps its place."""
+        return self._made()(*arguments, **options)

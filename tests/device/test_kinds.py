@@ -50,10 +50,13 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         open_device()
 
 
-def test_another_compiler_than_clang_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where gcc alone is installed."""
+@pytest.mark.parametrize("program", ['#!/bin/sh\ncase "$*" in *--target*) exit 1;; esac\n', "no program"])
+def test_another_compiler_than_clang_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    """As where gcc alone is installed, or CC names something else."""
     gcc = tmp_path / "gcc"
-    gcc.write_text('#!/bin/sh\ncase "$*" in *--target*) exit 1;; esac\n')
+    gcc.write_text(program)
     gcc.chmod(0o755)
     monkeypatch.setenv("CC", str(gcc))
     assert "does not take the arguments of clang: install clang" in KINDS["CPU"].why_missing()

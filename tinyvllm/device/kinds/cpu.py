@@ -59,4 +59,7 @@ class Cpu(DeviceKind):
 def _is_clang(compiler: str) -> bool:
     """Whether it takes the argument of tinygrad's that other compilers refuse."""
     command = [compiler, "--target=x86_64-none-unknown-elf", "-fsyntax-only", "-x", "c", "-"]
-    return subprocess.run(command, input=b"", capture_output=True, check=False).returncode == 0
+    try:
+        return subprocess.run(command, input=b"", capture_output=True, check=False).returncode == 0
+    except OSError:  # a file that may be executed, but is no program of this machine
+        return False

@@ -84,7 +84,12 @@ def test_a_wrapped_method_is_made_once() -> None:
     Node, made = define()["Node"], []
     late = vars(Node)["__repr__"].__wrapped__
     make = late._make
-    late._make = lambda: made.append(1) or make()
+
+    def count() -> Any:
+        made.append(1)
+        return make()
+
+    late._make = count
     assert repr(Node(1)) == repr(Node(1)) and made == [1]
 
 

@@ -49,6 +49,12 @@ def as_for_users() -> None:
         setattr(importlib.import_module(name), limit, seconds)
 
 
+def users_limit(name: str, limit: str) -> float:
+    """A limit of the module `name` as users have it."""
+    seconds: float = _for_users.get((name, limit), getattr(importlib.import_module(name), limit))
+    return seconds
+
+
 def wait_for(condition: Callable[[], object], *ignored: type[Exception]) -> None:
     """Wait until the condition is true. Errors of the types `ignored` say that it is not yet."""
     end_s = time.monotonic() + PATIENCE_S

@@ -15,7 +15,7 @@ MIN_ADDRESS_BYTES = 1 << 30  # of the server without a model; its libraries map 
 _PR_SET_PDEATHSIG = 1
 # New containers before a collection of the youngest, of those before one of the middle generation, and so on. With
 # Python's defaults (700, 10, 10) a start collects 590 times: 11 % of its processor time, which frees next to nothing.
-START_THRESHOLDS = (200_000, 20, 1000)
+START_THRESHOLDS = (400_000, 20, 1000)
 
 
 def _existing(*names: str) -> tuple[signal.Signals, ...]:

@@ -237,11 +237,13 @@ def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) ->
 def _arithmetic(
     config: ModelConfig, kind: str, chip: Chip, num_tokens: int, *, is_decode: bool = False
 ) -> StepArithmetic | None:
-    """What the kernels of a step of several rows argue on METAL; in a decode step, its products alone."""
-    from tinyvllm.execution.metal_steps import count_products, count_prompt
+    """What the kernels of a step of several rows argue on METAL; in a decode step, its products alone, if all are
+    counted."""
+    from tinyvllm.execution.metal_steps import count_products, count_prompt, counts_all
 
-    count = count_products if is_decode else count_prompt
-    kernels = count(config, kind, num_tokens) if chip.device == "METAL" and num_tokens > 1 else []
+    if chip.device != "METAL" or num_tokens < 2 or (is_decode and not counts_all(config)):
+        return None
+    kernels = (count_products if is_decode else count_prompt)(config, kind, num_tokens)
     return step_arithmetic(kernels, chip) if kernels else None
 
 

@@ -39,9 +39,16 @@ def count_prompt(config: ModelConfig, kind: str, num_tokens: int) -> list[Counte
     return [*count_products(config, kind, num_tokens), *count_attention(config, num_tokens)]
 
 
+def counts_all(config: ModelConfig) -> bool:
+    """Whether `count_products` counts all products of a step: there are no experts, whose tiles are mostly padding,
+    and no recurrent layers or latents."""
+    are_plain = all(layer.state is None and layer.latent is None for layer in config.layers)
+    return are_plain and not config.sparse_layers
+
+
 def count_products(config: ModelConfig, kind: str, num_tokens: int) -> list[CountedKernel]:
     """Products of at least two rows, gated ones and others: of each the largest is counted, and the rest differ in
-    sizes."""
+    sizes. Not those that `counts_all` names."""
     kind, shapes, found = _covered(kind.partition(",")[0]), _shapes(config), []
     for is_gated in (True, False):
         alike = {shape: count for shape, count in shapes.items() if (shape[0] == "gate_up") is is_gated}

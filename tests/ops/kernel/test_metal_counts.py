@@ -9,7 +9,7 @@ import pytest
 from tests.sweeps import swept
 from tinyvllm.bench.shapes import find_shape
 from tinyvllm.device.kinds.metal import Metal
-from tinyvllm.execution.metal_steps import count_attention, count_products
+from tinyvllm.execution.metal_steps import count_attention, count_products, counts_all
 from tinyvllm.model.weights.random import RandomWeights
 from tinyvllm.ops.formats.matrix import planes_of
 from tinyvllm.ops.gpu.gemm import METAL_TILES
@@ -134,3 +134,11 @@ def test_weights_arrive_while_the_products_of_few_rows_are_computed() -> None:
     assert eight.step_s < 1.2 * one.step_s
     assert eight.step_s > one.step_s
     assert any("the longer of the two counts" in line for line in eight.assumptions)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_counted"),
+    [("llama-3.1-8b", True), ("gemma-3-4b", True), ("qwen3-30b-a3b", False), ("qwen3.5-0.8b", False)],
+)
+def test_steps_with_other_products_are_not_predicted_from_counts(shape: str, *, is_counted: bool) -> None:
+    assert counts_all(find_shape(shape)) == is_counted

@@ -8,7 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from tinygrad.helpers import from_mv
+from tinygrad import Device, dtypes
+from tinygrad.device import Buffer, BufferSpec
+from tinygrad.helpers import Context, from_mv
 
 from tinyvllm.config import CORES_VARIABLE, usable_cores
 from tinyvllm.device import handle
@@ -76,3 +78,15 @@ def test_an_environment_variable_limits_the_cores(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(CORES_VARIABLE, wrong)
         with pytest.raises(DeviceError, match=f"{CORES_VARIABLE} is '{wrong}': it must be a whole number"):
             usable_cores()
+
+
+def test_a_buffer_of_several_cores_may_be_freed_while_code_is_generated() -> None:
+    """tinygrad lets nobody use a device then, and the garbage collector does not know."""
+    handle.open_device(2)
+    buffer = Buffer("CPU", 64, dtypes.float, options=BufferSpec(nolru=True)).allocate()
+    buffer.get_buf("CPU:1")
+    with Context(ALLOW_DEVICE_USAGE=0):
+        buffer.deallocate()
+        with pytest.raises(AssertionError, match="usage of device CPU:63 disallowed"):
+            _ = Device["CPU:63"]
+    assert not buffer.is_allocated()

@@ -180,6 +180,7 @@ def open_device(num_cores: int = 1, programs: Path | None = None) -> DeviceHandl
     wanted = os.environ.get("DEV", "")
     if wanted:
         kind_of(wanted).check()
+    _let_open_devices_be_used()
     previous = threading.stack_size(KERNEL_STACK_BYTES)  # opening the CPU device starts its worker thread
     cores: tuple[str, ...] = ()
     helper_programs.keep(programs)
@@ -203,6 +204,20 @@ def open_device(num_cores: int = 1, programs: Path | None = None) -> DeviceHandl
     finally:
         threading.stack_size(previous)
     return DeviceHandle(device.device, bool(device.renderer.has_local), kind_of(device.device).is_unified, cores)
+
+
+@functools.cache
+def _let_open_devices_be_used() -> None:
+    """While a thread generates code, tinygrad lets nobody use a device, so that none is opened. But a buffer may be
+    freed then, by the garbage collector or another thread, and would stay mapped for the other cores."""
+    kind: Any = type(Device)
+    get = kind.__getitem__
+
+    def get_open(self: Any, name: str) -> Any:
+        known = self.canonicalize(name)
+        return self._Device__get_canonicalized_item(known) if known in self._opened_devices else get(self, name)
+
+    kind.__getitem__ = get_open
 
 
 def upload(array: np.ndarray, device: str) -> Tensor:

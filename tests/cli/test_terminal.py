@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from tests.cli.screen import Screen, Tty
+from tinyvllm.cli import terminal
 from tinyvllm.cli.answer_view import MarkdownView
 from tinyvllm.cli.markdown import split_blocks
 
@@ -219,6 +220,17 @@ def test_pasted_lines_are_one_message(tmp_path: Path) -> None:
 
 
 # ---- serve ----
+
+
+def test_what_follows_progress_bars_waits_until_they_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's stderr and stdout have queues of their own."""
+    written = io.StringIO()
+    waited: list[str] = []
+    monkeypatch.setattr(terminal, "err", Console(file=written, force_terminal=True))
+    monkeypatch.setattr(terminal, "finish_outputs", lambda: waited.append(written.getvalue()))
+    with terminal.progress_bars() as report:
+        report("load", 0, 1)
+    assert waited == [written.getvalue()] and "load" in waited[0]
 
 
 def test_a_start_of_serve_fits_on_a_screen(tmp_path: Path) -> None:

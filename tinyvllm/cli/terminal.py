@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from tinyvllm.errors import TinyvllmError
 from tinyvllm.processes import explain_limit
+from tinyvllm.server.output_queue import finish_outputs
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -142,3 +143,5 @@ def progress_bars(*, in_bytes: bool = False) -> Iterator[Progress]:
     finally:
         if tasks:
             bars.stop()
+            if err.is_terminal:  # a server's stdout has a queue of its own, and must not come before the bars' end
+                finish_outputs()

@@ -30,6 +30,11 @@ def started(module: str, arguments: Sequence[str], env: Mapping[str, str], **opt
     return subprocess.Popen([sys.executable, "-m", module, *arguments], text=True, env=dict(env), **options)
 
 
+def printed_by(code: str) -> str:
+    """What a new Python prints that runs `code`, and does not fail."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
 def forked(
     program: str,
     arguments: Sequence[str],

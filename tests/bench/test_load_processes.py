@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.bench.event_server import EventServer, serving_events
+from tests.forking import printed_by
 from tests.sweeps import swept
 from tinyvllm.bench.load import Load, LoadWork, Target
 from tinyvllm.bench.load_processes import LoadProcesses, choose_num_processes, split_load
@@ -124,6 +125,6 @@ def is_running(pid: int) -> bool:
 
 def test_load_process_imports_little() -> None:
     code = "import sys, tinyvllm.bench.load_worker; print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    modules = printed_by(code).split()
     for heavy in ("tinygrad", "numpy", "httpx", "rich", "typer", "pydantic", "tinyvllm.cli", "tinyvllm.engine"):
         assert heavy not in modules

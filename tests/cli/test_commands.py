@@ -16,6 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from tests.cli.fakes import make_terminal
+from tests.forking import printed_by
 from tests.text.harmony import TEMPLATE
 from tinyvllm.cli import models as models_commands
 from tinyvllm.cli.commands import app
@@ -72,8 +73,7 @@ def test_help_loads_nothing_heavy() -> None:
         "heavy = {'tinygrad', 'numpy', 'fastapi', 'uvicorn', 'tokenizers', 'huggingface_hub', 'jinja2', 'pydantic'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed_by(code).strip() == "[]"
 
 
 def test_a_start_hardly_collects_garbage() -> None:
@@ -88,8 +88,7 @@ def test_a_start_hardly_collects_garbage() -> None:
         "    import tinyvllm.server.serve\n"
         "    print(sum(generation['collections'] for generation in gc.get_stats()))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout.split()[-1]) < 20
+    assert int(printed_by(code).split()[-1]) < 20
 
 
 @pytest.mark.skipif(sys.version_info[:2] > LAST_PYTHON, reason="dataclasses compile a class's methods at once")
@@ -111,8 +110,7 @@ def test_a_start_compiles_few_methods_of_dataclasses() -> None:
         "    import tinyvllm.server.serve\n"
         "    print(made)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout.split()[-1]) < 250
+    assert int(printed_by(code).split()[-1]) < 250
 
 
 def test_a_command_of_bench_makes_no_other() -> None:
@@ -128,8 +126,7 @@ def test_a_command_of_bench_makes_no_other() -> None:
         "except SystemExit:\n"
         "    print(made, 'tinyvllm.cli.serve' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "['cold_start'] False"
+    assert printed_by(code).splitlines()[-1] == "['cold_start'] False"
     assert "No such command 'nothing'" in run("bench", "nothing").output
 
 

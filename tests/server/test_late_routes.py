@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from tests.forking import printed_by
 from tests.server.fake_engine import FakeEngine
 from tinyvllm.server import routes
 from tinyvllm.server.app import make_app
@@ -38,8 +37,7 @@ def test_a_start_imports_none_of_them() -> None:
         "late = {'anthropic.messages', 'openai.responses', 'openai.rerank', 'ollama.wire', 'ollama.protocol'}\n"
         "print(sorted(name for name in late if f'tinyvllm.server.{name}' in sys.modules))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert printed_by(code).strip() == "[]"
 
 
 async def test_a_request_that_no_other_route_takes_brings_them() -> None:

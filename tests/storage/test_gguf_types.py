@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 from gguf import constants
 
+from tests.forking import printed_by
 from tinyvllm.storage.gguf_types import ALIGNMENT, BLOCK_SIZES, TYPE_NAMES, ValueType
 
 
@@ -25,5 +23,4 @@ def test_loading_a_model_does_not_import_the_package() -> None:
         "import tinyvllm.engine.loading, tinyvllm.execution.runner, tinyvllm.server.serve\n"
         "print('gguf' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert printed_by(code).strip() == "False"

@@ -16,6 +16,7 @@ from tinyvllm.ops.kernel.body import Body, balanced, clamp
 from tinyvllm.ops.kernel.hopper import MULTIPROCESSORS
 from tinyvllm.ops.kernel.lanes import (
     LANES,
+    METAL_WARPS,
     SHARED_BYTES,
     await_previous,
     axes_of,
@@ -28,7 +29,6 @@ from tinyvllm.ops.kernel.tuning import Tunable
 
 MAX_SPLITS = 16
 GROUPS_WANTED = 256  # threadgroups that fill a large GPU
-FEW_GROUPS = 64  # threadgroups that leave half of a large GPU's cores idle: each takes more warps
 # Threadgroups of float16 up to which a warp fetches its next tile ahead: with more, an H200 is faster with more of them
 # at a time, or, from so many on, with those that stream (attention_decode_hopper.py)
 GROUPS_AHEAD = 512
@@ -247,10 +247,8 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
         if self.is_split:
             # the shortest split takes one pass; several rows share a multiprocessor
             return 4 if self.layout.num_tokens > 1 else SHORTEST_SPAN // TILE_TOKENS
-        if self.lanes.kind == "METAL":  # 16 warps run only if a thread needs at most 104 registers
-            return 4 if groups > 256 else 8
         if self.lanes.kind != "CUDA":
-            return 4 if groups > 256 else 16 if groups <= FEW_GROUPS and self.is_long else 8
+            return 4 if groups > 256 else METAL_WARPS
         # as many as there are registers for, if all threadgroups run at once: those that wait for others to end lose
         # more than a threadgroup gains by more warps. But a long context among short ones should not take too long
         fitting = RESIDENT_WARPS // groups

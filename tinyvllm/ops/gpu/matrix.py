@@ -239,7 +239,7 @@ class ExpertMatrixSpec(MatrixSpec):
     def row_tiles(self) -> int:
         """Two also without gate and up, where there are enough threadgroups anyway (6 % less on an NVIDIA H200)."""
         rule = super().row_tiles
-        wanted = max(rule, 2 * 16 // self.mma.rows)
+        wanted = max(rule, 2)
         is_enough = self.token_groups * self.num_rows // (wanted * self.mma.rows) >= MANY_GROUPS
         fits = self.num_rows % (wanted * self.mma.rows) == 0
         return self.knob("row_tiles", wanted if is_enough and fits else rule)

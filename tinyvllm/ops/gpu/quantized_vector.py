@@ -33,6 +33,7 @@ from tinyvllm.ops.gpu.vector import RowOperands, RowProductSpec
 from tinyvllm.ops.kernel.body import F16, F32, U32, Body, KernelFn, balanced, cached_kernel
 from tinyvllm.ops.kernel.lanes import (
     LANES,
+    METAL_WARPS,
     WORDS,
     Mma,
     axes_of,
@@ -52,7 +53,6 @@ from tinyvllm.ops.kernel.tuning import Tunable
 
 PIECE = 8  # columns that a thread stages at once
 MAX_WARPS = 16
-METAL_WARPS = 8  # of a threadgroup, which then runs whatever its kernel's registers
 MOST_RESIDENT_TILES = 2
 RESIDENT_BYTES = 20 << 20
 WIDE_ROWS = 32768

@@ -30,6 +30,7 @@ class VectorType(DType):
 
 
 SHUFFLES = {"CUDA": "__shfl_xor_sync(0xffffffffu,{0},%d)", "METAL": "simd_shuffle_xor({0},%d)"}
+METAL_WARPS = 8  # of a threadgroup that runs however many registers its kernel needs; 16 take at most 104 of a thread's
 HELD = "{0}"  # of a value that is the same as another one
 LEADING = {Ops.RANGE, Ops.SPECIAL, Ops.PARAM, Ops.BUFFER, Ops.INDEX}  # what leads to loads, and is not computed of any
 HALF_PAIR = 0x64006400  # two float16 of 1024, whose lowest mantissa bit is worth 1

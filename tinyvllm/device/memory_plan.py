@@ -40,12 +40,17 @@ class _Life:
         return self.last + 1 + (self.last - self.first + 1 if self.is_copied else 0)
 
 
+def aligned(nbytes: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def plan_memory(launches: Sequence[Launch], is_held: Callable[[UOp], bool]) -> dict[UOp, Buffer]:
     """Views of arenas, one per lane, for all buffers of the launches that are not held. Their memory is not allocated.
     A buffer of which a launch gets a view counts as held."""
     lives = {} if NO_MEMORY_PLANNER else _lives_of(launches, is_held)
     sizes = {buffer: buffer.max_numel() * buffer.dtype.itemsize for buffer in lives}
-    total = 2 * sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values())
+    total = 2 * sum(aligned(size) for size in sizes.values())
     allocators: dict[Lane, TLSFAllocator] = defaultdict(
         lambda: TLSFAllocator(total, block_size=ALIGNMENT, lv2_cnt=LEVELS)
     )
@@ -56,11 +61,11 @@ def plan_memory(launches: Sequence[Launch], is_held: Callable[[UOp], bool]) -> d
     for _, is_open, buffer in sorted((*opened, *closed), key=lambda event: event[:2]):
         lane = str(buffer.device), lives[buffer].is_copied
         if is_open:
-            offsets[buffer] = allocators[lane].alloc(-(-sizes[buffer] // ALIGNMENT) * ALIGNMENT)
+            offsets[buffer] = allocators[lane].alloc(aligned(sizes[buffer]))
             ends[lane] = max(ends[lane], offsets[buffer] + sizes[buffer])
         else:
             allocators[lane].free(offsets[buffer])
-    arenas = {lane: Buffer(lane[0], -(-end // ALIGNMENT) * ALIGNMENT, dtypes.int8) for lane, end in ends.items()}
+    arenas = {lane: Buffer(lane[0], aligned(end), dtypes.int8) for lane, end in ends.items()}
     return {
         buffer: arenas[str(buffer.device), lives[buffer].is_copied].view(buffer.max_numel(), buffer.dtype, offset)
         for buffer, offset in offsets.items()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from tinygrad import dtypes
 from tinygrad.device import Buffer
 
-from tinyvllm.device.memory_plan import ALIGNMENT
+from tinyvllm.device.memory_plan import aligned
 from tinyvllm.device.recording import Call, RecordedStep, view_of
 from tinyvllm.faults import reach
 
@@ -78,4 +78,4 @@ def _append(bases: Iterable[Buffer], places: dict[int, tuple[str, int]], ends: d
         if id(base) not in places:
             start = ends.get(base.device, 0)
             places[id(base)] = base.device, start
-            ends[base.device] = start + -(-base.nbytes // ALIGNMENT) * ALIGNMENT
+            ends[base.device] = start + aligned(base.nbytes)

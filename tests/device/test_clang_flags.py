@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 import tinyvllm.device  # noqa: F401  (before tinygrad)
-from tinyvllm.device import clang_flags
+from tinyvllm.device import clang_flags, clang_server
 from tinyvllm.device.clang_flags import FEWER_COPIES, use_fewer_copies
 from tinyvllm.execution import tracing
 
@@ -55,4 +55,5 @@ def test_a_template_asks_the_compiler_for_all_that_it_forks(monkeypatch: pytest.
     for _ in range(2):
         tracing.prepare_there(True)
         clang_flags.knows_flags()
-    assert run.call_count == 1
+        clang_server.make_library()
+    assert run.call_count == 2

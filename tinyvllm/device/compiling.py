@@ -23,6 +23,7 @@ from tinygrad.renderer.cstyle import ClangRenderer
 from tinygrad.uop.ops import CallInfo, Ops, graph_rewrite
 
 from tinyvllm.device.clang_flags import use_fewer_copies
+from tinyvllm.device.clang_server import use_servers
 from tinyvllm.device.compile_workers import BEGIN_WORKER, CompileWorkers, Job, LostJobError, end_unused
 from tinyvllm.device.disk_cache import share_disk_cache
 from tinyvllm.device.program_store import ProgramStore, slim
@@ -263,6 +264,7 @@ def begin_worker() -> None:
     collect_rarely()
     rewrite_faster()
     use_fewer_copies()
+    use_servers()
     os.nice(WORKER_NICENESS)
 
 

@@ -19,6 +19,7 @@ from tinygrad.renderer import Renderer
 
 from tinyvllm.device import meta
 from tinyvllm.device.clang_flags import knows_flags
+from tinyvllm.device.clang_server import make_library
 from tinyvllm.device.compiling import (
     Key,
     PackedKernel,
@@ -169,6 +170,7 @@ def prepare_there(is_cpu: bool) -> None:
     import_kernels(is_cpu)
     if is_cpu:
         knows_flags()
+        make_library()
         practise(practice_kernel())
 
 

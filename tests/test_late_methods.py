@@ -117,6 +117,22 @@ def test_classes_behave_as_without_it() -> None:
             del kind(1).x
 
 
+def test_a_method_says_where_it_is_from_as_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def facts() -> list[tuple[str, ...]]:
+        kinds = define().values()
+        return [
+            (name, method.__module__, method.__name__, str(method.__doc__), method.__qualname__)
+            for kind in kinds
+            for name in sorted(vars(kind))
+            if inspect.isfunction(method := getattr(kind, name))
+        ]
+
+    late = facts()
+    create: Any = dataclasses._create_fn  # type: ignore[attr-defined]
+    monkeypatch.setattr(dataclasses, "_create_fn", create._create)
+    assert late == facts()
+
+
 def test_a_subclass_may_use_its_parents_method_first() -> None:
     Node = define()["Node"]
 

@@ -8,6 +8,7 @@ methods are compiled together, by other functions, which are left as they are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,18 +32,25 @@ class _CreateLate:
         self._create = create
 
     def __call__(self, name: str, *arguments: Any, **options: Any) -> LateMethod:
-        return LateMethod(name, lambda: self._create(name, *arguments, **options))
+        module = (options.get("globals") or {}).get("__name__", "builtins")
+        return LateMethod(name, module, functools.partial(self._create, name, *arguments, **options))
 
 
 class LateMethod:
     """What stands for a method in its class, and gives its place to the method once that is made."""
 
     # no __dict__, which functools.wraps would copy
-    __slots__ = ("__name__", "_make", "_method")
+    __slots__ = ("__name__", "_make", "_method", "_module")
 
-    def __init__(self, name: str, make: Callable[[], Any]) -> None:
-        self.__name__, self._make = name, make
+    def __init__(self, name: str, module: str, make: Callable[[], Any]) -> None:
+        self.__name__, self._module, self._make = name, module, make
         self._method: Any = None
+
+    def __getattribute__(self, name: str) -> Any:
+        """The method's own module and docstring, which functools.wraps copies, not those of this class."""
+        if name == "__module__":
+            return self._module
+        return None if name == "__doc__" else object.__getattribute__(self, name)
 
     def _made(self) -> Any:
         if self._method is None:

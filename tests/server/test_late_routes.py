@@ -6,7 +6,7 @@ import asyncio
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from tests.forking import printed_by
 from tests.server.fake_engine import FakeEngine
@@ -21,7 +21,7 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
 
 
 def count_late(late: routes.LateRoutes) -> int:
-    return len(late._names)
+    return len(late.names)
 
 
 def test_late_routes_are_routes() -> None:
@@ -82,4 +82,24 @@ async def test_an_idle_server_adds_them(monkeypatch: pytest.MonkeyPatch) -> None
         return asked >= 5
 
     await asyncio.wait_for(load_when_idle(late, is_idle), 30)
+    assert count_late(late) == 0
+
+
+async def test_a_route_that_cannot_be_loaded_is_logged_at_once_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(routes, "IDLE_POLL_S", 0.001)
+    late, router = late_routes(make_app(FakeEngine())), routes._router  # type: ignore[arg-type]
+
+    def fail(name: str) -> APIRouter:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(routes, "_router", fail)
+    await asyncio.wait_for(load_when_idle(late, lambda: True), 30)
+    (record,) = caplog.records
+    assert "anthropic.messages, openai.responses" in record.message and "status 500" in record.message
+    assert record.exc_info is not None and "no room" in str(record.exc_info[1])
+    assert count_late(late) == len(LATE)
+    monkeypatch.setattr(routes, "_router", router)
+    late.load()
     assert count_late(late) == 0

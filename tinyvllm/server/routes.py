@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from fastapi import APIRouter, FastAPI
 from starlette.datastructures import URLPath
 from starlette.routing import BaseRoute, Match, NoMatchFound
 from starlette.types import Receive, Scope, Send
+
+log = logging.getLogger(__name__)
 
 # Files below this directory, each with a `router`. Those in a directory of their own belong to that API, the others are
 # the operator's. Requests look for their route in this order, the late ones last: the busiest come first.
@@ -93,6 +96,11 @@ class LateRoutes(BaseRoute):
         del self._names[0]
         return True
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of ROUTES that are not there yet."""
+        return tuple(self._names)
+
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise AssertionError("it matches no request")
 
@@ -111,7 +119,15 @@ async def load_when_idle(late: LateRoutes, is_idle: Callable[[], bool]) -> None:
     while is_left:
         await asyncio.sleep(IDLE_POLL_S)
         while is_left and is_idle():
-            is_left = late.load_one()
+            try:
+                is_left = late.load_one()
+            except Exception:
+                log.exception(
+                    "the routes of %s cannot be loaded: until what the traceback names is mended, requests for them, "
+                    "which try it again, are answered with status 500",
+                    ", ".join(late.names),
+                )
+                return
             await asyncio.sleep(0)  # each takes up to 30 ms
 
 

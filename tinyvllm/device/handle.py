@@ -20,6 +20,7 @@ from tinygrad.uop.ops import buffers
 
 from tinyvllm.device import helper_programs
 from tinyvllm.device.block_copies import BlockCopies, MappedCopies, Plane, Rows
+from tinyvllm.device.chunks import Chunks
 from tinyvllm.device.cpu_runtime import cpu_runtime
 from tinyvllm.device.kinds import DeviceKind, choice, kind_of
 from tinyvllm.device.mapping import OutputReader, is_mapped
@@ -35,6 +36,8 @@ NAP_S = 30e-6
 KERNEL_STACK_BYTES = 64 << 20  # CPU kernels keep tiles on the stack; a Mac's threads get 512 KiB by default
 MAX_UNIFIED_SHARE = 0.9  # of shared memory, whatever is asked for
 COPIED_BYTES = 64 << 20  # zeros up to this size are copied; beyond, a kernel is faster than the bus
+
+_CHUNKS = Chunks()
 
 FLOATS = {"float32": dtypes.float, "float16": dtypes.half, "bfloat16": dtypes.bfloat16}
 
@@ -225,7 +228,7 @@ def upload(array: np.ndarray, device: str) -> Tensor:
     reach("device.allocate")
     dtype = _from_np_dtype(array.dtype)
     if device.split(":")[0] == "CPU":
-        uop = _fresh(device, array.size, dtype)
+        uop = _fresh(device, array.size, dtype, of_chunk=True)
         _copy_in(uop.buffer, array, waits=False)
         return Tensor(uop)
     uop = UOp.new_buffer(device, array.size, dtype)
@@ -233,11 +236,15 @@ def upload(array: np.ndarray, device: str) -> Tensor:
     return Tensor(uop)
 
 
-def _fresh(core: str, size: int, dtype: DType) -> UOp:
+def _fresh(core: str, size: int, dtype: DType, *, of_chunk: bool = False) -> UOp:
     """A buffer of a CPU, of memory that the system has just given, zeroed. A recycled one would have its old contents,
-    and may still be in use."""
-    uop = UOp.new_buffer(core, size, dtype)
-    buffers[uop] = Buffer(core, size, dtype, options=BufferSpec(nolru=True)).allocate().ref(1)
+    and may still be in use. of_chunk: in one mapping with others, which it keeps alive."""
+    uop, memory = UOp.new_buffer(core, size, dtype), None
+    if of_chunk and has_memory(core):
+        address, mapping = _CHUNKS.take(size * dtype.itemsize)
+        memory = Device[core].allocator._alloc(size * dtype.itemsize, BufferSpec(external_ptr=address))
+        memory.meta = mapping  # where tinygrad keeps its own
+    buffers[uop] = Buffer(core, size, dtype, options=BufferSpec(nolru=True)).allocate(memory).ref(1)
     return uop
 
 

@@ -109,6 +109,24 @@ def serving(tmp_path: Path, *flags: str, **environment: str) -> Iterator[tuple[s
             process.kill()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_before_the_server_listens_is_a_clean_end(number: signal.Signals) -> None:
+    """Without a traceback. The command stops itself where it looks for memory limits, which is early."""
+    code = f"""
+import os, time
+from tinyvllm.cli import main, serve
+
+def stop():
+    os.kill(os.getpid(), {int(number)})
+    time.sleep(60)
+
+serve.require_memory_limit = stop
+main()
+"""
+    with forked(code, ["serve"], env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.communicate() == ("", "") and process.returncode == 0
+
+
 @pytest.mark.parametrize("number", swept((signal.SIGINT, signal.SIGTERM), [signal.SIGTERM]))
 def test_server_warms_up_answers_and_stops_cleanly(tmp_path: Path, number: signal.Signals) -> None:
     with serving(tmp_path, "--shutdown-timeout", "0") as (process, address):

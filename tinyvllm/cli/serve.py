@@ -148,7 +148,7 @@ def _end_on_signals() -> None:
     """Until the server handles signals, a stop signal ends the command, as a clean stop does."""
     if is_queued():  # not in a test's process
         for number in STOP_SIGNALS:
-            if number != signal.SIGINT and hears_stop(number):
+            if hears_stop(number):
                 signal.signal(number, lambda number, frame: sys.exit(0))
 
 

@@ -116,6 +116,9 @@ def test_a_prompt_is_predicted_in_the_pieces_that_it_would_be_computed_in() -> N
         (("--by", "layer", "--predict", "m4"), "--by layer would have no effect"),
         (("--trace", "x.json", "--predict", "m4"), "--trace x.json would have no effect"),
         (("--device", "CPU", "--predict", "m4"), "--device CPU would have no effect"),
+        (("--predict", "m4", "--shape", "smollm2-135m", "--batch", "100000000"), "at most 8192 sequences"),
+        (("--predict", "m4", "--shape", "smollm2-135m", "--context", "8192"), "takes at most 8192 tokens"),
+        (("--predict", "m4", "--shape", "smollm2-135m", "--prefill", "8193"), "takes at most 8192 tokens"),
         (("--chip", "z80", "--from", str(DATA / "cpu.txt")), "z80"),
     ],
 )

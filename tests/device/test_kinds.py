@@ -60,6 +60,7 @@ def test_another_compiler_than_clang_is_refused_by_name(
     gcc.chmod(0o755)
     monkeypatch.setenv("CC", str(gcc))
     assert "does not take the arguments of clang: install clang" in KINDS["CPU"].why_missing()
+    assert "CPU" not in kinds.choice(failed="CPU")  # what was asked for is no way out
     monkeypatch.setenv("CC", os.environ.get("TESTS_CC", "clang"))
     assert not KINDS["CPU"].why_missing()
 

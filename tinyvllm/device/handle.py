@@ -202,7 +202,7 @@ def open_device(num_cores: int = 1, programs: Path | None = None) -> DeviceHandl
         if (advice := explain_limit(error)) is not None:
             raise DeviceError(f"device {name} cannot be opened: {advice}") from error
         raise DeviceError(
-            f"device {name} cannot be opened: {kind_of(wanted).why_missing() or error}. Instead, {choice()}"
+            f"device {name} cannot be opened: {kind_of(wanted).why_missing() or error}. Instead, {choice(wanted)}"
         ) from error
     finally:
         threading.stack_size(previous)

@@ -30,11 +30,12 @@ def check_known(device: str) -> None:
         raise DeviceError(f"device {name} is not known: {choice()}")
 
 
-def choice() -> str:
-    """What to do instead, in words: the devices that this computer may have."""
-    here = [name for name, kind in KINDS.items() if not kind.why_missing()]
+def choice(failed: str = "") -> str:
+    """What to do instead, in words: the devices that this computer may have. failed: the one that it is instead of."""
+    others = {name: kind for name, kind in KINDS.items() if name != failed.split(":")[0].upper()}
+    here = [name for name, kind in others.items() if not kind.why_missing()]
     if not here:
-        return f"give --device (or DEV) one of {', '.join(KINDS)}, and install what it needs"
+        return f"give --device (or DEV) one of {', '.join(others)}, and install what it needs"
     return f"give --device (or DEV) one of those here: {', '.join(here)}"
 
 

@@ -34,7 +34,8 @@ def test_a_start_imports_none_of_them() -> None:
         "from tests.server.fake_engine import FakeEngine\n"
         "from tinyvllm.server.app import make_app\n"
         "make_app(FakeEngine())\n"
-        "late = {'anthropic.messages', 'openai.responses', 'openai.rerank', 'ollama.wire', 'ollama.protocol'}\n"
+        "late = {'anthropic.messages', 'openai.responses', 'openai.protocol.responses', 'openai.rerank', 'ollama.wire',"
+        " 'ollama.protocol'}\n"
         "print(sorted(name for name in late if f'tinyvllm.server.{name}' in sys.modules))\n"
     )
     assert printed_by(code).strip() == "[]"

@@ -10,13 +10,15 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tinyvllm.server.control import Message
 from tinyvllm.server.failures import UnknownResponseError
 from tinyvllm.server.front_ends import Ask, nobody
-from tinyvllm.server.openai.protocol.responses import ResponseAnswer
 from tinyvllm.server.questions import CANCEL_RESPONSE, GET_EVENTS, GET_ITEM, GET_RESPONSE, REMOVE_RESPONSE
+
+if TYPE_CHECKING:
+    from tinyvllm.server.openai.protocol.responses import ResponseAnswer
 
 Item = Mapping[str, Any]  # of a response's input or output, as JSON values
 
@@ -58,6 +60,9 @@ class StoredResponse:
 
     @classmethod
     def from_message(cls, message: Message) -> StoredResponse:
+        # here, because a start does without the route that has these models
+        from tinyvllm.server.openai.protocol.responses import ResponseAnswer
+
         return cls(ResponseAnswer.model_validate(message["answer"]), tuple(message["items"]))
 
 

@@ -83,22 +83,55 @@ class SavedStep:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How much of its kernel a launch runs. rows: how many, if the kernel is one for any number of rows. part: a
+    numerator and a denominator, of the operations and bytes of as many rows, if it is one for cores' different shares.
+    """
+
+    rows: int | None = None
+    part: tuple[int, int] = (1, 1)
+
+
+WHOLE = Extent()
+
+
+@dataclass(frozen=True)
+class Share:
+    """A core's share of a result, computed by a kernel for any core's share, which is made for the largest one. own,
+    most: units of both, as panels or heads. scaled: the tensors whose sizes are in proportion to them."""
+
+    own: int
+    most: int
+    scaled: tuple[Tensor, ...]
+
+    def sizes_of_most(self, tensors: Sequence[Tensor]) -> list[int]:
+        """The tensors' elements, as those of the largest share."""
+        scaled = set(map(id, self.scaled))
+        sizes = [(tensor, tensor.uop.max_numel()) for tensor in tensors]
+        return [size * self.most // self.own if id(tensor) in scaled else size for tensor, size in sizes]
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """`Extent.part`."""
+        return self.own, self.most
+
+
+@dataclass(frozen=True)
 class OutlinedStep:
     """A step without buffers and programs. `kernels`: those whose programs it lacks, in the order of
-    `SavedStep.programs`; `rows`: as in TracedStep."""
+    `SavedStep.programs`; `extents`: as in TracedStep."""
 
     step: SavedStep
     kernels: tuple[Kernel, ...]
-    rows: tuple[int | None, ...]
+    extents: tuple[Extent, ...]
 
 
 @dataclass(frozen=True)
 class TracedStep:
-    """A step before its kernels are compiled. `launches`: a kernel's SINK or a COPY, with its buffers. `rows`: of each,
-    how many rows it is launched for if the kernel is one for any number of rows."""
+    """A step before its kernels are compiled. `launches`: a kernel's SINK or a COPY, with its buffers."""
 
     launches: tuple[tuple[UOp, tuple[Buffer, ...]], ...]
-    rows: tuple[int | None, ...]
+    extents: tuple[Extent, ...]  # of each launch
     output: Tensor
     borrowed: tuple[Buffer, ...]
     cut: int
@@ -113,8 +146,8 @@ class TracedStep:
         """The recorded step. Waits until all kernels are compiled."""
         programs = compiler.programs(self.kernels)
         calls = tuple(
-            Call(with_rows(programs.get((target, args[0].device), target), rows), args)
-            for (target, args), rows in zip(self.launches, self.rows, strict=True)
+            Call(with_extent(programs.get((target, args[0].device), target), extent), args)
+            for (target, args), extent in zip(self.launches, self.extents, strict=True)
         )
         return RecordedStep(calls, self.output, self.borrowed, self.cut, self.kept)
 
@@ -147,16 +180,20 @@ def trace_step(trace: Callable[[], Tensor], *, shares_rows: bool = True) -> Trac
     cut = len(launches) if recorder.cut is None else recorder.cut
     kept = tuple(tensor.uop.base.buffer for tensor in kept_tensors)
     borrowed = tuple(base for key, base in bases.items() if key in before)
-    return TracedStep(launches, tuple(recorder.rows), output, borrowed, cut, kept)
+    return TracedStep(launches, tuple(recorder.extents), output, borrowed, cut, kept)
 
 
-def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor]) -> bool:
-    """While a step is traced: note that the kernel `fn` runs on these tensors next. Returns False at any other time."""
+def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor], share: Share | None = None) -> bool:
+    """While a step is traced: note that the kernel `fn` runs on these tensors next. Returns False at any other time.
+    share: this core's, if the kernel is one for all cores."""
     if not (_kept and realize.capturing):
         return False
     _realize(tensors)
-    kernel = fn(*[_placeholder(tensor.uop.max_shard_shape, tensor.dtype, slot) for slot, tensor in enumerate(tensors)])
-    _note(realize.capturing[0], kernel, tensors)
+    shapes = [tensor.uop.max_shard_shape for tensor in tensors]
+    if share is not None:
+        shapes = [(size,) for size in share.sizes_of_most(tensors)]
+    kernel = fn(*[_placeholder(shape, tensors[slot].dtype, slot) for slot, shape in enumerate(shapes)])
+    _note(realize.capturing[0], kernel, tensors, Extent(part=(1, 1) if share is None else share.part))
     return True
 
 
@@ -166,6 +203,7 @@ def launch_rows(
     num_rows: int,
     shared: Sequence[Tensor],
     most: int = MOST_ROWS,
+    share: Share | None = None,
 ) -> bool:
     """`launch` for `make(most)`, of whose rows only `num_rows` run. Except for the `shared` tensors, each has as
     many elements in every row. Returns False also if steps of different numbers of rows do not share the kernel.
@@ -174,7 +212,7 @@ def launch_rows(
     if not isinstance(recorder, _Recorder) or not recorder.shares_rows or num_rows > most:
         return False
     common = set(map(id, shared))
-    sizes = [tensor.uop.max_numel() for tensor in tensors]
+    sizes = [tensor.uop.max_numel() for tensor in tensors] if share is None else share.sizes_of_most(tensors)
     if any(size % num_rows for tensor, size in zip(tensors, sizes, strict=True) if id(tensor) not in common):
         return False
     _realize(tensors)
@@ -182,7 +220,7 @@ def launch_rows(
         _placeholder((size if id(tensor) in common else size // num_rows * most,), tensor.dtype, slot)
         for slot, (tensor, size) in enumerate(zip(tensors, sizes, strict=True))
     ]
-    _note(recorder, make(most)(*slots), tensors, num_rows)
+    _note(recorder, make(most)(*slots), tensors, Extent(num_rows, (1, 1) if share is None else share.part))
     return True
 
 
@@ -198,30 +236,37 @@ def _placeholder(shape: tuple[int, ...], dtype: DType, slot: int) -> UOp:
     return UOp.placeholder(shape, dtype, slot)
 
 
-def _note(recorder: Any, kernel: UOp, tensors: Sequence[Tensor], num_rows: int | None = None) -> None:
+def _note(recorder: Any, kernel: UOp, tensors: Sequence[Tensor], extent: Extent) -> None:
     """Let a recorder, ours or TinyJit's, receive a launch."""
     args = tuple(tensor.uop.base for tensor in tensors)
     if isinstance(recorder, _Recorder):
-        recorder.add(kernel, args, num_rows)
+        recorder.add(kernel, args, extent)
     else:
         recorder.add_linear(UOp(Ops.LINEAR, src=(kernel.call(*args),)), {})
 
 
-def with_rows(program: UOp, num_rows: int | None) -> UOp:
-    """A program for any number of rows, launched for so many. None: the program as it is."""
-    if num_rows is None:
+def with_extent(program: UOp, extent: Extent) -> UOp:
+    """A program as it is launched."""
+    if extent == WHOLE:
         return program
     info, sink = program.arg, program.src[0]
+    if extent.rows is None:
+        return program.replace(src=(_scaled(sink, *extent.part), *program.src[1:]))
     most = next((most for most in (MOST_ROWS, MOST_BLOCKS) if most in info.global_size), MOST_ROWS)
-    sizes = tuple(num_rows if size == most else size for size in info.global_size)
+    sizes = tuple(extent.rows if size == most else size for size in info.global_size)
     if sum(size == most for size in info.global_size) != 1:
         raise InvariantError(
             f"{info.name} has work items {info.global_size}, of which one should be {MOST_ROWS} or {MOST_BLOCKS}"
         )
-    old = sink.arg.estimates
-    estimates = Estimates(*(amount * num_rows // most for amount in (old.ops, old.lds, old.mem)))
-    sink = sink.replace(arg=replace(sink.arg, estimates=estimates))
+    sink = _scaled(sink, extent.rows * extent.part[0], most * extent.part[1])
     return program.replace(src=(sink, *program.src[1:]), arg=replace(info, global_size=sizes))
+
+
+def _scaled(sink: UOp, numerator: int, denominator: int) -> UOp:
+    """A kernel with a part of its operations and bytes."""
+    old = sink.arg.estimates
+    estimates = Estimates(*(amount * numerator // denominator for amount in (old.ops, old.lds, old.mem)))
+    return sink.replace(arg=replace(sink.arg, estimates=estimates))
 
 
 def cut_here() -> None:
@@ -258,12 +303,12 @@ class _Recorder:
     def __init__(self, shares_rows: bool) -> None:
         self.shares_rows = shares_rows
         self.launches: list[Launch] = []
-        self.rows: list[int | None] = []  # of each launch: TracedStep.rows
+        self.extents: list[Extent] = []  # of each launch
         self.cut: int | None = None
 
-    def add(self, target: UOp, args: tuple[UOp, ...], num_rows: int | None = None) -> None:
+    def add(self, target: UOp, args: tuple[UOp, ...], extent: Extent = WHOLE) -> None:
         self.launches.append((target, args))
-        self.rows.append(num_rows)
+        self.extents.append(extent)
 
     def add_linear(self, linear: UOp, var_vals: dict[str, int]) -> None:
         for call in linear.src:
@@ -328,12 +373,12 @@ def save_step(step: RecordedStep, named: Mapping[str, Tensor], notes: Iterable[t
 
 def outline_step(step: TracedStep, named: Mapping[str, Tensor], notes: Iterable[tuple[Any, ...]] = ()) -> OutlinedStep:
     """What `save_step` gives once the kernels are compiled, without their programs. Raises CacheError too."""
-    launches = [((target, rows), args) for (target, args), rows in zip(step.launches, step.rows, strict=True)]
+    launches = [((target, extent), args) for (target, args), extent in zip(step.launches, step.extents, strict=True)]
     others = sum(target.op is not Ops.SINK for target, _ in step.launches)
     saved, targets = _without_buffers(step, launches, named, notes, others)
     devices = {target: args[0].device for target, args in step.launches}
     kernels = tuple((target, devices[target]) for target, _ in targets)
-    return OutlinedStep(saved, kernels, tuple(rows for _, rows in targets))
+    return OutlinedStep(saved, kernels, tuple(extent for _, extent in targets))
 
 
 def _without_buffers(

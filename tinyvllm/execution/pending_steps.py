@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tinygrad import Tensor, UOp
 
 from tinyvllm.device.compiling import Compiler, Pending
-from tinyvllm.device.recording import RecordedStep, SavedStep, TracedStep, bind_step, save_step, with_rows
+from tinyvllm.device.recording import RecordedStep, SavedStep, TracedStep, bind_step, save_step, with_extent
 from tinyvllm.errors import CacheError
 from tinyvllm.execution.step_code import StepCode
 from tinyvllm.execution.tracing import TracedElsewhere, Tracer, trace_forward, trace_sampling
@@ -173,7 +173,7 @@ class PendingSteps:
         self._elsewhere = None
         for name, step, keys in zip(self._names, traced.steps, traced.keys, strict=True):
             programs = self._compiler.programs_of(key for key, _ in keys)
-            launched = (with_rows(program, rows) for program, (_, rows) in zip(programs, keys, strict=True))
+            launched = (with_extent(program, extent) for program, (_, extent) in zip(programs, keys, strict=True))
             saved = replace(step, programs=tuple(launched))
             try:
                 self._recorded.append(bind_step(saved, self._tensors))

@@ -32,7 +32,7 @@ from tinyvllm.device.compiling import (
     settings,
 )
 from tinyvllm.device.handle import DeviceHandle
-from tinyvllm.device.recording import OutlinedStep, SavedStep, TracedStep, cut_here, outline_step, trace_step
+from tinyvllm.device.recording import Extent, OutlinedStep, SavedStep, TracedStep, cut_here, outline_step, trace_step
 from tinyvllm.device.scratch import Scratch
 from tinyvllm.execution.buckets import Bucket
 from tinyvllm.execution.early_start import MANY_LAYERS, PREPARE
@@ -68,10 +68,10 @@ def trace_sampling(code: StepCode, logits: Tensor) -> tuple[TracedStep, list[Not
 @dataclass(frozen=True)
 class TracedElsewhere:
     """A bucket's step and its sampling from processed logits, without programs: the keys of each step's kernels, in the
-    order of its programs, each with its rows as in TracedStep. `kernels`: those of both."""
+    order of its programs, each with its launch's extent. `kernels`: those of both."""
 
     steps: tuple[SavedStep, SavedStep]
-    keys: tuple[tuple[tuple[Key, int | None], ...], tuple[tuple[Key, int | None], ...]]
+    keys: tuple[tuple[tuple[Key, Extent], ...], tuple[tuple[Key, Extent], ...]]
     kernels: dict[Key, PackedKernel]
 
 
@@ -210,10 +210,10 @@ def trace_both(code: StepCode) -> TracedElsewhere:
     return TracedElsewhere((forward.step, sampling.step), keys, kernels)
 
 
-def _pack(step: OutlinedStep, kernels: dict[Key, PackedKernel]) -> tuple[tuple[Key, int | None], ...]:
+def _pack(step: OutlinedStep, kernels: dict[Key, PackedKernel]) -> tuple[tuple[Key, Extent], ...]:
     """The keys of the step's kernels. Adds to `kernels` those that it lacks."""
     keys = tuple(map(key_of, step.kernels))
     for key, kernel in zip(keys, step.kernels, strict=True):
         if key not in kernels:
             kernels[key] = PackedKernel.of(kernel)
-    return tuple(zip(keys, step.rows, strict=True))
+    return tuple(zip(keys, step.extents, strict=True))

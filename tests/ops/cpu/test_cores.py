@@ -23,6 +23,7 @@ from tinyvllm.device.recording import Call, RecordedStep, record
 from tinyvllm.device.replay import make_replay
 from tinyvllm.device.scratch import Scratch
 from tinyvllm.execution.runner import ModelRunner, load_runner
+from tinyvllm.ops.backend import pool_groups
 from tinyvllm.ops.cpu.backend import CpuBackend
 from tinyvllm.ops.cpu.sharded import Sharded
 from tinyvllm.ops.kernel.body import empty, run_kernel
@@ -74,9 +75,10 @@ def generate(runner: ModelRunner, prompts: list[list[int]], count: int) -> list[
             ("Q4_1", 2, "float32"),
             ("Q8_0", 3, "float32"),
             ("Q4_0", 9, "float32"),
+            ("Q8_0", 3, "q8_0"),
             ("Q4_0", 9, "q8_0"),
         ],
-        [("Q4_0", 9, "float32")],
+        [("Q8_0", 3, "float32"), ("Q4_0", 9, "float32")],
     ),
 )
 def test_several_cores_generate_what_numpy_does(tmp_path: Path, quant: str | None, cores: int, kv: str) -> None:
@@ -140,6 +142,41 @@ def test_cores_that_share_a_kv_head_read_the_queries_of_their_own_parts() -> Non
         ops.device.wait()
         found.append(np.concatenate([out.numpy().reshape(24, -1) for out in outs], axis=1))
     np.testing.assert_allclose(found[1][:19], found[0][:19], atol=1e-6)
+
+
+def test_shares_of_different_sizes_have_one_program() -> None:
+    """3 KV heads among 2 cores: both run the programs of two heads, in which their number is data. Two prompts, and
+    the tokens after them."""
+    case = Case(6, 3, 32, StepLayout(24, 2, 4, 8), False)
+    steps = [(case.layout, [Piece(0, 10), Piece(0, 9)], 19), (StepLayout(2, 2, 4, 8), [Piece(10), Piece(9)], 2)]
+    hosts, found = [normal(heads * case.dim, 64, seed=heads) for heads in (6, 3, 3)], []
+    for cores in (1, 2):
+        ops = CpuBackend(open_device(cores), None, [case.kind])
+        matrices, layer = ops.stacked(hosts, case.kv_heads), make_layer(ops, case)
+        pool = ops.make_pool(pool_groups([case.kind]), 9, 8, "float32")
+        for layout, pieces, used in steps:
+            step = make_step_of(ops, layout, make_step(layout, pieces), pool, is_decode=used == 2)
+            x = upload(normal(layout.num_tokens, 64, seed=used), "CPU")
+            outs: list[Tensor] = []
+
+            def trace(outs: list[Tensor] = outs, ops: Any = ops, parts: Any = (x, matrices, layer, step)) -> Tensor:
+                qkv = ops.linear("qkv", parts[0], parts[1], parts[3].num_tokens)
+                outs[:] = [part.realize() for part in ops.parts_of(ops.attend(qkv, *parts[2:]))]
+                return outs[-1]
+
+            recorded = record(trace)
+            make_replay(ops.device, recorded)()
+            ops.device.wait()
+            found.append(np.concatenate([out.numpy().reshape(layout.num_tokens, -1)[:used] for out in outs], axis=1))
+            programs = {call.target.src[-1].arg for call in recorded.calls}
+            assert len(recorded.calls) == cores * len(programs) > 0, "each core runs each program once"
+        sizes = [
+            [c.target.src[0].arg.estimates.mem for c in recorded.calls if c.buffers[0].device == core]
+            for core in ops.cores
+        ]
+    np.testing.assert_allclose(found[2], found[0], atol=1e-5)
+    np.testing.assert_allclose(found[3], found[1], atol=1e-5)
+    assert all(2 * less == more for less, more in zip(*sizes, strict=True)), "operations and bytes are those of a share"
 
 
 def test_a_chain_across_cores_runs_in_order_again_and_again() -> None:

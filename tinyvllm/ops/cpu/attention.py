@@ -32,6 +32,7 @@ from tinyvllm.ops.kernel.body import (
     KernelFn,
     balanced,
     cached_kernel,
+    clamp,
     exp2,
     fill,
     finish,
@@ -50,6 +51,9 @@ class CpuAttentionSpec(AttentionSpec):
     # if cores share a KV head: this one's first query head, and the query heads of all of them
     first_query: int = 0
     all_queries: int = 0
+    # the heads are the most of any core, and how many KV heads this one has is an operand: cores with shares of
+    # different sizes have one program. There are no biases and no sinks, and qkv has one part.
+    any_kv_heads: bool = False
 
     def with_queries(self, first: int, end: int) -> CpuAttentionSpec:
         """Of query heads [first, end) of one KV head. Keys and values were written before."""
@@ -83,10 +87,9 @@ class CpuAttentionSpec(AttentionSpec):
         """What sums of values are multiplied by."""
         return unit_of(self.kv.values) if self.kv.values.is_quantized else 1.0
 
-    @property
-    def block_elements(self) -> int:
-        """Elements of one key (or value) block."""
-        return self.slot_elements * self.layout.block_size
+    def take_kv_heads(self, operands: list[UOp]) -> UOp | int:
+        """How many KV heads this core has, removed from the front of a kernel's operands if it is one of them."""
+        return clamp(operands.pop(0)[0].load(), 1, self.num_kv_heads) if self.any_kv_heads else self.num_kv_heads
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,10 @@ class Row:
     def __init__(
         self, spec: CpuAttentionSpec, row: UOp, inputs: UOp, operands: Sequence[UOp], held: slice, *, with_sinks: bool
     ) -> None:
-        """`operands`: the layer's tables, and the parts of qkv in `held`."""
+        """`operands`: the number of KV heads if it is one, the layer's tables, and the parts of qkv in `held`."""
         layout, rest = spec.layout, list(operands)
         self.spec, self.row, self.inputs = spec, row, inputs
+        self.num_kv_heads = spec.take_kv_heads(rest)
         self.tables = spec.take_tables(rest, with_sinks=with_sinks)
         self.qkv_parts = rest
         self.part_cols, self.first_col = spec.qkv_cols[held], sum(spec.qkv_cols[: held.start])
@@ -123,19 +127,27 @@ class Row:
     def qkv(self, section: int, head: UOp, offset: UOp) -> UOp:
         """Value `offset` of a head of queries, keys or values, with its bias."""
         spec = self.spec
-        first = spec.section_start(section) // spec.head_dim
+        first = self._first_head(section)
         head = head + spec.first_query if section == QUERIES and spec.first_query else head
-        value = self._stored(head + first if first else head, offset)
+        value = self._stored(head if isinstance(first, int) and first == 0 else head + first, offset)
         if self.tables.bias is None:
             return value
         return value + self.tables.bias[spec.bias_start(section) + head * spec.head_dim + offset].load()
+
+    def _first_head(self, section: int) -> UOp | int:
+        """The first head of a section among the heads of qkv."""
+        if not self.spec.any_kv_heads:
+            return self.spec.section_start(section) // self.spec.head_dim
+        return (0, self.num_kv_heads * self.spec.group, self.num_kv_heads * (self.spec.group + 1))[section]
 
     def _stored(self, head: UOp, offset: UOp) -> UOp:
         """qkv[row, head * D + offset], from the part that holds it. `head` counts q heads, then k, then v."""
         start, value, first = 0, None, self.first_col
         col = head * self.spec.head_dim + offset - first if first else head * self.spec.head_dim + offset
         if len(self.qkv_parts) == 1:
-            return self.qkv_parts[0][self.row * self.part_cols[0] + col].load()
+            most = self.spec.num_kv_heads
+            stride = self.part_cols[0] // most * self.num_kv_heads if self.spec.any_kv_heads else self.part_cols[0]
+            return self.qkv_parts[0][self.row * stride + col].load()
         for part, cols in zip(self.qkv_parts, self.part_cols, strict=True):
             here = part[self.row * cols + (col - start).maximum(0).minimum(cols - 1)].load()
             value = here if value is None else (col < start).where(value, here)
@@ -199,13 +211,14 @@ class Row:
     def write(self, body: Body, planes: PoolPlanes) -> UOp:
         """Stores of the row's rotated keys and its values at its slot."""
         spec, block_size = self.spec, self.spec.layout.block_size
-        head = body.loop(spec.num_kv_heads)
+        head = body.loop_up_to(self.num_kv_heads)
         if spec.kv.is_quantized:
             return self._write_quantized(body, planes, head)
         keys, values, groups = planes.keys, planes.values, []
         for pair in self.pairs(body):
             block, offset = self.slot // block_size, self.slot % block_size
-            base = block * spec.block_elements + head * (spec.head_dim * block_size)
+            elements = spec.head_dim * block_size  # of a head's keys (or values) in a block
+            base = block * (self.num_kv_heads * elements) + head * elements
             low, high = self.rotated(KEYS, head, pair, self.head_scale(body, KEYS, head, self.row, head))
             scale = self.head_scale(body, VALUES, head, self.row, head)
             v_low, v_high = (self.qkv(VALUES, head, at) for at in (pair.low, pair.high))
@@ -226,7 +239,7 @@ class Row:
         spec, size, kv = self.spec, self.spec.layout.block_size, self.spec.kv
         dim, stores = spec.head_dim, []
         block, offset = self.slot // size, self.slot % size
-        place = block * spec.num_kv_heads + head
+        place = block * self.num_kv_heads + head
         halves = (
             (KEYS, kv.keys, planes.keys, planes.key_scales),
             (VALUES, kv.values, planes.values, planes.value_scales),
@@ -302,7 +315,7 @@ def attention_kernel(spec: CpuAttentionSpec, tokens: int) -> KernelFn:
         row = Row(spec, axis, inputs, rest, spec.read_parts, with_sinks=True)
         if spec.fused_write:
             planes = planes.after(row.write(body, planes))
-        head = body.loop(spec.num_kv_heads)
+        head = body.loop_up_to(row.num_kv_heads)
         stores = _attend(body, row, head, out, planes)
         return finish_attention(spec, tokens, stores.end(head, axis))
 
@@ -351,7 +364,7 @@ def _attend(body: Body, row: Row, head: UOp, out: UOp, planes: PoolPlanes) -> UO
     end = acc_done.end(block.loop)
     acc, total = acc.after(end), total.after(end)
     g, d = body.loop(group), body.loop(dim)
-    index = axis * (spec.num_heads * dim) + (head * group + g) * dim + d
+    index = axis * (row.num_kv_heads * (group * dim)) + (head * group + g) * dim + d
     result = acc[g * dim + d].load() / total[g].load()
     return out[index].store(result if spec.value_unit == 1.0 else result * spec.value_unit).end(d, g)
 
@@ -379,8 +392,9 @@ def _next_block(body: Body, row: Row, head: UOp) -> _Block:
     else:
         loop = number = body.fold_while(last + 1)
     block = row.block(number)
-    base = block * spec.block_elements + head * (spec.head_dim * size)
-    return _Block(loop, number, block * spec.num_kv_heads + head, base)
+    elements = spec.head_dim * size
+    base = block * (row.num_kv_heads * elements) + head * elements
+    return _Block(loop, number, block * row.num_kv_heads + head, base)
 
 
 def _load_queries(body: Body, row: Row, head: UOp, keys: UOp) -> UOp:

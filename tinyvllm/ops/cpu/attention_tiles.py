@@ -66,7 +66,7 @@ def tile_attention_kernel(spec: CpuAttentionSpec, tokens: int) -> KernelFn:
         def row(index: UOp) -> Row:
             return Row(spec, index, inputs, rest, spec.read_parts, with_sinks=True)
 
-        head = body.loop(spec.num_kv_heads)
+        head = body.loop_up_to(row(axis).num_kv_heads)
         tile = _Tile.starting_at(spec, axis, inputs)
         stores = _Attention(body, tile, row, head, planes).store(out)
         return finish_attention(spec, tokens, stores.end(head, axis))
@@ -156,7 +156,8 @@ class _Attention:
         q, d = self.body.fold_while(self.tile.count * self.group), self.body.loop(self.dim)
         total = balanced(sums.total[q * self.lanes + lane].load() for lane in range(self.lanes))
         head = self.head * self.group + q % self.group
-        at = ((self.tile.first + q // self.group) * self.spec.num_heads + head) * self.dim + d
+        num_heads = self.row(self.tile.first).num_kv_heads * self.group
+        at = ((self.tile.first + q // self.group) * num_heads + head) * self.dim + d
         result, unit = sums.acc[q * self.dim + d].load() / total, self.spec.value_unit
         return out[at].store(result if unit == 1.0 else result * unit).end(d, q)
 
@@ -202,7 +203,7 @@ class _Attention:
         start = loop * most + (first.cast(I32) if isinstance(first, UOp) else first)
         block = body.fold(most)
         number = (start + block).minimum(last // size)  # what is after the last block is masked
-        place = first_row.block(number) * spec.num_kv_heads + self.head
+        place = first_row.block(number) * first_row.num_kv_heads + self.head
         keys, values = body.registers(most * dim * size), body.registers(most * size * dim)
         at, order = block * (dim * size), (loop, block, query, sums.best, sums.total, sums.acc)
         own = last.cast(I32) - number * size

@@ -14,6 +14,7 @@ from tinyvllm.arrays import HostMatrix
 from tinyvllm.arrays import take_rows as take_host_rows
 from tinyvllm.config import ConvKind, KVFormats, LayerKind, StateKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle, has_dot_instructions, has_many_registers, upload
+from tinyvllm.device.recording import Share
 from tinyvllm.errors import DeviceError, UnsupportedModelError
 from tinyvllm.ops.adapter_spec import AdapterSite, SiteShape, make_site
 from tinyvllm.ops.attention_spec import AttentionLayer
@@ -99,6 +100,8 @@ class CpuBackend(DeviceSampling):
         self.x_bits = x_bits or 16
         self.tile_rows = 4 if has_many_registers() else 2
         self._first_columns: dict[tuple[int, str], Tensor] = {}  # by the first panel and the core
+        # (1,) int32: the panels or KV heads of a core whose share of some is smaller or larger than another's
+        self._counts: dict[tuple[int, str], Tensor] = {}
         self.cores = device.cores[: count_cores(len(device.cores), layers)] or (device.name,)
 
     # -- weights ------------------------------------------------------------------------------------------------------
@@ -108,7 +111,7 @@ class CpuBackend(DeviceSampling):
         for (a, _), core in self._bounds(host.shape[1] // PANEL):  # now, because tracing may be in another process
             if (a, core) not in self._first_columns:
                 self._first_columns[a, core] = upload(np.array([a * PANEL], np.int32), core)
-        return join_shards(self._pack_panels(host, self.cores))
+        return self._join(self._pack_panels(host, self.cores))
 
     def _pack_panels(self, host: HostMatrix, cores: tuple[str, ...], *, by_head: bool = False) -> list[Matrix]:
         """A matrix's rows, shared by cores."""
@@ -127,7 +130,7 @@ class CpuBackend(DeviceSampling):
             by_matrix = by_matrix or [[] for _ in mine]
             for shards, host in zip(by_matrix, mine, strict=True):
                 shards += self._pack_panels(host, cores, by_head=len(hosts) == 1)
-        return tuple(join_shards(shards) for shards in by_matrix)
+        return tuple(map(self._join, by_matrix))
 
     def gate_up(self, gate: HostMatrix, up: HostMatrix) -> Matrix:
         """Panels of 16 gate rows and the 16 corresponding up rows, sharded by 32 output columns."""
@@ -137,7 +140,18 @@ class CpuBackend(DeviceSampling):
             index = np.arange(a * PANEL, b * PANEL).reshape(-1, 1, HALF)
             order = np.concatenate([index, index + rows], axis=1).reshape(-1)
             shards.append(self._pack(take_host_rows(both, order), core))
+        return self._join(shards)
+
+    def _join(self, shards: list[Matrix]) -> Matrix:
+        self._note_counts([(shard.num_rows // PANEL, str(shard.planes[0].device)) for shard in shards])
         return join_shards(shards)
+
+    def _note_counts(self, counts: Sequence[tuple[int, str]]) -> None:
+        """Place each core's share on the core, if they differ: now, because tracing may be in another process."""
+        if len({count for count, _ in counts}) > 1:
+            for count, core in counts:
+                if (count, core) not in self._counts:
+                    self._counts[count, core] = upload(np.array([count], np.int32), core)
 
     def expert_matrix(self, host: HostMatrix, num_experts: int) -> Matrix:
         """Each core has the same rows of every expert: those that it would have of a matrix of one expert's size."""
@@ -187,6 +201,7 @@ class CpuBackend(DeviceSampling):
         planes = ((formats.keys, pool.keys, pool.key_scales), (formats.values, pool.values, pool.value_scales))
         for layer, count in pool.num_blocks.items():
             num_kv_heads, head_dim = shapes[layer]
+            self._note_counts([(b - a, cores[0]) for (a, b), cores in self._teams(num_kv_heads)])
             sizes = [((b - a) * count * block_size * head_dim, cores[0]) for (a, b), cores in self._teams(num_kv_heads)]
             for form, codes, scales in planes[: 1 if layer in latent_layers(groups) else 2]:
                 codes[layer] = _stored([zeroed_plane(self.device, form, size, core) for size, core in sizes])
@@ -357,6 +372,7 @@ class CpuBackend(DeviceSampling):
         planes = [tensors_of(plane) for plane in pool.planes_of(layer.pool_layer)]
         group = kind.num_heads // kind.num_kv_heads
         teams = self._teams(kind.num_kv_heads)
+        counts = {b - a for (a, b), _ in teams}
         for i, ((a, b), cores) in enumerate(teams):
             mine: list[Tensor] = []
             cols: list[int] = []
@@ -364,18 +380,22 @@ class CpuBackend(DeviceSampling):
                 size = len(tensors_of(part)) // len(teams)
                 mine += tensors_of(part)[i * size : (i + 1) * size]
                 cols += widths_of(part, part_cols)[i * size : (i + 1) * size]
+            is_shard = kind.has_bias or kind.has_sinks
+            any_kv_heads = len(counts) > 1 and len(cols) == 1 and not is_shard
+            own, heads = b - a, max(counts) if any_kv_heads else b - a
             spec = CpuAttentionSpec.of(
                 layer,
                 step.layout.widest,
                 pool.num_blocks[layer.pool_layer],
-                num_heads=(b - a) * group,
-                num_kv_heads=b - a,
-                qkv_cols=tuple(cols),
-                shard=(a, kind.num_heads, kind.num_kv_heads) if kind.has_bias or kind.has_sinks else None,
+                num_heads=heads * group,
+                num_kv_heads=heads,
+                qkv_cols=(cols[0] // own * heads,) if any_kv_heads else tuple(cols),
+                shard=(a, kind.num_heads, kind.num_kv_heads) if is_shard else None,
                 fused_write=step.is_decode and kind.kv_layer is None and len(cores) == 1,
                 kv=pool.formats,
+                any_kv_heads=any_kv_heads,
             )
-            for out, heads in self._attend(spec, cores, [plane[i] for plane in planes], layer, step, mine):
+            for out, heads in self._attend(spec, own, cores, [plane[i] for plane in planes], layer, step, mine):
                 outs.append(out)
                 widths.append(heads * kind.head_dim)
         return sharded(outs, widths)
@@ -535,6 +555,8 @@ class CpuBackend(DeviceSampling):
         outs: list[Tensor] = []
         widths: list[int] = []
         all_cols = matrix.num_rows // (1 if epilogue.activation is None else 2)
+        most = max(shard.num_rows for shard in matrix.shards)
+        any_panels = epilogue.bias is None and any(shard.num_rows < most for shard in matrix.shards)
         for i, shard in enumerate(matrix.shards):
             core = str(shard.planes[0].device)
             x = inputs.of(matrix, self.cores.index(core))
@@ -542,7 +564,7 @@ class CpuBackend(DeviceSampling):
                 name=name,
                 format=shard.format,
                 num_tokens=num_tokens,
-                num_rows=shard.num_rows,
+                num_rows=most if any_panels else shard.num_rows,
                 num_cols=shard.num_cols,
                 norm_eps=None if x.norm is None else x.norm.eps,
                 activation=epilogue.activation,
@@ -555,21 +577,28 @@ class CpuBackend(DeviceSampling):
                 tile_rows=self.tile_rows if shard.layout == "panel" else self._dot_rows(num_tokens),
                 layout=shard.layout,
                 x_bits=self.x_bits,
+                any_panels=any_panels,
             )
             spec = choose(spec)
-            out = empty(num_tokens * spec.out_cols, device=core)
+            cols = shard.num_rows // (1 if epilogue.activation is None else 2)
+            out = empty(num_tokens * cols, device=core)
             operands = [*shard.planes, *x.tensors, *([] if x.norm is None else [x.norm.weight])]
             shared = list(shard.planes)
             if epilogue.bias is not None:
                 operands.append(epilogue.bias)
                 shared.append(epilogue.bias)
-            if epilogue.residual is not None:
-                operands.append(tensors_of(epilogue.residual)[i])
+            residual = [] if epilogue.residual is None else [tensors_of(epilogue.residual)[i]]
+            operands += residual
             if epilogue.out_scale is not None:
                 operands.append(epilogue.out_scale)
                 shared.append(epilogue.out_scale)
-            outs += _run_product(spec, out, operands, shared)
-            widths.append(spec.out_cols)
+            share = None
+            if any_panels:
+                share = Share(shard.num_rows, most, (out, *shard.planes, *residual))
+                operands.append(self._counts[shard.num_rows // PANEL, core])
+                shared.append(operands[-1])
+            outs += _run_product(spec, out, operands, shared, share)
+            widths.append(cols)
         return sharded(outs, widths)
 
     def _finish(self, y: Activation, num_cols: int, num_tokens: int, epilogue: Epilogue) -> Activation:
@@ -599,34 +628,43 @@ class CpuBackend(DeviceSampling):
     def _attend(
         self,
         spec: CpuAttentionSpec,
+        kv_heads: int,
         cores: tuple[str, ...],
         pool: list[Tensor],
         layer: AttentionLayer,
         step: Step,
         qkv: list[Tensor],
     ) -> list[tuple[Tensor, int]]:
-        """The output of each core of a team, and its number of query heads."""
-        read = [step.inputs, *layer.tables]
+        """The output of each core of a team, and its number of query heads. kv_heads: the team's."""
+        inputs = [step.inputs, *([self._counts[kv_heads, cores[0]]] if spec.any_kv_heads else [])]
+        read = [*inputs, *layer.tables]
 
-        def output(spec: CpuAttentionSpec, core: str) -> Tensor:
-            return empty(step.num_tokens * spec.num_heads * spec.head_dim, device=core)
+        def output(heads: int, core: str) -> Tensor:
+            return empty(step.num_tokens * heads * spec.head_dim, device=core)
 
+        def share_with(*scaled: Tensor) -> Share | None:
+            return Share(kv_heads, spec.num_kv_heads, scaled) if spec.any_kv_heads else None
+
+        rows, tokens, all_heads = [*pool, *qkv], step.num_tokens, kv_heads * spec.group
         if spec.fused_write:
-            out = output(spec, cores[0])
-            make = partial(attention_kernel, spec)
-            out = run_row_kernel(make, step.num_tokens, [out, *pool], [*read, *qkv], shared=[*pool, *read])[0]
-            return [(out, spec.num_heads)]
+            out = output(all_heads, cores[0])
+            outputs, make = [out, *pool], partial(attention_kernel, spec)
+            shared = [*pool, *read]
+            out = run_row_kernel(make, tokens, outputs, [*read, *qkv], shared, share=share_with(out, *rows))[0]
+            return [(out, all_heads)]
         if spec.writes_kv:
-            written, rows = [step.inputs, *layer.key_tables], qkv[spec.kv_parts]
-            make = partial(write_kv_kernel, spec)
-            pool = run_row_kernel(make, step.num_tokens, pool, [*written, *rows], shared=[*pool, *written])
+            written = [*inputs, *layer.key_tables]
+            make, shared = partial(write_kv_kernel, spec), [*pool, *written]
+            operands = [*written, *qkv[spec.kv_parts]]
+            pool = run_row_kernel(make, tokens, pool, operands, shared, share=share_with(*rows))
         outs = []
-        for (first, end), core in share(spec.num_heads, cores) if len(cores) > 1 else [((0, spec.num_heads), cores[0])]:
+        for (first, end), core in share(all_heads, cores) if len(cores) > 1 else [((0, all_heads), cores[0])]:
             own = spec if len(cores) == 1 else spec.with_queries(first, end)
             kernel = attention_kernel if step.is_decode or tile_rows(own) == 1 else tile_attention_kernel
-            operands, shared = [*pool, *read, *qkv[own.query_parts]], [*pool, *read]
-            (out,) = run_row_kernel(partial(kernel, own), step.num_tokens, [output(own, core)], operands, shared)
-            outs.append((out, own.num_heads))
+            out, shared = output(end - first, core), [*pool, *read]
+            operands = [*shared, *qkv[own.query_parts]]
+            (out,) = run_row_kernel(partial(kernel, own), tokens, [out], operands, shared, share=share_with(out, *rows))
+            outs.append((out, end - first))
         return outs
 
 
@@ -652,15 +690,17 @@ def _require_panels(num_rows: int) -> None:
         raise UnsupportedModelError(f"the feed-forward has {num_rows} columns, which is not a multiple of {PANEL}")
 
 
-def _run_product(spec: LinearSpec, out: Tensor, operands: list[Tensor], shared: list[Tensor]) -> list[Tensor]:
+def _run_product(
+    spec: LinearSpec, out: Tensor, operands: list[Tensor], shared: list[Tensor], share: Share | None
+) -> list[Tensor]:
     """shared: the operands whose size does not depend on the number of rows of x."""
     if not spec.has_fixed_rows:
-        return run_kernel(linear_kernel(spec), [out], operands)
+        return run_kernel(linear_kernel(spec), [out], operands, share)
 
     def make(num_tokens: int) -> KernelFn:
         return linear_kernel(replace(spec, num_tokens=num_tokens))
 
-    return run_in_blocks(make, spec.num_tokens, [out], operands, shared)
+    return run_in_blocks(make, spec.num_tokens, [out], operands, shared, share)
 
 
 def _embed_rows(spec: EmbedSpec, num_tokens: int) -> KernelFn:

@@ -15,7 +15,7 @@ from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
-from tinyvllm.device.recording import MOST_BLOCKS
+from tinyvllm.device.recording import MOST_BLOCKS, Share
 from tinyvllm.ops.cpu.product import NormSpec, Shard, rms_scale, take_shards
 from tinyvllm.ops.formats.dots import HALF_WORD, dot_cols
 from tinyvllm.ops.formats.matrix import low_bits
@@ -68,13 +68,18 @@ def run_in_blocks(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     shared: Sequence[Tensor],
+    share: Share | None = None,
 ) -> list[Tensor]:
     """`run_kernel` for `make(num_rows)`, whose work items are blocks of rounded rows. In recorded steps of any number
     of whole blocks it is one program. `shared`: the tensors whose size does not depend on the number of rows."""
     if rows_of_block(num_rows) != BLOCK_ROWS:
-        return run_kernel(make(num_rows), outputs, inputs)
+        return run_kernel(make(num_rows), outputs, inputs, share)
     num_blocks = num_rows // BLOCK_ROWS
-    return run_row_kernel(lambda count: make(count * BLOCK_ROWS), num_blocks, outputs, inputs, shared, MOST_BLOCKS)
+
+    def of_blocks(count: int) -> KernelFn:
+        return make(count * BLOCK_ROWS)
+
+    return run_row_kernel(of_blocks, num_blocks, outputs, inputs, shared, MOST_BLOCKS, share)
 
 
 def groups_of_chunk(num_cols: int, group: int) -> int:

@@ -63,6 +63,9 @@ class LinearSpec(Tunable):
     # from one block's first to the next one's. num_cols is a block's K. No norm; x is one buffer. 0: it is not one
     block_rows: int = 0
     block_stride: int = 0
+    # num_rows is the most of any core, and how many panels this one has is an operand: cores with shares of different
+    # sizes have one program, which takes a cold start 0.2 s less for each
+    any_panels: bool = False
     tile_rows: int = 4  # input rows whose accumulators fit into the vector registers: 32 lanes each
     layout: str = "panel"  # of the matrix; "dot": x is rounded to integers (dots.py), which many rows are beforehand
     x_bits: int = 16  # of these integers, as far as the format allows it (RowForm)
@@ -108,8 +111,8 @@ class LinearSpec(Tunable):
 
 @cached_kernel
 def linear_kernel(spec: LinearSpec) -> KernelFn:
-    """fn(out, *planes, *x shards[, norm weight][, bias][, residual][, out scale]). With the `dot` layout and more than
-    STAGED_ROWS, x is its integers and their factors (dots.py)."""
+    """fn(out, *planes, *x shards[, norm weight][, bias][, residual][, out scale][, panels]). With the `dot` layout and
+    more than STAGED_ROWS, x is its integers and their factors (dots.py)."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands = list(rest)
@@ -119,12 +122,15 @@ def linear_kernel(spec: LinearSpec) -> KernelFn:
         bias = operands.pop(0) if spec.bias_starts is not None else None
         ending = Ending.take(spec, operands)
         blocks = _loop_over_blocks(body, spec, x)
-        panel = body.loop(spec.num_rows // PANEL)
+        num_panels: UOp | int = spec.num_rows // PANEL
+        if spec.any_panels:
+            num_panels = clamp(operands.pop(0)[0].load(), 1, spec.num_rows // PANEL)
+        panel = body.loop_up_to(num_panels)
         if spec.block_rows and not isinstance(x, FixedRows):
             stride, block = spec.num_rows // spec.block_rows * spec.block_stride, panel // (spec.block_rows // PANEL)
             x = [Shard(x[0].buffer, 0, spec.num_cols, stride, block * spec.block_stride)]
         tile = _multiply_panel(body, spec, planes, x, panel, blocks)
-        stores = _epilogue(body, spec, out, bias, ending, panel, tile)
+        stores = _epilogue(body, spec, out, bias, ending, (panel, num_panels), tile)
         # each block of rows reads the matrix again
         nbytes = int(spec.num_rows * spec.num_cols * spec.format.code_bits) // 8 * spec.num_blocks
         ops = 2 * spec.num_tokens * spec.num_rows * spec.num_cols
@@ -254,9 +260,18 @@ class Ending:
         return tanh(value * (1.0 / self.softcap), exp2) * self.softcap
 
 
-def _epilogue(body: Body, spec: LinearSpec, out: UOp, bias: UOp | None, ending: Ending, panel: UOp, tile: _Tile) -> UOp:
-    """Stores of the tile's rows."""
+def _epilogue(
+    body: Body,
+    spec: LinearSpec,
+    out: UOp,
+    bias: UOp | None,
+    ending: Ending,
+    place: tuple[UOp, UOp | int],
+    tile: _Tile,
+) -> UOp:
+    """Stores of the tile's rows. place: the panel, and how many there are."""
     width = PANEL if spec.activation is None else HALF
+    panel, num_panels = place
     lane = body.loop(width)
 
     def with_bias(value: UOp, section: int) -> UOp:
@@ -270,7 +285,7 @@ def _epilogue(body: Body, spec: LinearSpec, out: UOp, bias: UOp | None, ending: 
         if spec.activation is not None:
             up = with_bias(tile.registers[tile.start + r * PANEL + HALF + lane].load(), 1)
             (value,) = gated(spec.activation, [value], [up], CPU_ARITHMETIC)
-        at = (tile.first + r) * spec.out_cols + panel * width + lane
+        at = (tile.first + r) * (num_panels * width) + panel * width + lane
         stores.append(out[at].store(ending.finish(value, at)))
     return UOp.group(*stores).end(lane)
 

@@ -17,7 +17,7 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import AxisType, KernelInfo
 
 from tinyvllm.device.disk_cache import share_disk_cache
-from tinyvllm.device.recording import MOST_ROWS, launch, launch_rows
+from tinyvllm.device.recording import MOST_ROWS, Share, launch, launch_rows
 from tinyvllm.errors import InvariantError
 
 share_disk_cache()  # before the first kernel is compiled, on whatever thread
@@ -60,6 +60,10 @@ class Body:
         if size.vmax < 2:
             raise InvariantError(f"a loop of at most {size.vmax} iterations cannot order its stores")
         return self._range(size.cast(I32), AxisType.REDUCE, dtype=I32)
+
+    def loop_up_to(self, size: UOp | int) -> UOp:
+        """A loop whose iterations are independent, and whose length may be data, up to 2 or more."""
+        return self.fold_while(size) if isinstance(size, UOp) else self.loop(size)
 
     def repeat(self) -> UOp:
         """A do-while loop, ended by `.end(loop, goes_on)`: it runs at least once. It must not be inside another loop,
@@ -124,11 +128,14 @@ def cached_kernel(make: Callable[..., KernelFn]) -> Callable[..., KernelFn]:
     return functools.wraps(make)(cached)
 
 
-def run_kernel(fn: KernelFn, outputs: Sequence[Tensor], inputs: Iterable[Tensor]) -> list[Tensor]:
+def run_kernel(
+    fn: KernelFn, outputs: Sequence[Tensor], inputs: Iterable[Tensor], share: Share | None = None
+) -> list[Tensor]:
     """Run `fn(*outputs, *inputs)`; returns the written `outputs`. Use the returned tensors, because they carry the
-    order of execution. (While a step is recorded, the order is that of the calls.)"""
+    order of execution. (While a step is recorded, the order is that of the calls.) share: this core's, if the kernel is
+    one for all cores."""
     tensors = [*outputs, *inputs]
-    if launch(fn, tensors):
+    if launch(fn, tensors, share):
         return tensors[: len(outputs)]
     return Tensor.custom_kernel(*tensors, fxn=fn)[: len(outputs)]
 
@@ -140,14 +147,15 @@ def run_row_kernel(
     inputs: Iterable[Tensor],
     shared: Sequence[Tensor] = (),
     most: int = MOST_ROWS,
+    share: Share | None = None,
 ) -> list[Tensor]:
     """`run_kernel` for `make(num_rows)`, a kernel whose rows are independent work items (`Body.grid`), and nothing else
     in it depends on their number. In recorded steps of any number of rows it is one program, made for `most`, of
     which each step launches as many as it has. `shared`: the tensors whose size does not depend on it."""
     tensors = [*outputs, *inputs]
-    if launch_rows(make, tensors, num_rows, shared, most):
+    if launch_rows(make, tensors, num_rows, shared, most, share):
         return tensors[: len(outputs)]
-    return run_kernel(make(num_rows), outputs, tensors[len(outputs) :])
+    return run_kernel(make(num_rows), outputs, tensors[len(outputs) :], share)
 
 
 def empty(size: int, dtype: DType = F32, device: str | None = None) -> Tensor:

@@ -29,6 +29,13 @@ def test_help_shows_them(name: str) -> None:
     assert all(line in shown for line, _ in EXAMPLES[name])
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "--help"]])
+def test_the_list_of_commands_cuts_off_no_sentence(arguments: list[str]) -> None:
+    """In a terminal of 80 columns, as tests have it."""
+    shown = CliRunner().invoke(app, arguments).stdout
+    assert "..." not in shown.partition("Commands:")[2]
+
+
 def test_typos_are_answered_with_what_was_meant() -> None:
     assert "Did you mean 'generate'?" in CliRunner().invoke(app, ["genrate"]).stderr
     assert "--prompt" in CliRunner().invoke(app, ["generate", "--promt", "x"]).stderr

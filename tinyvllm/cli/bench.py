@@ -18,6 +18,7 @@ from tinyvllm.cli.bench_kv import kv_quality
 from tinyvllm.cli.bench_serve import serve
 from tinyvllm.cli.bench_speculation import speculation
 from tinyvllm.cli.bench_start import cold_start
+from tinyvllm.cli.examples import summary
 from tinyvllm.cli.flags import RunnerFlags, spread
 from tinyvllm.config import CAPTURES, EngineConfig
 from tinyvllm.errors import TinyvllmError
@@ -200,5 +201,5 @@ def make_bench(only: str = "") -> typer.Typer:
     bench = typer.Typer(name="bench", no_args_is_help=True, help="Measure how fast a model runs on this machine.")
     named = {command.__name__.replace("_", "-"): command for command in COMMANDS}
     for command in (named[only],) if only in named else COMMANDS:
-        bench.command()(spread(command))
+        bench.command(short_help=summary(command))(spread(command))
     return bench

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tinyvllm.cli.examples import epilog
+from tinyvllm.cli.examples import epilog, summary
 from tinyvllm.cli.flags import spread
 from tinyvllm.cli.terminal import RedErrors, out
 from tinyvllm.server.output_queue import end_process, is_queued
@@ -46,7 +46,7 @@ def make_app(only: str = "", of_bench: str = "") -> typer.Typer:
     )
     for name in () if only == BENCH else (only,) if only else COMMANDS:
         command = getattr(importlib.import_module(f"tinyvllm.cli.{name}"), name)
-        app.command(epilog=epilog(name))(spread(command))
+        app.command(epilog=epilog(name), short_help=summary(command))(spread(command))
     if only in ("", BENCH):
         from tinyvllm.cli.bench import make_bench
 

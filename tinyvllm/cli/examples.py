@@ -1,6 +1,10 @@
-"""Examples for each command's --help. tests/cli/test_examples.py parses them all."""
+"""What --help shows besides flags: examples for each command (tests/cli/test_examples.py parses them all), and the
+commands' summaries."""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
 
 EXAMPLES = {
     "serve": (
@@ -64,3 +68,10 @@ def epilog(command: str) -> str | None:
     for line, comment in EXAMPLES[command]:
         lines.append(f"  {line}" + (f"  # {comment}" if comment else ""))
     return "\n".join(lines)
+
+
+def summary(command: Callable[..., object]) -> str:
+    """The first sentence of a command's help, for the list of commands, where typer would cut it off."""
+    paragraph = " ".join((inspect.getdoc(command) or "").split("\n\n")[0].split())
+    sentence, dot, _ = paragraph.partition(". ")
+    return sentence + dot.rstrip()

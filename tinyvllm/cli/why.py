@@ -81,7 +81,10 @@ def _get(url: str, api_key: str | None, path: str, query: dict[str, int]) -> Any
         with make_client(Target(url=url, model="", api_key=api_key, timeout_s=30.0)) as client:
             response = client.get(path, params=query)
     except httpx.HTTPError as error:
-        raise TinyvllmError(f"no server answers at {url}: {type(error).__name__} {error}") from error
+        raise TinyvllmError(
+            f"no server answers at {url} ({type(error).__name__} {error}): start one with tinyvllm serve, or give the "
+            "address of yours with --url"
+        ) from error
     except (UnicodeError, httpx.InvalidURL) as error:
         raise TinyvllmError(f"--url or --api-key has a character that HTTP does not allow: {error}") from error
     if response.status_code != 200:

@@ -29,7 +29,7 @@ from tinyvllm.ops.gpu.quantized_stream_floats import StreamedFloatSpec, streamed
 from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS, StreamedMatrixSpec, streamed_matrix_kernel
 from tinyvllm.ops.kernel.body import F16, F32, KernelFn, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, HopperRenderer, declared_bytes
-from tinyvllm.ops.kernel.lanes import LANES, Lanes, Mma
+from tinyvllm.ops.kernel.lanes import LANES, WAITED, Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 
 Streamed = StreamedVectorSpec | StreamedMatrixSpec
@@ -187,6 +187,14 @@ def test_a_row_too_long_for_static_memory_follows_the_ring() -> None:
         own = declared_bytes(source.encode()) - spec.dynamic_bytes
         assert 2 * cols < own <= spec.shared_bytes + 64 and "__align__(16)" not in source
         assert spec.dynamic_bytes + own <= HOPPER_SHARED_BYTES
+
+
+def test_a_row_is_loaded_as_soon_as_a_thread_has_waited() -> None:
+    renderer = HopperRenderer.__new__(HopperRenderer)
+    renderer.__dict__ |= make_renderer("CUDA sm_90").__dict__
+    source = to_program(render(streamed("Q4_K", 1, 4096, 4096)), renderer).src[2].arg
+    _, after = source.split(WAITED)
+    assert "__syncthreads" in after and "__syncthreads" not in after.split("uint4")[0]
 
 
 @pytest.mark.gpu

@@ -423,7 +423,8 @@ class Row:
                 self.spec.rope_factors(self.tables.rope, self.past, d) for runs in self.query_dims for d, _ in runs
             ]
             factors = [value for pair in pairs for values in pair for value in values]
-        ready = await_previous(self.spec.lanes, *self.qkv, *pool, ahead=[*factors, *ahead])
+        ahead = [*factors, *ahead]
+        ready = await_previous(self.spec.lanes, *self.qkv, *pool, ahead=ahead, has_barrier=False)
         self.qkv = list(ready[: len(self.qkv)])
         return ready[len(self.qkv) :]
 

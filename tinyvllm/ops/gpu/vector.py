@@ -182,7 +182,8 @@ class RowOperands:
         """The same, to be read once the previous kernels have ended. `ahead`: as in `await_previous`."""
         written = ("x", "split_sums", "sum_residual", "residual", "ids", "weights")  # by kernels of the step
         given = {name: getattr(self, name) for name in written if getattr(self, name) is not None}
-        return replace(self, **dict(zip(given, await_previous(lanes, *given.values(), ahead=ahead), strict=True)))
+        awaited = await_previous(lanes, *given.values(), ahead=ahead, has_barrier=False)
+        return replace(self, **dict(zip(given, awaited, strict=True)))
 
     def with_experts(self, spec: RowProductSpec, slot: UOp | int) -> RowOperands:
         """The same, once they are awaited, for the threadgroups of one of the row's experts."""

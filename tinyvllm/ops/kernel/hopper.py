@@ -29,6 +29,7 @@ from tinyvllm.device.program_store import digest_of, file_facts, nvrtc_path
 from tinyvllm.device.recording import AWAIT_PREVIOUS
 from tinyvllm.errors import InvariantError
 from tinyvllm.ops.kernel.body import F16, F32, I32
+from tinyvllm.ops.kernel.lanes import WAITED
 
 ARCH = "sm_90"
 CLUSTER = 2  # threadgroups of a cluster, on two neighboring multiprocessors
@@ -61,6 +62,7 @@ LAUNCH_BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)")
 SHARE_REGISTERS = 'asm volatile("setmaxnreg.%s.sync.aligned.u32 %d;");'
 DECLARED = re.compile(rb"// dynamic shared memory: (\d+) bytes")
 FOR_LAUNCH = re.compile(rf"{DECLARED.pattern.decode()}|{re.escape(AWAIT_PREVIOUS)}")
+NEEDLESS_BARRIER = re.compile(rf"{re.escape(WAITED)}\s*__syncthreads\(\);")
 # Written in threadgroup memory, the only place where fields of a map can be set, and then copied to where the copy
 # engine reads it. The fields that are not set here stay 0. What is set: float16 (6), swizzle by 128 bytes (3), zeros
 # outside the matrix.
@@ -135,8 +137,8 @@ COMMIT = 'asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");'
 
 
 class HopperRenderer(CUDARenderer):
-    """tinygrad's renderer, with a compiler for the full target, and with clusters. The class's name is part of the key
-    of compiled programs."""
+    """tinygrad's renderer, with a compiler for the full target, with clusters, and without needless barriers. The
+    class's name is part of the key of compiled programs."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
@@ -144,6 +146,7 @@ class HopperRenderer(CUDARenderer):
 
     def render_kernel(self, function_name: str, kernel: list[str], *args: Any, **more: Any) -> str:
         source = in_one_memory(super().render_kernel(function_name, kernel, *args, **more))
+        source = NEEDLESS_BARRIER.sub(WAITED, source)
         if resident := IS_RESIDENT.search(source):
             source = LAUNCH_BOUNDS.sub(rf"__launch_bounds__(\1, {resident[1]})", source, count=1)
         if not any(CLUSTERED in line for line in kernel):

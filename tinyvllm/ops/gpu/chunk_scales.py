@@ -11,9 +11,11 @@ from tinygrad.uop.ops import Ops
 from tinyvllm.arrays import Format
 from tinyvllm.ops.formats.matrix import PANEL, ScalePlanes, float_of_scale
 from tinyvllm.ops.formats.runs import FLIPPED, groups_in_run
-from tinyvllm.ops.gpu.plane_ring import CHUNK_COLS, SharedPlane, number
+from tinyvllm.ops.gpu.plane_ring import CHUNK_COLS, SLOTS, SharedPlane, number
 from tinyvllm.ops.kernel.body import F32, I32, U32, balanced
 
+HALF_SPANS = (PANEL, 2 * PANEL)  # columns of a scale of 16 bits, of which a chunk's are some words
+HALF_AT = "__byte_perm({0}, 0u, {1})"  # a half of a word, whose number is data
 BYTE_FLOAT_AT = "(__uint_as_float(__byte_perm({0}, 0x4B000000, {1})) - %.1ff)"  # the byte is data
 BYTE_FLOAT = "(__uint_as_float(__byte_perm({0}, 0x4B000000, %#x)) - %.1ff)"  # 2^23 + byte, less 2^23 (and an offset)
 
@@ -63,7 +65,8 @@ class ChunkScales:
 
 class LaneScales:
     """The scales (or minimums) of a row's groups in some neighboring chunks from `first` on: those of the runs `slot`
-    and `slot` + 4 of each. Of bytes, a lane loads all, and takes its own."""
+    and `slot` + 4 of each. Of bytes and of 16 bits, a lane loads all, and takes its own: with rows in the
+    same banks, small loads take as long as large ones."""
 
     def __init__(self, scales: ScalePlanes | None, fmt: Format, first: UOp | int, count: int, slot: UOp) -> None:
         assert scales is not None
@@ -76,6 +79,9 @@ class LaneScales:
             self.bases = entries(scales.base, number(first), count)
             size = CHUNK_COLS // fmt.group // 4  # words of a chunk
             self.words = scales.steps.words(number(first * size), count * size)
+        elif scales.steps is None and scales.base.dtype.itemsize == 2 and scales.format.span in HALF_SPANS:
+            size = CHUNK_COLS // scales.format.span // 2
+            self.words = scales.base.words(number(first * size), count * size)
 
     def weigh(self, index: int, values: Sequence[Sequence[UOp]]) -> UOp:
         """The lane's sum of a chunk's `values` (by run and group), each times its scale."""
@@ -99,6 +105,8 @@ class LaneScales:
             return UOp(
                 Ops.CUSTOM, F32, src=(word ^ FLIPPED if is_signed else word, selector), arg=BYTE_FLOAT_AT % offset
             )
+        if self.words:
+            return self._base(self._half(index, side))
         col = (self.slot + 4 * side) * PANEL + group * (PANEL // per_run)
 
         def entry(plane: SharedPlane, span: int) -> UOp:
@@ -108,6 +116,18 @@ class LaneScales:
         if self.scales.steps is None:
             return value
         return value * entry(self.scales.steps, fmt.group).cast(I32).cast(F32)
+
+    def _half(self, index: int, side: int) -> UOp:
+        """The scale of a run, of 16 bits, which a lane has with those of the chunk's other runs."""
+        dtype, runs = self.scales.base.dtype, self.scales.format.span // PANEL  # that share a scale
+        size = SLOTS // runs // 2
+        words = self.words[index * size : (index + 1) * size][side * size // 2 :]
+        word, slot = words[0], self.slot // runs
+        if runs == 1:
+            word, slot = (slot < 2).where(words[0], words[1]), slot % 2
+        half = UOp(Ops.CUSTOM, U32, src=(word, (slot * 0x22 + 0x4410).cast(U32)), arg=HALF_AT)
+        half = half.cast(dtypes.ushort)
+        return half if dtype == dtypes.ushort else half.bitcast(dtype)
 
     def _base(self, stored: UOp) -> UOp:
         value = float_of_scale(stored, self.scales.format)

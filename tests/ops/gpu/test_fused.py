@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -78,6 +79,7 @@ from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm, Step, pool_grou
 from tinyvllm.ops.gpu.attention_decode import existing_tile
 from tinyvllm.ops.gpu.attention_decode_hopper import StreamedAttentionSpec
 from tinyvllm.ops.gpu.attention_decode_row import DecodeSpec, short_contexts
+from tinyvllm.ops.gpu.attention_fused import RUN
 from tinyvllm.ops.gpu.attention_split import SHORTEST_SPAN
 from tinyvllm.ops.gpu.fused import FusedGpuBackend, Summed
 from tinyvllm.ops.gpu.matrix import MatrixSpec
@@ -323,10 +325,28 @@ def test_only_cuda_has_graphs_for_short_contexts() -> None:
 )
 def test_keys_of_long_contexts_are_fetched_a_pass_ahead(dim: int, context: int, is_ahead: bool) -> None:
     spec = decode_spec(8, 2, dim, context)
-    assert spec.fetches_ahead == spec.in_words(spec.kv.keys) == is_ahead
+    assert spec.fetches_ahead == is_ahead and spec.in_words(spec.kv.keys) == (dim != 96)
     assert spec.knobs().get("fetches_ahead", (0,)) == ((0,) if dim == 96 else (0, 1))
     for one in candidates(spec):
-        assert one.num_warps * one.tile_heads * (dim + 2) * 4 <= one.lanes.shared_bytes
+        assert one.shared_bytes <= one.lanes.shared_bytes
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_lanes_store_and_load_heads_in_different_banks(dim: int) -> None:
+    """Of eight banks of 16 bytes: sixteen lanes store 16 bytes each in two turns, eight load in one."""
+    spec = decode_spec(32, 8, dim, 512)
+    lanes = [(head, slot) for head in range(spec.tile_heads) for slot in range(4)]
+
+    def state_at(head: int, column: int, index: int) -> int:
+        place = spec.state_place(spec.value_dim(UOp.const(column, dtypes.weakint), index)).simplify()
+        return head * spec.state_stride + int(place.arg)
+
+    for span, start in product(range(2), range(0, dim // RUN, 4)):
+        banks = Counter(state_at(head, 2 * slot + span, start) // 4 % 8 for head, slot in lanes)
+        assert max(banks.values()) == 2
+    for chunk in range(spec.chunks if spec.stages_heads else 0):
+        places = [head * spec.staged_stride + chunk * spec.chunk_dims + slot * RUN for head, slot in lanes[:8]]
+        assert len({place // RUN % 8 for place in places}) == 8
 
 
 @pytest.mark.parametrize(

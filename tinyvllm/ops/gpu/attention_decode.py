@@ -30,8 +30,9 @@ from tinyvllm.ops.gpu.attention_decode_codes import (
     query_words,
     value_words,
 )
-from tinyvllm.ops.gpu.attention_decode_combine import combine_warps
+from tinyvllm.ops.gpu.attention_decode_combine import StagedOwn, combine_warps
 from tinyvllm.ops.gpu.attention_decode_row import Buffers, DecodeSpec, Row, Runs, make_threadgroup, take_buffers
+from tinyvllm.ops.gpu.attention_decode_stage import HeadStage, StagedHeads
 from tinyvllm.ops.gpu.attention_fused import RUN
 from tinyvllm.ops.gpu.attention_split import NOTHING, TILE_TOKENS
 from tinyvllm.ops.gpu.kv_codes import StoredHeads
@@ -58,7 +59,8 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         context = _Context(row, buffers)
         # the tokens before this step's were written by earlier steps: their loads need not wait for its kernels
         early = context.load(0) if spec.loads_early else []
-        loaded = [value for tile in early for value in tile.loaded]
+        stage = HeadStage(row) if spec.stages_heads else None
+        loaded = [*(stage.ahead if stage else []), *[value for tile in early for value in tile.loaded]]
         if spec.adds_own:
             row.wait(loaded)
         else:  # the previous kernel may have written them
@@ -67,16 +69,14 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
             count = len(keys.planes)
             keys, values = keys.with_planes(planes[:count]), values.with_planes(planes[count:])
             buffers = context.buffers = replace(buffers, keys=keys, values=values)
-        early = [tile.or_zeros(context.low < context.high) for tile in early]
+        if not spec.in_words(spec.kv.values):  # words are zeros if the tile is not used
+            early = [tile.or_zeros(context.low < context.high) for tile in early]
 
-        query = _load_query(row)
-        own = _OwnToken(row, buffers, query) if spec.adds_own else None
-        softmax = _Softmax(row, context, query, own)
+        softmax, own, writes = _begin(row, buffers, context, stage)
         state, passes = softmax.start(), context.passes
         if early:
             state, passes = softmax.add(early, state), (passes - 1).maximum(0)
         skipped = int(bool(early))
-        writes = [] if own is None else own.writes
         has_words = spec.in_words(spec.kv.keys) or spec.in_words(spec.kv.values)
         writes_first = spec.is_wide or has_words  # frees their registers
         outer = (*group.axes, *writes) if writes_first else group.axes
@@ -84,7 +84,7 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
             state = _walk_ahead(softmax, context, state, passes, skipped, outer)
         else:
             state = carry(group.body, state, passes, outer, lambda i, old: softmax.add(context.load(i + skipped), old))
-        stores = combine_warps(row, buffers, state)
+        stores = combine_warps(row, buffers, state, own)
         tokens, length = spec.layout.num_tokens, spec.layout.max_blocks * spec.layout.block_size
         done = UOp.group(*writes, *stores)
         if spec.resident:
@@ -97,6 +97,21 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
         )
 
     return kernel
+
+
+def _begin(
+    row: Row, buffers: Buffers, context: _Context, stage: HeadStage | None
+) -> tuple[_Softmax, StagedOwn | None, list[UOp]]:
+    """(the softmax; the row's own token, unless it is in the softmax's first state; stores of it)."""
+    if stage is None:
+        query = _load_query(row)
+        own = _OwnToken(row, buffers, query) if row.spec.adds_own else None
+        return _Softmax(row, context, query, own), None, [] if own is None else own.writes
+    softmax = _Softmax(row, context, stage.store(buffers))
+    if not row.spec.adds_own:
+        return softmax, None, []
+    staged = softmax.staged_own()
+    return softmax, staged, [staged.store]
 
 
 def _walk_ahead(
@@ -175,7 +190,7 @@ class _OwnToken:
         """The own token's score for the lane's head."""
         spec = self.row.spec
         product = spec.lanes.sum(dot(_flat(self.query), _flat(self.key)), spec.mma.row_masks)
-        return spec.score(product * self.row.query_scale, lambda x: x.exp2())
+        return spec.score(product * self.row.query_scale, spec.exp2)
 
 
 def _cast(runs: Runs, dtype: DType) -> Runs:
@@ -343,9 +358,29 @@ class _Softmax:
     """A warp's online softmax. Its state, for the lane's head: the maximum score, the lane's share of the sum of
     weights, and the lane's sums of weighted values (`DecodeSpec.value_dim`)."""
 
-    def __init__(self, row: Row, context: _Context, query: Runs, own: _OwnToken | None) -> None:
+    def __init__(self, row: Row, context: _Context, query: Runs | StagedHeads, own: _OwnToken | None = None) -> None:
         self.row, self.context, self.query, self.own = row, context, query, own
-        self.packed_query = query_words(row, query) if row.spec.in_words(row.spec.kv.keys) else []
+        self.packed_query: list[list[UOp]] = []
+        if isinstance(query, StagedHeads):
+            self.packed_query = self._staged_words(query, row.head % row.spec.tile_heads)
+        elif row.spec.in_words(row.spec.kv.keys):
+            self.packed_query = query_words(row, query)
+
+    def _staged_words(self, heads: StagedHeads, head: UOp | int) -> list[list[UOp]]:
+        """By chunk, the lane's words of one of the row's own heads."""
+        spec, slot = self.row.spec, self.row.group.lane % 4
+        return [heads.words(head, spec.run_dim(slot, c)) for c in range(spec.chunks)]
+
+    def staged_own(self) -> StagedOwn:
+        """The row's own token, if its heads are staged: in place of each token of half a tile."""
+        spec, heads = self.row.spec, self.query
+        assert isinstance(heads, StagedHeads)
+        query, key = (
+            [word for chunk in chunks for word in chunk]
+            for chunks in (self.packed_query, self._staged_words(heads, spec.tile_heads))
+        )
+        product, _ = multiply_heads(query, key, zeros(2))
+        return StagedOwn.of(self.row, heads, spec.score(product * self.row.query_scale, spec.exp2))
 
     def start(self) -> list[UOp]:
         """The state before the context: the row's own token and the head's sink in one warp, nothing in the others."""
@@ -373,11 +408,11 @@ class _Softmax:
         """The state after a pass."""
         spec, (best, total, *acc) = self.row.spec, old
         scores = [self._scores(tile, half) for tile in tiles for half in range(2)]
-        top = balanced([v for pair in scores for v in pair], lambda a, b: a.maximum(b))
-        new_best = best.maximum(spec.lanes.maximum(top, spec.mma.row_masks))
-        decay = (best - new_best).exp2()
+        top = balanced([v for pair in scores for v in pair], spec.maximum)
+        new_best = spec.maximum(best, spec.lanes.maximum(top, spec.mma.row_masks))
+        decay = spec.exp2(best - new_best)
         zero = UOp.const(0.0, F32)
-        weights = [[(v > NOTHING / 10).where((v - new_best).exp2(), zero) for v in pair] for pair in scores]
+        weights = [[(v > NOTHING / 10).where(spec.exp2(v - new_best), zero) for v in pair] for pair in scores]
         new_total = total * decay + balanced([w for pair in weights for w in pair])
         if spec.in_words(spec.kv.values):
             rounded = [[pack_words(*pair)] for pair in weights]
@@ -412,6 +447,7 @@ class _Softmax:
         """q . k of the lane's head and two tokens of half a tile."""
         row, keys = self.row, self.context.buffers.keys
         if not row.spec.in_words(keys.form):
+            assert isinstance(self.query, list)
             return _multiply_keys(row.spec, self.query, tile.keys[half])
         words = key_words(row, keys, tile.keys[half])
         left, right = ([word for chunk in chunks for word in chunk] for chunks in (self.packed_query, words))
@@ -423,7 +459,7 @@ class _Softmax:
         is_seen = tile.is_used & (token < self.context.high)
         if spec.window is not None:
             is_seen = is_seen & (token >= spec.first_key(self.row.past))
-        score = spec.score(product * self.row.query_scale, lambda x: x.exp2())
+        score = spec.score(product * self.row.query_scale, spec.exp2)
         return is_seen.where(score, UOp.const(NOTHING, F32))
 
 

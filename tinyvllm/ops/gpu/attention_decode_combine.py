@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinygrad import UOp
 
 from tinyvllm.ops.gpu.attention_decode_row import Buffers, DecodeSpec, Row, Threadgroup
+from tinyvllm.ops.gpu.attention_decode_stage import StagedHeads
 from tinyvllm.ops.gpu.attention_fused import RUN
 from tinyvllm.ops.gpu.attention_split import NOTHING, arrive
 from tinyvllm.ops.kernel.body import F32, I32, balanced
 from tinyvllm.ops.kernel.hopper import hidden
 from tinyvllm.ops.kernel.lanes import carry
+from tinyvllm.ops.kernel.tiles import quick_division, quick_log2
 
 
-def combine_warps(row: Row, buffers: Buffers, state: list[UOp]) -> list[UOp]:
-    """Stores of the threadgroup's result: the row's attention, or that over its split of the context."""
-    states, elements = _share_states(row, state), row.group.elements()
+@dataclass(frozen=True)
+class StagedOwn:
+    """The row's own token in threadgroup memory: its scores (G), and its value."""
+
+    scores: UOp
+    store: UOp
+    heads: StagedHeads
+
+    @classmethod
+    def of(cls, row: Row, heads: StagedHeads, score: UOp) -> StagedOwn:
+        """`score`: that for the lane's head."""
+        group = row.group
+        memory = group.body.shared(row.spec.tile_heads)
+        leads = group.is_first_warp & (row.head < row.spec.tile_heads) & row.column.eq(0)
+        store = memory[row.head.valid(leads)].store(group.adds_own.where(score, NOTHING))
+        return cls(memory, store, heads)
+
+
+def combine_warps(row: Row, buffers: Buffers, state: list[UOp], own: StagedOwn | None) -> list[UOp]:
+    """Stores of the threadgroup's result: the row's attention, or that over its split of the context. `own`: the row's
+    own token, unless the state has it."""
+    states, elements = _share_states(row, state, own), row.group.elements()
     if not row.spec.is_split:
         return [_store_whole(row, buffers, states, *element) for element in elements]
     splits = _Splits(row, buffers)
@@ -32,42 +53,57 @@ class _WarpStates:
     spec: DecodeSpec
     values: UOp
     scales: UOp
+    own: StagedOwn | None
 
     def combined(self, index: UOp) -> tuple[UOp, UOp, UOp]:
         """(maximum, sum of weights, sum of weighted values) over all warps, for one of the G * D elements."""
         group, dim = self.spec.tile_heads, self.spec.head_dim
         warp_range, head = range(self.spec.num_warps), index // dim
         bests = [self.scales[(w * group + head) * 2].load() for w in warp_range]
-        top = balanced(bests, lambda a, b: a.maximum(b))
-        factors = [(b - top).exp2() for b in bests]
-        total = balanced(f * self.scales[(w * group + head) * 2 + 1].load() for w, f in enumerate(factors))
-        return top, total, balanced(f * self.values[w * group * dim + index].load() for w, f in enumerate(factors))
+        totals = [self.scales[(w * group + head) * 2 + 1].load() for w in warp_range]
+        at = head * self.spec.state_stride + self.spec.state_place(index % dim)
+        values = [self.values[w * group * self.spec.state_stride + at].load() for w in warp_range]
+        if self.own is not None:
+            bests.append(self.own.scores[head].load())
+            totals.append(UOp.const(1.0, F32))
+            values.append(self.own.heads.value(index % dim))
+        top = balanced(bests, self.spec.maximum)
+        factors = [self.spec.exp2(b - top) for b in bests]
+        total = balanced(f * t for f, t in zip(factors, totals, strict=True))
+        return top, total, balanced(f * v for f, v in zip(factors, values, strict=True))
 
 
-def _share_states(row: Row, state: list[UOp]) -> _WarpStates:
+def _share_states(row: Row, state: list[UOp], own: StagedOwn | None) -> _WarpStates:
     """Put the warps' states into threadgroup memory."""
     spec, group, (best, total, *acc) = row.spec, row.group, state
     total = spec.lanes.sum(total, spec.mma.row_masks)
     dim, count = spec.head_dim, spec.num_warps * spec.tile_heads
-    values, scales = group.body.shared(count * dim), group.body.shared(count * 2)
+    values = group.body.shared(count * spec.state_stride)
+    scales = group.body.shared(count * 2)
     is_real = row.head < spec.tile_heads
     leads = is_real & row.column.eq(0)
     at = group.warp * spec.tile_heads + row.head
     stores = [
-        values[(at * dim + spec.value_dim(row.column + e, j)).valid(is_real)].store(acc[j * 2 + e])
+        values[(at * spec.state_stride + spec.state_place(spec.value_dim(row.column + e, j))).valid(is_real)].store(
+            acc[j * 2 + e]
+        )
         for e in range(2)
         for j in range(dim // RUN)
     ]
     stores += [scales[(at * 2).valid(leads)].store(best), scales[(at * 2 + 1).valid(leads)].store(total)]
+    if own is not None:
+        stores.append(own.store)
     done = UOp.group(*stores)
-    return _WarpStates(spec, values.after(done), scales.after(done))
+    own = None if own is None else replace(own, scores=own.scores.after(done))
+    return _WarpStates(spec, values.after(done), scales.after(done), own)
 
 
 def _store_whole(row: Row, buffers: Buffers, states: _WarpStates, index: UOp, is_inside: UOp | None) -> UOp:
     """The store of an element of a context that is not split."""
     assert buffers.out is not None
     _, total, value = states.combined(index)
-    return buffers.out[_gate(_output(row.group, index), is_inside)].store((value / total).cast(buffers.out.dtype))
+    whole = quick_division(value, total, row.spec.lanes.kind)
+    return buffers.out[_gate(_output(row.group, index), is_inside)].store(whole.cast(buffers.out.dtype))
 
 
 def _output(group: Threadgroup, index: UOp) -> UOp:
@@ -95,15 +131,16 @@ class _Splits:
         dim, target = spec.head_dim, _output(group, index)
         top, total, value = states.combined(index)
         safe, is_shared, results = (total > 0.0).where(total, 1.0), None, []
+        share = quick_division(value, safe, spec.lanes.kind)
         if self.buffers.out is not None:
             is_alone, out = self.index.eq(0) & self.used.eq(1), self.buffers.out
-            results.append(out[_gate(target, is_inside, is_alone)].store((value / safe).cast(out.dtype)))
+            results.append(out[_gate(target, is_inside, is_alone)].store(share.cast(out.dtype)))
             is_shared = self._is_shared
         row_size = spec.layout.num_tokens * (spec.num_heads * dim)
-        lse = (total > 0.0).where(top + safe.log2(), NOTHING)
+        lse = (total > 0.0).where(top + quick_log2(safe, spec.lanes.kind), NOTHING)
         head = (self.index * spec.layout.num_tokens + group.row) * spec.num_heads + group.heads * spec.tile_heads
         head = head + index // dim
-        results.append(self.values[_gate(self.index * row_size + target, is_inside, is_shared)].store(value / safe))
+        results.append(self.values[_gate(self.index * row_size + target, is_inside, is_shared)].store(share))
         results.append(self.sums[_gate(head, is_inside, is_shared, (index % dim).eq(0))].store(lse))
         return results
 
@@ -123,7 +160,8 @@ class _Splits:
         results = list(stores)
         for (index, is_inside), (_, total, acc) in zip(elements, states, strict=True):
             start = counter * (spec.tile_heads * spec.head_dim)
-            results.append(out[_gate(start + index, is_inside, is_last)].store((acc / total).cast(out.dtype)))
+            value = quick_division(acc, total, spec.lanes.kind)
+            results.append(out[_gate(start + index, is_inside, is_last)].store(value.cast(out.dtype)))
         zero, thread = UOp.const(0, arrivals.dtype), group.thread
         reset = arrivals.after(seen)[_gate(counter + 0 * thread, is_last, thread.eq(0))].store(zero)
         return [*results, reset]
@@ -144,8 +182,8 @@ class _Splits:
             new = []
             for index in indices:
                 splits = [read(number, index) for number in range(spec.num_splits)]
-                top = balanced([lse for lse, _ in splits], lambda a, b: a.maximum(b))
-                factors = [(lse - top).exp2() for lse, _ in splits]
+                top = balanced([lse for lse, _ in splits], spec.maximum)
+                factors = [spec.exp2(lse - top) for lse, _ in splits]
                 total = balanced(f * value for f, (_, value) in zip(factors, splits, strict=True))
                 new += [top, balanced(factors), total]
             return new

@@ -88,16 +88,19 @@ class FusedAttentionSpec(AttentionSpec):
         sign = (inside < half).where(UOp.const(-1.0, F32), UOp.const(1.0, F32))
         return load_floats(rope, at, RUN), [s * sign for s in load_floats(rope, at + half, RUN)]
 
+    def partner_dim(self, dim: UOp) -> UOp | None:
+        """Where the partners of dimensions [dim, dim + 8) begin; None if these are each other's."""
+        half = self.rotary // 2
+        if self.is_interleaved:
+            return None
+        if self.rotary == self.head_dim:
+            return (dim + half) % self.rotary
+        return (dim < half).where(dim + half, (dim < self.rotary).where(dim - half, dim))
+
     def rotated_run(self, rope: UOp, position: UOp, dim: UOp, load: Callable[[UOp], list[UOp]]) -> list[UOp]:
         """Dimensions [dim, dim + 8) of a head, rotated. `load`: eight dimensions of it from one on."""
-        half, here = self.rotary // 2, load(dim)
-        if self.is_interleaved:
-            partner = [here[i ^ 1] for i in range(RUN)]
-        else:
-            other = (dim + half) % self.rotary
-            if self.rotary != self.head_dim:
-                other = (dim < half).where(dim + half, (dim < self.rotary).where(dim - half, dim))
-            partner = load(other)
+        here, other = load(dim), self.partner_dim(dim)
+        partner = [here[i ^ 1] for i in range(RUN)] if other is None else load(other)
         cos, sin = self.rope_factors(rope, position, dim)
         rotated = [a * c + b * s for a, b, c, s in zip(here, partner, cos, sin, strict=True)]
         if self.rotary == self.head_dim:

@@ -396,7 +396,7 @@ class HopperTile(AttentionTile):
 
 def score_blocks(spec: PrefillSpec, products: list[UOp]) -> list[list[UOp]]:
     """The scores of a lane's products of queries and keys, by block of eight keys."""
-    scores = [spec.score(product, lambda x: quick_exp2(x, spec.tiles)) for product in products]
+    scores = [spec.score(product, lambda x: quick_exp2(x, spec.tiles.kind)) for product in products]
     return [scores[i : i + 4] for i in range(0, len(scores), 4)]
 
 
@@ -407,13 +407,13 @@ def weigh_rows(
     mma, best, decays, totals = spec.tiles, [], [], []
     for row in range(2):
         own = [value for block in blocks for value in block[2 * row : 2 * row + 2]]
-        top = balanced(own, lambda a, b: quick_maximum(a, b, mma))
+        top = balanced(own, lambda a, b: quick_maximum(a, b, mma.kind))
         for mask in spec.mma.row_masks:
             top = _held(top)
-            top = quick_maximum(top, spec.lanes.shuffle(top, mask), mma)
-        best.append(_held(quick_maximum(old[row], top, mma)))
-        decays.append(quick_exp2(old[row] - best[row], mma))
-    weights = [[quick_exp2(value - best[e // 2], mma) for e, value in enumerate(block)] for block in blocks]
+            top = quick_maximum(top, spec.lanes.shuffle(top, mask), mma.kind)
+        best.append(_held(quick_maximum(old[row], top, mma.kind)))
+        decays.append(quick_exp2(old[row] - best[row], mma.kind))
+    weights = [[quick_exp2(value - best[e // 2], mma.kind) for e, value in enumerate(block)] for block in blocks]
     for row in range(2):
         added = balanced([value for block in weights for value in block[2 * row : 2 * row + 2]], _plus)
         totals.append(old[2 + row] * decays[row] + added)

@@ -377,7 +377,7 @@ class AttentionTile:
 
     def _scored(self, products: list[UOp], block: int, first_row: int, first_key: UOp | None) -> list[UOp]:
         """The scores of a block of rows with the keys from row `first_row` of the tile on."""
-        scores = [self.spec.score(product, lambda x: quick_exp2(x, self.mma)) for product in products]
+        scores = [self.spec.score(product, lambda x: quick_exp2(x, self.mma.kind)) for product in products]
         return scores if first_key is None else self._masked(scores, block, first_key + first_row)
 
     def _weigh(
@@ -390,12 +390,12 @@ class AttentionTile:
         for i, blocks in enumerate(scores):
             for r in range(per_block):
                 at = i * per_block + r
-                top = balanced(_row_values(blocks, r), lambda a, b: quick_maximum(a, b, mma))
+                top = balanced(_row_values(blocks, r), lambda a, b: quick_maximum(a, b, mma.kind))
                 best = old[at].maximum(spec.lanes.maximum(top, spec.mma.row_masks))
                 new_best.append(best)
-                decays.append(quick_exp2(old[at] - best, mma))
+                decays.append(quick_exp2(old[at] - best, mma.kind))
             weights.append(
-                [[quick_exp2(v - new_best[i * per_block + e // 2], mma) for e, v in enumerate(b)] for b in blocks]
+                [[quick_exp2(v - new_best[i * per_block + e // 2], mma.kind) for e, v in enumerate(b)] for b in blocks]
             )
             for r in range(per_block):
                 at = i * per_block + r

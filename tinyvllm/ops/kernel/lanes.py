@@ -477,6 +477,11 @@ def load_cuda_words(buffer: UOp, at: UOp, count: int, *after: UOp) -> list[UOp]:
     return _words_of(loads, size)
 
 
+def words_of_vectors(loads: Sequence[UOp]) -> list[UOp]:
+    """The words in vectors of four."""
+    return _words_of(loads, 4)
+
+
 def _words_of(loads: Sequence[UOp], size: int) -> list[UOp]:
     """The words of vectors of so many."""
     return [UOp(Ops.CUSTOMI, dtypes.uint, src=(load,), arg=f"{{0}}.{name}") for load in loads for name in "xyzw"[:size]]

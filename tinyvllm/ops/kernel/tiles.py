@@ -39,6 +39,7 @@ MULTIPLY_FLOATS = "[&]{{ float4 c = make_float4({0}, {1}, {2}, {3}); %s return c
 MOVE_PIECE = "*((uint4*)({0})) = *((uint4*)({1}));"
 PACK = '[&]{{ uint r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"({1}), "f"({0})); return r; }}()'
 EXP2 = '[&]{{ float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"({0})); return r; }}()'
+LOG2 = '[&]{{ float r; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"({0})); return r; }}()'
 PTX_NAMES = {dtypes.half: "f16", dtypes.bfloat16: "bf16"}
 
 
@@ -65,8 +66,12 @@ class TileMma:
         return 8
 
     @property
+    def kind(self) -> str:
+        return self.mma.kind
+
+    @property
     def is_cuda(self) -> bool:
-        return self.mma.kind == "CUDA"
+        return self.kind == "CUDA"
 
     @property
     def elements(self) -> int:
@@ -289,11 +294,16 @@ def quick_division(top: UOp, bottom: UOp, kind: str) -> UOp:
     return UOp(Ops.CUSTOM, F32, src=(top, bottom), arg="__fdividef({0}, {1})") if kind == "CUDA" else top / bottom
 
 
-def quick_exp2(x: UOp, mma: TileMma) -> UOp:
+def quick_exp2(x: UOp, kind: str) -> UOp:
     """2**x by the device's approximation, accurate to 2 ulp; very negative x gives 0."""
-    return UOp(Ops.CUSTOM, F32, src=(x,), arg=EXP2) if mma.is_cuda else x.exp2()
+    return UOp(Ops.CUSTOM, F32, src=(x,), arg=EXP2) if kind == "CUDA" else x.exp2()
 
 
-def quick_maximum(a: UOp, b: UOp, mma: TileMma) -> UOp:
+def quick_log2(x: UOp, kind: str) -> UOp:
+    """log2 of a normal number by the device's approximation, accurate to 2 ^ -21 near 1."""
+    return UOp(Ops.CUSTOM, F32, src=(x,), arg=LOG2) if kind == "CUDA" else x.log2()
+
+
+def quick_maximum(a: UOp, b: UOp, kind: str) -> UOp:
     """The maximum of two numbers in one instruction; tinygrad's takes two."""
-    return UOp(Ops.CUSTOMI, F32, src=(a, b), arg="fmaxf({0}, {1})") if mma.is_cuda else a.maximum(b)
+    return UOp(Ops.CUSTOMI, F32, src=(a, b), arg="fmaxf({0}, {1})") if kind == "CUDA" else a.maximum(b)

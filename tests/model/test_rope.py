@@ -13,7 +13,7 @@ import tinyvllm.ops  # noqa: F401  (makes tinygrad's settings before anything he
 from tests.model.write_rope_references import CASES, DATA, HEAD_DIM, SIZES
 from tinyvllm.config import Rope, RopeScaling
 from tinyvllm.errors import UnsupportedModelError
-from tinyvllm.model.rope import inverse_frequencies, rope_table
+from tinyvllm.model.rope import RUN, inverse_frequencies, rope_table
 from tinyvllm.storage.families import olmo3
 from tinyvllm.storage.hf_rope import read_rope, read_rope_by_layer
 from tinyvllm.storage.values import Values
@@ -44,6 +44,14 @@ def test_the_table_holds_cosines_then_sines() -> None:
 def test_angles_of_far_positions_are_exact() -> None:
     """float32 angles would be off by 0.008 at position 131071."""
     assert rope_table(Rope(10000.0), 64, 131072)[-1, 0] == pytest.approx(math.cos(131071), abs=1e-7)
+
+
+def test_every_position_has_its_own_angles() -> None:
+    frequencies = inverse_frequencies(Rope(10000.0), 8)
+    for num_positions in (1, RUN, 2 * RUN + 3):
+        angles = np.arange(num_positions)[:, None] * frequencies
+        table = rope_table(Rope(10000.0), 8, num_positions)
+        np.testing.assert_allclose(table, np.concatenate([np.cos(angles), np.sin(angles)], axis=1), atol=6e-8)
 
 
 def test_linear_scaling_divides_positions() -> None:

@@ -10,6 +10,8 @@ import numpy as np
 from tinyvllm.config import QueryScaling, Rope, RopeScaling
 from tinyvllm.errors import UnsupportedModelError
 
+RUN = 256  # positions
+
 
 def inverse_frequencies(rope: Rope, head_dim: int, num_positions: int = 0) -> np.ndarray:
     """(R/2,) float64 of R rotated dimensions: theta**(-2i/R) (Su et al. 2021, sec. 3.2.2), stretched as `rope` says.
@@ -96,9 +98,16 @@ def rope_table(rope: Rope, head_dim: int, num_positions: int, query_scaling: Que
     """(num_positions, R) float32: cos of the R/2 angles, then their sin. With `query_scaling` a column more: the
     factor of a query at this position. Angles in float64."""
     frequencies = inverse_frequencies(rope, head_dim, num_positions)
-    angles = np.arange(num_positions, dtype=np.float64)[:, None] * frequencies[None, :]
-    table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * rope.attention_factor
+    num_pairs = len(frequencies)
+    table = np.empty((num_positions, 2 * num_pairs + (query_scaling is not None)), np.float32)
+    # The angle of a position is that of a multiple of RUN plus that of a rest, so the turn by it is a product of two:
+    # sine and cosine of all angles would take four times as long
+    rests = rope.attention_factor * np.exp(1j * np.arange(RUN)[:, None] * frequencies)
+    for start in range(0, num_positions, RUN):
+        turns = (rests * np.exp(1j * start * frequencies))[: num_positions - start]
+        table[start : start + RUN, :num_pairs] = turns.real
+        table[start : start + RUN, num_pairs : 2 * num_pairs] = turns.imag
     if query_scaling is not None:
         spans = np.arange(num_positions) // query_scaling.span
-        table = np.concatenate([table, 1 + query_scaling.beta * np.log1p(spans)[:, None]], axis=1)
-    return table.astype(np.float32)
+        table[:, -1] = 1 + query_scaling.beta * np.log1p(spans)
+    return table

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tinyvllm.arrays import LazyCodes, QuantizedMatrix, to_float32
+from tinyvllm.arrays import LazyCodes, QuantizedMatrix, format_of, to_float32
 from tinyvllm.errors import ModelError, UnsupportedModelError
-from tinyvllm.model.weights.random import DRAWN_ROWS, RANDOM_KINDS, RandomWeights
+from tinyvllm.model.weights.random import DRAWN_ROWS, RANDOM_KINDS, AlikeWeights, RandomWeights
 
 SHAPE = (200, 512)
 
@@ -71,3 +71,9 @@ def test_experts_may_be_of_another_kind() -> None:
     assert isinstance(rest, np.ndarray) and str(rest.dtype) == "bfloat16"
     with pytest.raises(UnsupportedModelError, match="the second is that of experts"):
         RandomWeights("bfloat16+mxfp4+Q4_0", 0)
+
+
+@pytest.mark.parametrize("kind", RANDOM_KINDS)
+def test_weights_for_tracing_have_the_same_shape_and_format(kind: str) -> None:
+    first, second = (make(kind, 0).take("w", SHAPE) for make in (RandomWeights, AlikeWeights))
+    assert first.shape == second.shape and format_of(first) == format_of(second)

@@ -5,11 +5,22 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16, float8_e4m3fn
 
-from tinyvllm.arrays import E2M1, SCALE_DTYPES, Format, HostMatrix, QuantizedMatrix, ScaleFormat, Scales, to_float32
+from tinyvllm.arrays import (
+    E2M1,
+    SCALE_DTYPES,
+    Format,
+    HostMatrix,
+    QuantizedMatrix,
+    ScaleFormat,
+    Scales,
+    copy_all,
+    to_float32,
+)
 from tinyvllm.errors import UnsupportedModelError
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS, decompose
 from tinyvllm.storage.gguf_types import BLOCK_SIZES
@@ -87,24 +98,22 @@ class RandomWeights:
         rows, cols = shape
         # equal rows of a router would choose equal experts together
         num_drawn = rows if ".mlp.gate." in name else DRAWN_ROWS
-        order = np.arange(rows) % num_drawn
         kind = self._expert_kind if ".experts." in name else self._kind
         if kind not in DENSE_KINDS:
             drawn = draw_quantized(kind, num_drawn, cols, rng)
             # repeated when they are packed, some rows at a time
-            return replace(drawn, codes=drawn.lazy_codes).rows(order)
+            return replace(drawn, codes=drawn.lazy_codes).rows(np.arange(rows) % num_drawn)
         values = (rng.standard_normal((num_drawn, cols)) / math.sqrt(cols)).astype(np.float32)
         if kind == "bfloat16":
-            return (values.view(np.uint32) >> 16).astype(np.uint16).view(bfloat16)[order]
-        repeated: np.ndarray = values.astype(kind)[order]
-        return repeated
+            return _repeated((values.view(np.uint32) >> 16).astype(np.uint16).view(bfloat16), rows)
+        return _repeated(values.astype(kind), rows)
 
     def finish(self) -> None:
         """Nothing can be left over: tensors are made when they are taken."""
 
 
 class AlikeWeights(RandomWeights):
-    """Random weights for tracing: draws each shape once."""
+    """For tracing, which reads no values: dense weights are zeros, and of others each shape is drawn once."""
 
     def __init__(self, kind: str, seed: int) -> None:
         super().__init__(kind, seed)
@@ -113,8 +122,22 @@ class AlikeWeights(RandomWeights):
     def _draw(self, name: str, shape: tuple[int, ...]) -> HostMatrix:
         key = ".experts." in name, shape
         if key not in self._known:
-            self._known[key] = super()._draw(name, shape)
+            kind = self._expert_kind if key[0] else self._kind
+            is_dense = len(shape) == 2 and kind in DENSE_KINDS
+            self._known[key] = np.zeros(shape, _dtype_of(kind)) if is_dense else super()._draw(name, shape)
         return self._known[key]
+
+
+def _repeated(drawn: np.ndarray, num_rows: int) -> np.ndarray:
+    """So many rows: those that were drawn, again and again."""
+    rows = np.empty((num_rows, *drawn.shape[1:]), drawn.dtype)
+    parts = [rows[start : start + len(drawn)] for start in range(0, num_rows, len(drawn))]
+    copy_all(parts, [drawn[: len(part)] for part in parts])
+    return rows
+
+
+def _dtype_of(kind: str) -> np.dtype[Any]:
+    return np.dtype(bfloat16 if kind == "bfloat16" else kind)
 
 
 def draw_quantized(kind: str, rows: int, cols: int, rng: np.random.Generator) -> QuantizedMatrix:

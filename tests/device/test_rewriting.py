@@ -76,6 +76,19 @@ def test_kernels_of_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     check(kernels_of(outputs), cpu_renderer(), monkeypatch)
 
 
+def test_a_run_of_a_buffer_is_inside_if_it_may_be() -> None:
+    rewrite_faster()
+    buffer, start = UOp.placeholder((8,), dtypes.float, 0), UOp.variable("n", 0, 9)
+
+    def shape_from(first: UOp, count: int) -> object:
+        return UOp(Ops.SHRINK, src=(buffer, first, UOp.const(count))).shape
+
+    assert shape_from(start, 4) == (4,) and shape_from(UOp.const(4), 4) == (4,)
+    for first, count in ((UOp.const(5), 4), (UOp.const(-1), 4), (start, 9), (start + 5, 4)):
+        with pytest.raises(ValueError, match="invalid shrink"):
+            shape_from(first, count)
+
+
 def test_rules_that_undo_each_other_are_refused() -> None:
     rewrite_faster()
     rules = PatternMatcher(

@@ -174,6 +174,17 @@ def test_hopper_attends_in_the_memory_that_it_says(
         assert turned.for_map.tokens == turned.tokens
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_hoppers_attention_stores_its_results_as_wide_as_their_buffer(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(gpu_prefill, "has_wgmma", lambda name: True)
+    kernel = kernels_of(plan_attention(rendered("CUDA", dtype), LayerKind(8, 2, 64, Rope(10000.0)), "float16"))[-1]
+    source = to_program(kernel, make_renderer("CUDA sm_90")).src[2].arg
+    assert f"{'half' if dtype == 'float16' else 'float'}* data0_" in source
+    assert ("make_uint4" in source) == (dtype == "float16")
+
+
 def test_a_row_of_hoppers_tiles_lies_in_its_own_bytes() -> None:
     places = {swizzled_place(row, piece) for row in range(64) for piece in range(8)}
     assert places == set(range(0, 64 * 128, 16))
@@ -437,7 +448,8 @@ def attend(backend: Backend, case: Case, buffer: np.ndarray, history: tuple[np.n
 def test_ragged_steps_equal_the_reference_and_write_their_slots_alone(
     device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, case: Case, seed: int
 ) -> None:
-    backend, size = FusedGpuBackend(device, "float16", lanes), case.layout.block_size
+    dtype = ("float16", "bfloat16", "float32", "float16")[seed]  # of what it returns
+    backend, size = FusedGpuBackend(device, dtype, lanes), case.layout.block_size
     longest = case.layout.max_blocks * size
     pieces = ragged(case, np.random.default_rng(seed)) if seed else [Piece(0, min(longest, case.layout.num_tokens))]
     buffer, history = make_step(case.layout, pieces, seed=seed), make_history(case)

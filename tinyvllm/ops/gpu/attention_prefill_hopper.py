@@ -334,8 +334,10 @@ class HopperTile(AttentionTile):
         return self._release(empty, await_products(0, sums, self._weigh_values(words, values, sums, here)))
 
     def row_stores(self, out: UOp, totals: list[UOp], sums: list[UOp]) -> list[UOp]:
-        """Stores of the results, 16 bytes of a lane at once: four neighboring lanes exchange their words of 32
-        columns."""
+        """Stores of the results: of those of 16 bits, 16 bytes of a lane at once, for which four neighboring lanes
+        exchange their words of 32 columns."""
+        if out.dtype == F32:
+            return self.stores(out, totals, sums)
         spec, inverses = self.spec, [total.reciprocal() for total in totals]
         # one that never happens, so that tinygrad sees a write: it does not see those of our own statements
         stores = [out[self.first.valid(opaque(self.role < 0))].store(UOp.const(0.0, out.dtype))]

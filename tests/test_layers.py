@@ -31,10 +31,10 @@ MAY_IMPORT = {
     "ops/kernel": BASE | {"device"},
     "ops/formats": BASE | {"arrays", "device", "ops/kernel"},
     "ops/sampling": BASE | {"device", "ops/kernel", "ops/step_inputs"},
-    "ops/activation": BASE,
+    "ops/activation": BASE | {"ops/kernel"},
     "ops/coverage": BASE,
     "ops/adapter_spec": BASE | {"device", "ops/kernel"},
-    "ops/attention_spec": BASE | {"ops/activation", "ops/coverage", "ops/kernel", "ops/step_inputs"},
+    "ops/attention_spec": BASE | {"ops/activation", "ops/coverage", "ops/formats", "ops/kernel", "ops/step_inputs"},
     "ops/backend": BASE
     | {"arrays", "device"}
     | {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tinygrad import Tensor
@@ -79,11 +79,13 @@ def load_attention(load: Loader, kind: LayerKind, placed: Placed, norm: str | No
         gate = OutputGate(ops.stacked([rows], kind.num_kv_heads)[0], ops.device.upload(np.zeros(1, np.int32)))
     qkv = ops.stacked(hosts, kind.num_kv_heads)
     has_out_bias, hidden = "out" in config.biases, config.hidden_size
+    out = ops.matrix(load.take(f"{prefix}.self_attn.o_proj.weight", hidden, kind.q_size))
+    tables = _load_tables(load, kind, placed, tuple(matrix.num_rows for matrix in qkv))
     return Attention(
-        attention=_load_tables(load, kind, placed, tuple(matrix.num_rows for matrix in qkv)),
+        attention=replace(tables, reader=out if gate is None else None),
         attention_norm=load.optional_norm(prefix, norm),
         qkv=qkv,
-        attention_out=ops.matrix(load.take(f"{prefix}.self_attn.o_proj.weight", hidden, kind.q_size)),
+        attention_out=out,
         out_bias=load.vectors({f"{prefix}.self_attn.o_proj.bias": hidden}) if has_out_bias else None,
         attention_post_norm=load.optional_norm(prefix, post_norm),
         residual_scale=config.residual_scale,

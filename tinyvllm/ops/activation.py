@@ -13,7 +13,10 @@ from math import pi, sqrt
 import numpy as np
 from tinygrad import Tensor, UOp
 
+from tinyvllm.ops.kernel.body import bits_of_bfloat
+
 LOG2E = 1.4426950408889634
+POWER, BITS = " * 2**", " in bfloat16"  # after an activation's name: what precedes an exponent; what says `rounded`
 CLAMP, ALPHA = 7.0, 1.702  # gpt-oss: gate at most 7, up within +-7; x * sigmoid(1.702 x) approximates GELU
 
 Exp2 = Callable[[UOp], UOp]  # 2 ** x: the device's own, or one that vectorizes
@@ -46,10 +49,24 @@ class Activation:
     emit: Callable[[UOp, UOp, Arithmetic], UOp]
 
 
+def scaled(activation: str, exponent: int) -> str:
+    """The name of an activation for `gated` whose results are multiplied by 2 ** exponent."""
+    return f"{activation}{POWER}{exponent}" if exponent else activation
+
+
+def rounded(activation: str) -> str:
+    """The name of an activation for `gated` whose results are bfloat16's bits, as float16."""
+    return f"{activation}{BITS}"
+
+
 def gated(activation: str, gates: Sequence[UOp], ups: Sequence[UOp], by: Arithmetic = DEVICE_ARITHMETIC) -> list[UOp]:
-    """activation(gate) * up, elementwise, inside a kernel."""
-    emit = ACTIVATIONS[activation].emit
-    return [emit(gate, up, by) for gate, up in zip(gates, ups, strict=True)]
+    """activation(gate) * up, elementwise, inside a kernel, in float32; or as the name from `scaled` or `rounded`
+    says."""
+    name, _, exponent = activation.removesuffix(BITS).partition(POWER)
+    emit = ACTIVATIONS[name].emit
+    values = [emit(gate, up, by) for gate, up in zip(gates, ups, strict=True)]
+    values = [value * 2.0 ** int(exponent) for value in values] if exponent else values
+    return [bits_of_bfloat(value) for value in values] if activation.endswith(BITS) else values
 
 
 def gated_exact(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:

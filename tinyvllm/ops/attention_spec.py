@@ -6,7 +6,7 @@ A model passes an `AttentionLayer`. `AttentionSpec` is the hashable part of it, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Self
 
@@ -15,7 +15,8 @@ from tinygrad import Tensor, UOp
 from tinyvllm.config import FLOAT16_KV, KVFormats, LayerKind
 from tinyvllm.ops.activation import Exp2, tanh
 from tinyvllm.ops.coverage import in_words
-from tinyvllm.ops.kernel.body import LOG2E
+from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.ops.kernel.body import LOG2E, bits_of_bfloat
 from tinyvllm.ops.step_inputs import StepLayout
 
 QUERIES, KEYS, VALUES = 0, 1, 2  # sections of qkv
@@ -36,6 +37,7 @@ class AttentionLayer:
     head_norm: Tensor | None = None
     bias: Tensor | None = None  # (columns of qkv,) float32
     sinks: Tensor | None = None  # (H,) float32
+    reader: Matrix | None = None  # of the product that reads the result, if nothing else does
 
     @property
     def pool_layer(self) -> int:
@@ -115,6 +117,7 @@ class AttentionSpec:
     kv: KVFormats = FLOAT16_KV  # the pool's; of dtypes, a kernel takes those of its tensors
     # if these heads are one core's shard: its first KV head, and the numbers of heads and KV heads of the layer
     shard: tuple[int, int, int] | None = None
+    has_bfloat_results: bool = field(default=False, repr=False)  # bfloat16's bits, in a float16 buffer
 
     @classmethod
     def of(cls, layer: AttentionLayer, layout: StepLayout, num_blocks: int, **more: Any) -> Self:
@@ -142,6 +145,10 @@ class AttentionSpec:
             table_group=layer.pool_group,
         )
         return cls(**fields | more)
+
+    def result(self, value: UOp, out: UOp) -> UOp:
+        """A result as it is stored in `out`."""
+        return bits_of_bfloat(value) if self.has_bfloat_results else value.cast(out.dtype)
 
     @property
     def group(self) -> int:

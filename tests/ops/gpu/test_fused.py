@@ -75,13 +75,15 @@ from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import AWAIT_PREVIOUS, record, trace_step
 from tinyvllm.device.replay import make_replay
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
+from tinyvllm.ops.activation import gated_exact
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm, Step, pool_groups
+from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.gpu.attention_decode import existing_tile
 from tinyvllm.ops.gpu.attention_decode_hopper import StreamedAttentionSpec
 from tinyvllm.ops.gpu.attention_decode_row import DecodeSpec, short_contexts
 from tinyvllm.ops.gpu.attention_fused import RUN
 from tinyvllm.ops.gpu.attention_split import SHORTEST_SPAN
-from tinyvllm.ops.gpu.fused import FusedGpuBackend, Summed
+from tinyvllm.ops.gpu.fused import FusedGpuBackend, Halves, Summed
 from tinyvllm.ops.gpu.matrix import MatrixSpec
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, fits_quantized_vector
 from tinyvllm.ops.kernel.hopper import MULTIPROCESSORS
@@ -531,6 +533,38 @@ def test_a_row_that_exceeds_float16_equals_the_reference(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [3, 8, 16, 64, 700])
+@pytest.mark.parametrize(
+    ("fmt", "down_fmt"), [("Q4_K", "Q4_K"), ("affine4_g64-bfloat16", "Q6_K"), ("Q8_0", "bfloat16")]
+)
+def test_hidden_values_of_a_bfloat16_model_may_exceed_float16(
+    device: DeviceHandle, lanes: Lanes, fmt: str, down_fmt: str, tokens: int
+) -> None:
+    """Products with quantized weights compute in float16 there, as exactly as in a float16 model."""
+    cols = 4096
+    backend, hosts = FusedGpuBackend(device, "bfloat16", lanes), [make_host(fmt, cols, cols, seed=i) for i in range(2)]
+    x, weight, last = normal(tokens, cols, seed=3), 300 * (1 + 0.3 * normal(cols, seed=4)), normal(cols, seed=5)
+    down = make_host(down_fmt, cols, cols, seed=6)
+    norms = [Norm(device.upload(values), 1e-5) for values in (weight, last)]
+    (hidden,) = backend.linear(
+        "gate_up", upload(backend, x), [backend.gate_up(*hosts)], tokens, norms[0], Epilogue(activation="silu")
+    )
+    (out,) = backend.linear(
+        "down", hidden, [backend.matrix(down)], tokens, None, Epilogue(residual=upload(backend, x), post_norm=norms[1])
+    )
+    normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5) * weight
+    want = gated_exact("silu", *[normed @ to_float32(host).astype(np.float64).T for host in hosts])
+    is_packed = down_fmt != "bfloat16"
+    assert np.abs(want).max() > 65504
+    want = want @ to_float32(down).astype(np.float64).T
+    want = want / np.sqrt((want**2).mean(1, keepdims=True) + 1e-5) * last + x
+    difference = largest_difference(read(backend, out, tokens), want)
+    print(f"{fmt} {down_fmt} {tokens}: {difference:.1e}")
+    assert difference < TOLERANCE["float16" if is_packed else "bfloat16"]
+    assert not backend.coverage.lines()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("operation", EPILOGUES)
 @pytest.mark.parametrize("tokens", [1, 3, 70])
 @pytest.mark.parametrize("fmt", ["float16", "Q4_K"])
@@ -638,15 +672,20 @@ CASES.append(Case(4, 2, 80, StepLayout(3, 3, 12, 16), True, "float16", (4, 2, 2)
 
 
 def attend(
-    backend: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarray, np.ndarray]
+    backend: Backend,
+    case: Case,
+    buffer: np.ndarray,
+    history: tuple[np.ndarray, np.ndarray],
+    *,
+    reader: Matrix | None = None,
 ) -> tuple[Result, Tensor]:
     size = case.layout.block_size
     pool = make_pool(backend, case.kind, size, case.dtype, *history)
     before = read_pool(backend, case.kind, size, pool)
     qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
     parts = [backend.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
-    step = make_step_of(backend, case.layout, buffer, pool, is_decode=True)
-    out = backend.attend(parts, make_layer(backend, case), step)
+    step = make_step_of(backend, case.layout, buffer, pool, is_decode=case.is_decode)
+    out = backend.attend(parts, replace(make_layer(backend, case), reader=reader), step)
     rows = read(backend, out, case.layout.num_tokens).reshape(-1, case.heads, case.dim)
     return Result(rows, before, read_pool(backend, case.kind, size, pool)), out
 
@@ -687,6 +726,23 @@ def test_a_quantized_product_beside_bfloat16_reads_the_parts_of_a_context(device
         projected = run_product(backend, out, backend.matrix(host), 1, epilogue=Epilogue(residual=residual))
         expected = to_float32(host) @ got.out.reshape(-1)
         assert largest_difference(read(backend, projected, 1)[0], expected) < TOLERANCE["float16"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_decode", [True, False])
+def test_attention_beside_bfloat16_returns_what_its_reader_takes(
+    device: DeviceHandle, lanes: Lanes, reference: ReferenceBackend, is_decode: bool
+) -> None:
+    case = Case(32, 8, 128, StepLayout(8, 8, 12, 16) if is_decode else StepLayout(64, 2, 12, 16), is_decode, "float16")
+    backend = FusedGpuBackend(device, "bfloat16", lanes)
+    pieces = [Piece(40), Piece(9)] if is_decode else [Piece(20, 30), Piece(8, 4)]
+    buffer, history, live = make_step(case.layout, pieces), make_history(case), sum(piece.count for piece in pieces)
+    readers = [backend.matrix(make_host(fmt, 64, 4096, seed=5)) for fmt in ("Q4_K", "bfloat16")]
+    expected, _ = attend(reference, case, buffer, history)
+    for reader, tolerance in zip((None, *readers), ("float16", "float16", "bfloat16"), strict=True):
+        got, out = attend(backend, case, buffer, history, reader=reader)
+        assert isinstance(out, Halves) == (reader is not None)
+        assert largest_difference(got.out[:live], expected.out[:live]) < TOLERANCE[tolerance]
 
 
 @pytest.mark.gpu

@@ -151,19 +151,21 @@ def test_large_matrices_of_some_rows_take_them() -> None:
     assert not quantized("Q4_K", 64, 4096, 4096 + 32).is_possible()
 
 
-def names(backend: FusedGpuBackend, fmt: str, tokens: int) -> list[str]:
+def names(backend: FusedGpuBackend, fmt: str, tokens: int, down_fmt: str = "") -> list[str]:
     """The kernels of a feed-forward of two products, without their shapes."""
-    x = Tensor.empty(tokens * 1024, dtype=F16, device=backend.device.name)
+    x = Tensor.empty(tokens * 1024, dtype=backend.float, device=backend.device.name)
     gate_up = backend.gate_up(make_host(fmt, 512, 1024), make_host(fmt, 512, 1024))
-    (down,) = backend.stacked([make_host(fmt, 1024, 512)])
+    (down,) = backend.stacked([make_host(down_fmt or fmt, 1024, 512)])
     norm = Norm(Tensor.empty(1024, device=backend.device.name), 1e-5)
     (hidden,) = backend.linear("gate_up", x, [gate_up], tokens, norm, Epilogue(activation="silu"))
     (out,) = backend.linear("down", hidden, [down], tokens, epilogue=Epilogue(residual=x))
     return [kernel.arg.name.rsplit("_", 1)[0] for kernel in kernels_of([backend.whole(out)])]
 
 
-def test_rows_are_put_in_order_by_what_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = rendered("CUDA", is_chained=True)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_are_put_in_order_by_what_writes_them(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Quantized weights are multiplied by float16 rows in bfloat16 models, too, by the same kernels."""
+    backend = rendered("CUDA", dtype, is_chained=True)
     backend.has_wgmma = True
     assert names(backend, "Q4_K", 64) == ["sum0_norm", "gate_up_Q4_K", "down_Q4_K", "sum2"]  # too small
     monkeypatch.setattr(quantized_wgmma, "MIN_CODES", 0)
@@ -172,10 +174,16 @@ def test_rows_are_put_in_order_by_what_writes_them(monkeypatch: pytest.MonkeyPat
     assert names(backend, "Q4_K", 16) == ["sum0_norm", "gate_up_Q4_K", "down_Q4_K", "sum2"]
 
 
+def test_a_bfloat16_model_converts_where_some_weights_are_not_quantized() -> None:
+    backend = rendered("CUDA", "bfloat16")
+    assert names(backend, "Q4_K", 8, "bfloat16") == ["sum0_norm", "gate_up_Q4_K", "test", "down_bfloat16", "sum1"]
+    assert names(backend, "bfloat16", 8, "Q4_K") == ["sum0_norm", "gate_up_bfloat16", "test", "down_Q4_K", "sum2"]
+
+
 def test_rows_in_another_order_are_put_back_for_what_else_reads_them() -> None:
     backend = rendered("CUDA", is_chained=True)
     x = Tensor.empty(16 * 512, dtype=F16, device=backend.device.name)
-    ordered = backend._in_order(x, 16, 512)
+    ordered = backend._held(x, 16, is_ordered=True)
     assert [kernel.arg.name for kernel in kernels_of([backend.whole(ordered)])] == ["restore_16x512"]
 
 

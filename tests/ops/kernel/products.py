@@ -105,8 +105,8 @@ class Bench:
         """x, in the order in which the product reads it if the kernel before writes it so, as all but attention do."""
         product, backend = self.product, self.backend
         is_written = product.num_tokens > 1 and product.role != "attention_out"
-        if is_written and backend._takes_order(product.role, [matrix], product.num_tokens, epilogue):
-            return backend._in_order(self.x, product.num_tokens, product.num_cols)
+        if is_written and backend._takes_order(product.role, [matrix], product.num_tokens, epilogue, backend.mma):
+            return backend._held(self.x, product.num_tokens, is_ordered=True)
         return self.x
 
     def launches(self) -> Callable[[], Any]:

@@ -103,7 +103,7 @@ def _store_whole(row: Row, buffers: Buffers, states: _WarpStates, index: UOp, is
     assert buffers.out is not None
     _, total, value = states.combined(index)
     whole = quick_division(value, total, row.spec.lanes.kind)
-    return buffers.out[_gate(_output(row.group, index), is_inside)].store(whole.cast(buffers.out.dtype))
+    return buffers.out[_gate(_output(row.group, index), is_inside)].store(row.spec.result(whole, buffers.out))
 
 
 def _output(group: Threadgroup, index: UOp) -> UOp:
@@ -134,7 +134,7 @@ class _Splits:
         share = quick_division(value, safe, spec.lanes.kind)
         if self.buffers.out is not None:
             is_alone, out = self.index.eq(0) & self.used.eq(1), self.buffers.out
-            results.append(out[_gate(target, is_inside, is_alone)].store(share.cast(out.dtype)))
+            results.append(out[_gate(target, is_inside, is_alone)].store(spec.result(share, out)))
             is_shared = self._is_shared
         row_size = spec.layout.num_tokens * (spec.num_heads * dim)
         lse = (total > 0.0).where(top + quick_log2(safe, spec.lanes.kind), NOTHING)
@@ -161,7 +161,7 @@ class _Splits:
         for (index, is_inside), (_, total, acc) in zip(elements, states, strict=True):
             start = counter * (spec.tile_heads * spec.head_dim)
             value = quick_division(acc, total, spec.lanes.kind)
-            results.append(out[_gate(start + index, is_inside, is_last)].store(value.cast(out.dtype)))
+            results.append(out[_gate(start + index, is_inside, is_last)].store(spec.result(value, out)))
         zero, thread = UOp.const(0, arrivals.dtype), group.thread
         reset = arrivals.after(seen)[_gate(counter + 0 * thread, is_last, thread.eq(0))].store(zero)
         return [*results, reset]

@@ -232,7 +232,8 @@ def attend_streamed(
     rows = split.num_splits * step.num_tokens
     parts = [empty(rows * split.num_cols, F32, device), empty(rows * split.num_heads, F32, device)]
     values, sums = run_kernel(stream_kernel(spec), parts, operands)
-    return run_kernel(combine_kernel(split, spec.lanes), [out], [values, sums, step.inputs])[0]
+    combine = combine_kernel(split, spec.lanes, spec.has_bfloat_results)
+    return run_kernel(combine, [out], [values, sums, step.inputs])[0]
 
 
 @cached_kernel
@@ -559,7 +560,8 @@ class _Stream:
             safe = total if is_whole else (total > 0.0).where(total, 1.0)
             inverse, start = safe.reciprocal(), head * spec.head_dim + column
             for block in range(spec.head_dim // 8):
-                value = (sums[block * 4 + e] * inverse).cast(self.outs[0].dtype)
+                value = sums[block * 4 + e] * inverse
+                value = spec.result(value, self.outs[0]) if is_whole else value.cast(self.outs[0].dtype)
                 stores.append(self.outs[0][(start + block * 8).valid(is_real)].store(value))
             if not is_whole and e % 2 == 0:
                 sees = total > 0.0

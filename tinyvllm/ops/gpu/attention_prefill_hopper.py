@@ -23,7 +23,7 @@ from tinyvllm.ops.attention_spec import Tables
 from tinyvllm.ops.gpu.attention_prefill_inputs import ROW_BYTES, STAGES, Inputs, PrefillSpec
 from tinyvllm.ops.gpu.attention_prefill_tile import AttentionTile
 from tinyvllm.ops.gpu.attention_rotate import KEY_MAP, QUERY_MAP, VALUE_MAP
-from tinyvllm.ops.kernel.body import F32, I32, U32, balanced, clamp
+from tinyvllm.ops.kernel.body import F32, I32, U32, balanced, bits_of_bfloat, clamp
 from tinyvllm.ops.kernel.hopper import (
     GROUP_WARPS,
     MAP_WORDS,
@@ -51,7 +51,7 @@ from tinyvllm.ops.kernel.hopper import (
     wait,
 )
 from tinyvllm.ops.kernel.lanes import LANES, grid, zeros
-from tinyvllm.ops.kernel.tiles import PIECE, PTX_NAMES, pack_words, quick_exp2, quick_maximum, together
+from tinyvllm.ops.kernel.tiles import PIECE, PTX_NAMES, join_bits, pack_words, quick_exp2, quick_maximum, together
 
 Number = TypeVar("Number", int, UOp)
 STORE_RESULTS = "if ({5}) *((uint4*)({0})) = make_uint4({1}, {2}, {3}, {4});"
@@ -348,13 +348,19 @@ class HopperTile(AttentionTile):
             at = (self.first + token) * (spec.num_heads * spec.head_dim)
             at = at + (self.kv_head * spec.group + head) * spec.head_dim + self.lane % 4 * PIECE
             words = [
-                pack_words(*[sums[block * 4 + 2 * row + e] * inverses[row] for e in range(2)])
+                self._word([sums[block * 4 + 2 * row + e] * inverses[row] for e in range(2)])
                 for block in range(spec.head_dim // 8)
             ]
             for start in range(0, len(words), 4):
                 own = self._exchange(words[start : start + 4])
                 stores.append(statement(STORE_RESULTS, out[at + start * 8], *own, is_real))
         return stores
+
+    def _word(self, values: list[UOp]) -> UOp:
+        """Two results as they are stored."""
+        if not self.spec.has_bfloat_results:
+            return pack_words(*values)
+        return join_bits(*[bits_of_bfloat(value) for value in values])
 
     def _exchange(self, words: list[UOp]) -> list[UOp]:
         """The words that four neighboring lanes have in the place of this lane: a transposition."""

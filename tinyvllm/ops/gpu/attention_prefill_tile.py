@@ -453,7 +453,7 @@ class AttentionTile:
                     at = at + (self.kv_head * spec.group + head) * spec.head_dim + d * mma.right_rows + column
                     value = sums[(i * dim_blocks + d) * size + e] * inverses[i * per_block + e // 2]
                     is_real = (token < self.count) & (row < spec.tokens * spec.group)
-                    stores.append(out[at.valid(is_real)].store(value.cast(out.dtype)))
+                    stores.append(out[at.valid(is_real)].store(spec.result(value, out)))
         return stores
 
 

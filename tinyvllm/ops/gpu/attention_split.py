@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tinygrad import UOp, dtypes
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel.body import F32, I32, Body, KernelFn, bits_of_bfloat, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, await_previous, axes_of, carry, grid, load_floats, zeros
 from tinyvllm.ops.step_inputs import StepLayout
 
@@ -130,8 +130,9 @@ def arrive(body: Body, arrivals: UOp, at: UOp, is_shared: UOp, count: UOp, *stor
 
 
 @cached_kernel
-def combine_kernel(split: SplitHeads, lanes: Lanes | None = None) -> KernelFn:
-    """fn(out (T, H * D), values, sums, inputs): combines the splits, for operations that cannot read them."""
+def combine_kernel(split: SplitHeads, lanes: Lanes | None = None, has_bfloat_results: bool = False) -> KernelFn:
+    """fn(out (T, H * D), values, sums, inputs): combines the splits, for operations that cannot read them.
+    `has_bfloat_results`: as in AttentionSpec."""
 
     def kernel(out: UOp, values: UOp, sums: UOp, inputs: UOp) -> UOp:
         body, width, rows = Body(), COMBINED_COLS, split.layout.num_tokens
@@ -143,6 +144,8 @@ def combine_kernel(split: SplitHeads, lanes: Lanes | None = None) -> KernelFn:
         is_inside = col < split.num_cols
         whole = SplitOperands(split, values, sums, inputs, row).read(body, is_inside.where(col, 0), width, axes)
         at = row * split.num_cols + col
+        if has_bfloat_results:
+            whole = [bits_of_bfloat(value) for value in whole]
         stores = [out[(at + i).valid(is_inside)].store(value.cast(out.dtype)) for i, value in enumerate(whole)]
         name = f"combine_{rows}x{split.num_heads}x{split.head_dim}"
         return finish(UOp.group(*stores).end(*reversed(axes)), name, nbytes=8 * rows * split.num_cols)

@@ -9,8 +9,9 @@ log says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tinygrad import Tensor, dtypes
@@ -19,6 +20,7 @@ from tinygrad.dtype import DType
 from tinyvllm.arrays import HostMatrix
 from tinyvllm.config import FLOAT16_KV, LayerKind
 from tinyvllm.device.handle import FLOATS, DeviceHandle
+from tinyvllm.ops.activation import rounded, scaled
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import PLAIN, Epilogue, KVPool, Norm, Step
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
@@ -101,6 +103,7 @@ class Summed(Pending):
     epilogue: Epilogue
     weights: Tensor | None = None  # (T, S), of partial products (T, S, N): those of each token's experts
     has_bfloat_bits: bool = False  # as in SumSpec
+    factor: float = 1.0  # as in SumSpec
 
     @property
     def is_normed_sum(self) -> bool:
@@ -136,6 +139,7 @@ class Summed(Pending):
             softcap=epilogue.softcap,
             is_weighted=self.weights is not None,
             has_bfloat_bits=self.has_bfloat_bits,
+            factor=self.factor,
         )
 
 
@@ -149,6 +153,16 @@ class Embedded(Pending):
     sources: list[Tensor]
 
 
+@dataclass(frozen=True)
+class _Passed:
+    """How a gated product passes its results on: by which activation, in which dtype, and as in Halves."""
+
+    activation: str | None
+    dtype: DType
+    factor: float = 1.0
+    has_bits: bool = False
+
+
 class Split(Pending):
     """One row's lazy attention: the splits of its context (SplitHeads), still to be combined."""
 
@@ -158,11 +172,15 @@ class Split(Pending):
     split: SplitHeads
 
 
-class Ordered(Pending):
-    """Lazy rows (T, K), which are in `ordered` in another order (token_order.py), in which products read them."""
+class Halves(Pending):
+    """Lazy rows (T, K), which products read from `halves`: in float16, times `factor`, perhaps in another order
+    (token_order.py); or in bfloat16, as its bits."""
 
-    ordered: Tensor
+    halves: Tensor
     num_tokens: int  # T
+    factor: float = 1.0
+    is_ordered: bool = False
+    has_bits: bool = False
 
 
 def _uncovered_pool(pool: KVPool) -> str:
@@ -199,16 +217,18 @@ class FusedGpuBackend(GpuBackend):
 
     def matrix(self, host: HostMatrix) -> Matrix:
         matrix = super().matrix(host)
-        takes_runs = self.mma is not None and self.mma.dtype == dtypes.half and reads_runs(matrix.format)
+        mma = self._unit([matrix])
+        takes_runs = mma is not None and mma.dtype == dtypes.half and reads_runs(matrix.format)
         is_streamed = self.has_wgmma and (takes_runs or reads_codes(matrix.format))
         self.has_quantized |= matrix.format.is_quantized and not is_streamed
         return self.with_maps(matrix)
 
     def with_maps(self, matrix: Matrix) -> Matrix:
         """The matrix with the tensor maps of its planes, if a kernel reads them by such."""
-        if not self.has_wgmma or self.mma is None or not takes_clusters(matrix.format):
+        mma = self._unit([matrix])
+        if not self.has_wgmma or mma is None or not takes_clusters(matrix.format):
             return matrix
-        spec = ClusteredMatrixSpec.of("", self.lanes, self.mma, matrix, CLUSTER_TOKENS)
+        spec = ClusteredMatrixSpec.of("", self.lanes, mma, matrix, CLUSTER_TOKENS)
         return replace(matrix, maps=make_maps(spec, matrix)) if spec.is_wanted and spec.is_possible() else matrix
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
@@ -257,11 +277,16 @@ class FusedGpuBackend(GpuBackend):
             return super().linear(name, self.whole(x), matrices, num_tokens, norm, epilogue)
         if num_tokens == 1:
             return [self._one_row(name, x, matrix, norm, epilogue) for matrix in matrices]
-        if norm is not None and self._takes_words(matrices, num_tokens):
+        is_float16 = isinstance(x, Halves) and not x.is_written and not x.has_bits
+        mma = self._unit(matrices) if norm is not None or is_float16 else self.mma
+        assert mma is not None
+        if norm is not None and mma == self.mma and self._takes_words(matrices, num_tokens):
             x = self._normed_rows(x, norm, num_tokens, dtypes.half, rounds_to_bfloat=True)
         elif norm is not None:
-            x = self._normed_rows(x, norm, num_tokens, orders=self._takes_order(name, matrices, num_tokens, epilogue))
-        return [self._many_rows(name, x, matrix, num_tokens, epilogue) for matrix in matrices]
+            dtype = self.float if mma == self.mma else dtypes.half
+            orders = self._takes_order(name, matrices, num_tokens, epilogue, mma)
+            x = self._normed_rows(x, norm, num_tokens, dtype, orders=orders)
+        return [self._many_rows(name, x, matrix, num_tokens, epilogue, mma) for matrix in matrices]
 
     def route(self, x: Tensor, layer: ExpertLayer, num_tokens: int, norm: Norm | None = None) -> Routing:
         if reason := uncovered_kind(layer.kind):
@@ -337,6 +362,8 @@ class FusedGpuBackend(GpuBackend):
             self.coverage.take_general("attention", reason, layer.index)
             return super().attend([self.whole(part) for part in qkv], layer, step)
         pool = step.pool.tensors_of(layer.pool_layer)
+        out, has_bits = self._heads(layer, step.num_tokens, spec.num_heads * spec.head_dim)
+        own["has_bfloat_results"], spec = has_bits, replace(spec, has_bfloat_results=has_bits)
         if by_rows and self.has_wgmma:
             stream = StreamedAttentionSpec.of(
                 layer,
@@ -347,11 +374,11 @@ class FusedGpuBackend(GpuBackend):
                 **own,
             )
             if stream.is_worthwhile and not stream.uncovered_shape():
-                rows = self._empty(step.num_tokens * spec.num_heads * spec.head_dim)
-                return attend_streamed(choose(stream), rows, pool, layer, step, parts)
+                rows = attend_streamed(choose(stream), out, pool, layer, step, parts)
+                return self._held(rows, step.num_tokens, has_bits=has_bits)
         if isinstance(spec, PrefillSpec):
-            rows = self._empty(step.num_tokens * spec.num_heads * spec.head_dim)
-            return attend_tiles(spec, rows, pool, layer, step, parts)
+            rows = attend_tiles(spec, out, pool, layer, step, parts)
+            return self._held(rows, step.num_tokens, has_bits=has_bits)
         if step.verifies and spec.writes_kv:
             store = PrefillSpec.of(layer, step.layout, step.pool.num_blocks[layer.pool_layer], **own)
             if reason := store.uncovered_shape():
@@ -359,7 +386,7 @@ class FusedGpuBackend(GpuBackend):
                 return super().attend([self.whole(part) for part in qkv], layer, step)
             pool = store_rows(store, pool, layer, step, parts)
             spec, parts = replace(spec, reads_own=True), parts[spec.query_parts]
-        return self._decode(choose(spec), pool, [step.inputs, *layer.tables, *parts], step)
+        return self._decode(choose(spec), out, pool, [step.inputs, *layer.tables, *parts], step)
 
     def recur(self, projections: Sequence[Tensor], layer: RecurrentLayer, step: Step) -> Tensor:
         counts, parts = self._as_partials(projections)
@@ -379,18 +406,40 @@ class FusedGpuBackend(GpuBackend):
         walk = GpuRecurrentSpec.of(layer, step.layout, slots, step.is_decode, **own)
         return recur_by_rows(walk, out, layer, step, parts)
 
-    def _decode(self, spec: DecodeSpec, pool: list[Tensor], read: list[Tensor], step: Step) -> Tensor:
+    def _heads(self, layer: AttentionLayer, num_tokens: int, num_cols: int) -> tuple[Tensor, bool]:
+        """(a buffer for what attention returns, whether it is for bfloat16's bits). In a bfloat16 model it is in
+        float16 if a product in float16 reads it (it is a mean of values, which the pool holds in float16)."""
+        dtype, has_bits, reader = self.float, False, layer.reader
+        if reader is not None and num_tokens > 1 and self._half_unit() is not None:
+            has_bits = not reader.format.is_quantized and self._takes_words([reader], num_tokens)
+            dtype = dtypes.half if has_bits or reader.format.is_quantized else dtype
+        return empty(num_tokens * num_cols, dtype, self.device.name), has_bits
+
+    def _held(
+        self, rows: Tensor, num_tokens: int, factor: float = 1.0, *, is_ordered: bool = False, has_bits: bool = False
+    ) -> Tensor:
+        """Rows of 16 bits, which are lazy unless the activations are in float16, too."""
+        if rows.dtype == self.float and not is_ordered:
+            return rows
+        size = int(rows.numel()) // token_cols(num_tokens) * num_tokens if is_ordered else int(rows.numel())
+        result = Halves(self._empty(size).uop)
+        result.halves, result.num_tokens, result.factor = rows, num_tokens, factor
+        result.is_ordered, result.has_bits = is_ordered, has_bits
+        return result
+
+    def _decode(self, spec: DecodeSpec, out: Tensor, pool: list[Tensor], read: list[Tensor], step: Step) -> Tensor:
         """Attention of rows that are each the last token of their sequence."""
         split = spec.split
         written, read = ([*pool], read) if spec.adds_own else ([], [*pool, *read])
         if not spec.is_split:
-            out = self._empty(step.num_tokens * split.num_cols)
-            return run_kernel(decode_kernel(spec), [out, *written], read)[0]
+            (rows,) = run_kernel(decode_kernel(spec), [out, *written], read)[:1]
+            return self._held(rows, step.num_tokens, has_bits=spec.has_bfloat_results)
         rows = split.num_splits * step.num_tokens
         outs = [self._floats(rows * split.num_cols), self._floats(rows * split.num_heads)]
         if spec.combines_splits:
-            outs = [self._empty(step.num_tokens * split.num_cols), *outs, self.arrivals]
-            return run_kernel(decode_kernel(spec), [*outs, *written], read)[0]
+            outs = [out, *outs, self.arrivals]
+            (heads,) = run_kernel(decode_kernel(spec), [*outs, *written], read)[:1]
+            return self._held(heads, step.num_tokens, has_bits=spec.has_bfloat_results)
         values, sums, *_ = run_kernel(decode_kernel(spec), [*outs, *written], read)
         result = Split(self._empty(split.num_cols).uop)
         result.values, result.sums, result.inputs, result.split = values, sums, step.inputs, split
@@ -482,15 +531,36 @@ class FusedGpuBackend(GpuBackend):
         elif isinstance(x, Summed):
             added = x.spec(self._lanes_between(x.num_tokens), x.numel() // x.num_tokens, None)
             out = run_kernel(sum_kernel(added), out, x.operands)
-        elif isinstance(x, Ordered):
-            cols = int(x.numel()) // x.num_tokens
-            fn = order_rows_kernel(self._lanes_between(x.num_tokens), x.num_tokens, cols, True)
-            out = run_kernel(fn, out, [x.ordered])
+        elif isinstance(x, Halves):
+            halves = self._in_rows(x)
+            halves = halves.bitcast(dtypes.bfloat16) if x.has_bits else halves
+            out = [halves]
+            if halves.dtype != self.float:
+                out = [(halves.cast(self.float) * (1.0 / x.factor)).contiguous()]
         elif isinstance(x, Split):
             out = run_kernel(combine_kernel(x.split), out, [x.values, x.sums, x.inputs])
         return self._written(x, out[0])
 
     # -- pieces -------------------------------------------------------------------------------------------------------
+
+    def _in_rows(self, x: Halves) -> Tensor:
+        """Its values in float16, times their factor, in the order of (T, K)."""
+        if not x.is_ordered:
+            return x.halves
+        size = int(x.numel())
+        fn = order_rows_kernel(self._lanes_between(x.num_tokens), x.num_tokens, size // x.num_tokens, True)
+        return run_kernel(fn, [empty(size, dtypes.half, self.device.name)], [x.halves])[0]
+
+    def _half_unit(self) -> Mma | None:
+        """The matrix unit in which products of several rows with quantized weights compute in a bfloat16 model, if it
+        is another one: float16's, because quantized weights become float16 in half the instructions."""
+        half = self._mma(dtypes.half)
+        return half if self.dtype == "bfloat16" and half is not None and half.kind == "CUDA" else None
+
+    def _unit(self, matrices: Sequence[Matrix]) -> Mma | None:
+        """The matrix unit of products of several rows with these, if x is in float16's range."""
+        half = self._half_unit()
+        return half if half is not None and all(matrix.format.is_quantized for matrix in matrices) else self.mma
 
     def _lanes(self, num_tokens: int, most: int = 0) -> Lanes:
         """The lanes for a step's kernels: chained only in small steps, where waiting costs more than computing. `most`:
@@ -634,9 +704,14 @@ class FusedGpuBackend(GpuBackend):
         of the backend's."""
         mma = mma or self.mma
         assert mma is not None
-        spec = self._matrix_spec(name, mma, matrix, num_tokens, epilogue.activation, x.dtype)
+        held = self._readable(x, matrix, num_tokens, mma)
+        passed, factor = self._passed_on(epilogue.activation, matrix, num_tokens, mma), 1.0
+        x_dtype = x.dtype if held is None else dtypes.half
+        spec = self._matrix_spec(name, mma, matrix, num_tokens, passed.activation, x_dtype)
         if isinstance(spec, QuantizedWgmmaSpec):
-            return self._ordered_product(spec, x, matrix, epilogue)
+            return self._ordered_product(spec, x, matrix, epilogue, passed)
+        if held is not None and self.float != dtypes.half:
+            x, factor = self._in_rows(held), held.factor
         x = self.whole(x)
         if isinstance(spec, StreamSpec) and x.dtype != dtypes.half:
             x = round_rows(x, num_tokens, matrix.num_cols)
@@ -645,48 +720,77 @@ class FusedGpuBackend(GpuBackend):
                 x = round_rows(x, num_tokens, matrix.num_cols)
             spec = replace(spec, has_words=x.dtype == dtypes.half)
         if epilogue.activation is not None:
-            return self._multiply(spec, self._empty(num_tokens * spec.out_rows), matrix, x)
+            out = empty(num_tokens * spec.out_rows, passed.dtype, self.device.name)
+            rows = self._multiply(spec, out, matrix, x)
+            return self._held(rows, num_tokens, passed.factor, has_bits=passed.has_bits)
         size = num_tokens * spec.num_rows
         if epilogue.residual is not None:
             epilogue = replace(epilogue, residual=self.whole(epilogue.residual))
-            if isinstance(spec, GemmSpec | StreamSpec) and spec.splits == 1 and not epilogue.uncovered():
+            is_added = spec.splits == 1 and not epilogue.uncovered() and factor == 1.0
+            if isinstance(spec, GemmSpec | StreamSpec) and is_added:
                 return self._multiply(spec, self._empty(size), matrix, x, epilogue.residual)
         partials = self._multiply(spec, self._floats(spec.splits * size), matrix, x)
-        if spec.splits == 1 and epilogue.is_plain:
-            return partials
-        return self._pending_sum(partials, spec.splits, num_tokens, epilogue)
+        return self._summed(partials, spec.splits, num_tokens, epilogue, factor)
 
-    def _ordered_product(self, spec: QuantizedWgmmaSpec, x: Tensor, matrix: Matrix, epilogue: Epilogue) -> Tensor:
-        """As `_many_rows`, of rows in the order of token_order.py. Hidden values stay in it if `down` takes them so."""
-        tokens, rows = spec.num_tokens, spec.all_tokens
-        if isinstance(x, Ordered) and not x.is_written:
-            ordered = x.ordered
-        else:
-            order = order_rows_kernel(spec.lanes, tokens, spec.num_cols, False)
-            out = empty(rows * spec.num_cols, dtypes.half, self.device.name)
-            (ordered,) = run_kernel(order, [out], [self.whole(x)])
-        spec = replace(spec, orders_result=spec.is_gated and spec.next_takes_order)
-        fn, read = quantized_wgmma_kernel(spec), [*matrix.planes, ordered]
-        if spec.orders_result:
-            out = empty(rows * spec.out_rows, dtypes.half, self.device.name)
-            return self._in_order(run_kernel(fn, [out], read)[0], tokens, spec.out_rows)
-        if spec.is_gated:
-            return run_kernel(fn, [self._empty(tokens * spec.out_rows)], read)[0]
-        (partials,) = run_kernel(fn, [self._floats(spec.splits * tokens * spec.num_rows)], read)
-        if spec.splits == 1 and epilogue.is_plain:
-            return partials
-        return self._pending_sum(partials, spec.splits, tokens, epilogue)
+    def _readable(self, x: Tensor, matrix: Matrix, num_tokens: int, mma: Mma) -> Halves | None:
+        """x, if it is held as the product of several rows reads it."""
+        if not isinstance(x, Halves) or x.is_written:
+            return None
+        if x.has_bits:
+            return x if mma == self.mma and self._takes_words([matrix], num_tokens) else None
+        return x if mma.dtype == dtypes.half else None
 
-    def _in_order(self, ordered: Tensor, num_tokens: int, num_cols: int) -> Ordered:
-        result = Ordered(self._empty(num_tokens * num_cols).uop)
-        result.ordered, result.num_tokens = ordered, num_tokens
+    def _passed_on(self, activation: str | None, matrix: Matrix, num_tokens: int, mma: Mma) -> _Passed:
+        """How the results of an activation are passed on. What may exceed float16's range in a bfloat16 model is
+        scaled; bfloat16 is for a product that takes its bits, back to as many columns as x has."""
+        if activation is None:
+            return _Passed(None, self.float)
+        if mma != self.mma:
+            factor = HALF_FACTORS.get(activation, HALF_FACTOR)
+            return _Passed(scaled(activation, round(math.log2(factor))), dtypes.half, factor)
+        back = replace(matrix, num_rows=matrix.num_cols, num_cols=matrix.num_rows // 2)
+        if self._half_unit() is not None and self._takes_words([back], num_tokens):
+            return _Passed(rounded(activation), dtypes.half, has_bits=True)
+        return _Passed(activation, self.float)
+
+    def _summed(
+        self, partials: Tensor, num_partials: int, num_tokens: int, epilogue: Epilogue, factor: float
+    ) -> Tensor:
+        """Partial products, or their lazy sum if something is left to do. `factor`: of x, and so of them."""
+        if num_partials == 1 and epilogue.is_plain and factor == 1.0:
+            return partials
+        result = self._pending_sum(partials, num_partials, num_tokens, epilogue)
+        result.factor = factor
         return result
 
-    def _takes_order(self, name: str, matrices: Sequence[Matrix], num_tokens: int, epilogue: Epilogue) -> bool:
+    def _ordered_product(
+        self, spec: QuantizedWgmmaSpec, x: Tensor, matrix: Matrix, epilogue: Epilogue, passed: _Passed
+    ) -> Tensor:
+        """As `_many_rows`, of rows in the order of token_order.py. Hidden values stay in it if `down` takes them so."""
+        tokens, rows = spec.num_tokens, spec.all_tokens
+        held = self._readable(x, matrix, tokens, spec.mma)
+        if held is not None and held.is_ordered:
+            ordered = held.halves
+        else:
+            source = self.whole(x) if held is None else held.halves
+            order = order_rows_kernel(spec.lanes, tokens, spec.num_cols, False)
+            out = empty(rows * spec.num_cols, dtypes.half, self.device.name)
+            (ordered,) = run_kernel(order, [out], [source])
+        spec = replace(spec, orders_result=spec.is_gated and spec.next_takes_order)
+        fn, read = quantized_wgmma_kernel(spec), [*matrix.planes, ordered]
+        if spec.is_gated:
+            size = (rows if spec.orders_result else tokens) * spec.out_rows
+            (out,) = run_kernel(fn, [empty(size, passed.dtype, self.device.name)], read)
+            return self._held(out, tokens, passed.factor, is_ordered=spec.orders_result)
+        (partials,) = run_kernel(fn, [self._floats(spec.splits * tokens * spec.num_rows)], read)
+        return self._summed(partials, spec.splits, tokens, epilogue, 1.0 if held is None else held.factor)
+
+    def _takes_order(
+        self, name: str, matrices: Sequence[Matrix], num_tokens: int, epilogue: Epilogue, mma: Mma
+    ) -> bool:
         """Whether the products of several rows all take x in the order of token_order.py."""
-        assert self.mma is not None
-        own = (num_tokens, epilogue.activation, self.float)
-        specs = [self._matrix_spec(name, self.mma, matrix, *own) for matrix in matrices]
+        own = (num_tokens, epilogue.activation, self.float if mma == self.mma else dtypes.half)
+        specs = [self._matrix_spec(name, mma, matrix, *own) for matrix in matrices]
         return all(isinstance(spec, QuantizedWgmmaSpec) for spec in specs)
 
     def _multiply(
@@ -745,7 +849,8 @@ class FusedGpuBackend(GpuBackend):
             return unpacked
         if takes_tiles(mma, num_tokens):
             shape = (num_tokens, matrix.num_rows, matrix.num_cols, activation, self.has_wgmma)
-            return choose(GemmSpec(name, mma, matrix.format, self.float, *shape))
+            dtype = dtypes.half if mma.dtype == dtypes.half else self.float
+            return choose(GemmSpec(name, mma, matrix.format, dtype, *shape))
         if few := self._few_spec(name, mma, matrix, num_tokens, activation, x_dtype):
             return few
         return choose(MatrixSpec(name, self._lanes(num_tokens), mma, matrix.format, *size, activation))
@@ -799,7 +904,10 @@ class FusedGpuBackend(GpuBackend):
     def _as_partials(self, products: Sequence[Tensor]) -> tuple[tuple[int, ...], list[Tensor]]:
         """(the number of partial products of each, the partial products), for kernels that add them up, and compute no
         epilogue. A product that has an epilogue is computed first, and counts as one."""
-        sums = [x if isinstance(x, Summed) and not x.is_written and x.epilogue.is_plain else None for x in products]
+        is_bare = [
+            isinstance(x, Summed) and not x.is_written and x.epilogue.is_plain and x.factor == 1.0 for x in products
+        ]
+        sums = [x if bare else None for x, bare in zip(products, is_bare, strict=True)]
         counts = tuple(1 if lazy is None else lazy.num_partials for lazy in sums)
         return counts, [
             self.whole(x) if lazy is None else lazy.partials for x, lazy in zip(products, sums, strict=True)
@@ -839,6 +947,6 @@ class FusedGpuBackend(GpuBackend):
             value, normed = run_kernel(sum_kernel(spec), outs, [*x.operands, weight])
         else:
             (normed,) = run_kernel(sum_kernel(given), [normed], [x, weight])
-            return self._in_order(normed, num_tokens, cols) if orders else normed
+            return self._held(normed, num_tokens, is_ordered=True) if orders else normed
         self._written(x, value)
-        return self._in_order(normed, num_tokens, cols) if orders else normed
+        return self._held(normed, num_tokens, is_ordered=True) if orders else normed

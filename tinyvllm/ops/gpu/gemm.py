@@ -32,7 +32,19 @@ from tinyvllm.ops.gpu.gemm_hopper_unpack import unpacking_wgmma_kernel
 from tinyvllm.ops.gpu.gemm_metal import metal_sums
 from tinyvllm.ops.gpu.product import GatedRows
 from tinyvllm.ops.gpu.token_tiles import ExpertTile, ExpertTiles, TokenTile
-from tinyvllm.ops.kernel.body import F16, F32, I32, U32, Body, KernelFn, cached_kernel, empty, finish, run_kernel
+from tinyvllm.ops.kernel.body import (
+    F16,
+    F32,
+    I32,
+    U32,
+    Body,
+    KernelFn,
+    bits_of_bfloat,
+    cached_kernel,
+    empty,
+    finish,
+    run_kernel,
+)
 from tinyvllm.ops.kernel.hopper import WGMMA_COLS
 from tinyvllm.ops.kernel.lanes import LANES, Mma, axes_of, grid, load_floats, warps
 from tinyvllm.ops.kernel.tiles import (
@@ -348,7 +360,7 @@ def round_kernel(num_rows: int, num_cols: int) -> KernelFn:
         body, threads, pieces = Body(), 256, num_rows * num_cols // PIECE
         group, thread = grid(body, -(-pieces // threads)), body.threads(threads)
         at = (group * threads + thread).minimum(pieces - 1) * PIECE  # the last one again: no condition
-        halves = [value.cast(dtypes.bfloat16).bitcast(F16) for value in load_floats(x, at, PIECE)]
+        halves = [bits_of_bfloat(value) for value in load_floats(x, at, PIECE)]
         stores = UOp.group(*[out[at + i].store(value) for i, value in enumerate(halves)])
         ended = stores.end(*reversed(axes_of(group, thread)))
         return finish(ended, f"round_{num_rows}x{num_cols}", nbytes=6 * num_rows * num_cols)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TypeVar
 
-from tinygrad import UOp, dtypes
+from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
@@ -22,7 +22,19 @@ from tinyvllm.ops.activation import Arithmetic, gated
 from tinyvllm.ops.formats.matrix import PANEL
 from tinyvllm.ops.gpu.product import GatedRows
 from tinyvllm.ops.gpu.token_tiles import TILE_WORDS, ExpertTile, ExpertTiles, TokenTile
-from tinyvllm.ops.kernel.body import F16, F32, I32, LOG2E, U32, Body, KernelFn, cached_kernel, clamp, finish
+from tinyvllm.ops.kernel.body import (
+    F16,
+    F32,
+    I32,
+    LOG2E,
+    U32,
+    Body,
+    KernelFn,
+    bits_of_bfloat,
+    cached_kernel,
+    clamp,
+    finish,
+)
 from tinyvllm.ops.kernel.hopper import (
     CLUSTER,
     GROUP_WARPS,
@@ -485,7 +497,7 @@ class WgmmaWork:
     def _result(self, value: UOp) -> UOp:
         """A result, or its bits as they are stored."""
         if isinstance(self.spec, ExpertWgmmaSpec) and self.spec.has_bfloat_results:
-            return value.cast(dtypes.bfloat16).bitcast(F16)
+            return bits_of_bfloat(value)
         return value
 
     def _release(self, empty: UOp, condition: UOp | None, *after: UOp) -> UOp:

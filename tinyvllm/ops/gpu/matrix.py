@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from tinygrad import UOp, dtypes
+from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
@@ -19,7 +19,7 @@ from tinyvllm.ops.formats.pairs import read_halves
 from tinyvllm.ops.formats.runs import read_run, run_cols
 from tinyvllm.ops.gpu.product import GatedRows
 from tinyvllm.ops.gpu.token_tiles import ExpertTile, ExpertTiles, TokenTile
-from tinyvllm.ops.kernel.body import F16, Body, KernelFn, balanced, cached_kernel, finish
+from tinyvllm.ops.kernel.body import F16, Body, KernelFn, balanced, bits_of_bfloat, cached_kernel, finish
 from tinyvllm.ops.kernel.lanes import (
     LANES,
     SHARED_BYTES,
@@ -476,7 +476,7 @@ def _store(spec: MatrixSpec, place: _Place, out: UOp, kept: list[list[UOp]], fir
             at = _output(spec, place, place.bases[r], first + i)
             value = place.tile.passed_on(value)
             if isinstance(spec, ExpertMatrixSpec) and spec.rounds_results:
-                value = value.cast(dtypes.bfloat16).bitcast(F16)
+                value = bits_of_bfloat(value)
             stores.append(out[at].store(value.cast(out.dtype)))
     return stores
 

@@ -14,7 +14,7 @@ from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import tanh
 from tinyvllm.ops.formats.matrix import Planes
 from tinyvllm.ops.gpu.token_order import token_places
-from tinyvllm.ops.kernel.body import F32, Body, KernelFn, balanced, cached_kernel, finish
+from tinyvllm.ops.kernel.body import F32, Body, KernelFn, balanced, bits_of_bfloat, cached_kernel, finish
 from tinyvllm.ops.kernel.lanes import LANES, Lanes, await_previous, axes_of, dot, load_floats, warps
 from tinyvllm.ops.sampling.token_ids import token_id
 
@@ -53,6 +53,7 @@ class SumSpec:
     has_bfloat_bits: bool = False  # the partial products are bfloat16, in a float16 buffer
     rounds_norm: bool = False  # so is h
     orders_norm: bool = False  # h is in the order of token_order.py
+    factor: float = 1.0  # what the partial products were multiplied by
 
     @property
     def run_cols(self) -> int:
@@ -86,7 +87,7 @@ def sum_kernel(spec: SumSpec) -> KernelFn:
             assert norm_weight is not None and spec.norm_eps is not None
             normed = row.normed(values, norm_weight, spec.norm_eps)
             if spec.rounds_norm:
-                normed = [[value.cast(dtypes.bfloat16).bitcast(dtypes.half) for value in new] for new in normed]
+                normed = [[bits_of_bfloat(value) for value in new] for new in normed]
             stores += row.stores(h_out, normed, is_ordered=spec.orders_norm)
         kind = f"sum{spec.num_partials}{'_norm' if h_out is not None else ''}"
         if spec.embed is not None:
@@ -155,6 +156,8 @@ class _SumRow:
             values = [self._load(source, row * spec.num_cols + start) for row in rows]
             partials = [[value * w for value in new] for new, w in zip(values, weights, strict=True)]
         new = [balanced(column) for column in zip(*partials, strict=True)]
+        if spec.factor != 1.0:
+            new = [value * (1.0 / spec.factor) for value in new]
         if self.bias is None:
             return new
         return [a + b for a, b in zip(new, self._floats(self.bias, start), strict=True)]

@@ -170,6 +170,11 @@ def clamp(index: UOp, low: int, high: int) -> UOp:
     return index.maximum(low).minimum(high).cast(dtypes.weakint)
 
 
+def bits_of_bfloat(value: UOp) -> UOp:
+    """A value rounded to bfloat16, as the float16 of the same bits: float16 can be loaded in vectors."""
+    return value.cast(dtypes.bfloat16).bitcast(dtypes.half)
+
+
 def balanced(values: Iterable[UOp], combine: Callable[[UOp, UOp], UOp] = lambda a, b: a + b) -> UOp:
     """Combine by a balanced tree: short dependency chains, and always the same shape and rounding."""
     level = list(values)

@@ -400,8 +400,8 @@ class Fleet:
         for child in self.children.values():
             child.process.send("stop")
         if self._tasks and (await asyncio.wait(self._tasks, timeout=CLOSE_S))[1]:
-            log.error("a model's process does not end: killing it")
             for child in self.children.values():
+                log.error("%s does not end: killing it", child.process.name)
                 child.process.kill()
             await asyncio.wait(self._tasks, timeout=KILL_S)
 

@@ -165,6 +165,15 @@ def test_activation_bits_without_effect_are_named(
     assert ("--activation-bits is 8, but has no effect" in caplog.text) == warns
 
 
+@pytest.mark.parametrize("usable", [0, 1])
+def test_more_cores_than_there_are_bring_a_warning(
+    files: ModelFiles, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, usable: int
+) -> None:
+    monkeypatch.setattr("tinyvllm.execution.runner.usable_cores", lambda: usable)
+    load_runner(files, replace(CONFIG, cpu_cores=1)).close()
+    assert (f"--cpu-cores is 1, but this process may use {usable}" in caplog.text) == (usable < 1)
+
+
 def test_a_step_before_warm_up_is_our_bug(files: ModelFiles) -> None:
     runner = load_runner(files, CONFIG)
     with pytest.raises(InvariantError, match=r"graph prefill 8 was not captured: warm_up\(\) must run before"):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from tinygrad import dtypes
 
-from tinyvllm.config import Capacity, EngineConfig, KVFormats, ModelConfig, ModelFiles, default_cores
+from tinyvllm.config import Capacity, EngineConfig, KVFormats, ModelConfig, ModelFiles, default_cores, usable_cores
 from tinyvllm.device.handle import DeviceHandle, open_device
 from tinyvllm.device.hardware import hardware_name, processor_name
 from tinyvllm.device.jit_replay import check_environment, choose_capture
@@ -156,6 +156,12 @@ def _make_setting(model_config: ModelConfig, config: EngineConfig, draft: DraftM
     """Open the device, and decide what is known before the weights are loaded. Raises DeviceError."""
     num_cores = count_cores(config.cpu_cores or default_cores(), model_config.layers)
     device = open_device(num_cores, default_root() if config.compile_cache else None)
+    if len(device.cores) > usable_cores():
+        logger.warning(
+            "--cpu-cores is %d, but this process may use %d: kernels wait for each other, and steps take many times as "
+            "long; give at most %d",
+            *(config.cpu_cores, usable_cores(), usable_cores()),
+        )
     capture = choose_capture(config.capture)
     if capture == "tinyjit":
         check_environment()

@@ -11,17 +11,21 @@ from tinyvllm.bench.shapes import find_shape
 from tinyvllm.device.kinds.metal import Metal
 from tinyvllm.execution.metal_steps import count_attention, count_products, counts_all
 from tinyvllm.model.weights.random import RandomWeights
+from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.formats.matrix import planes_of
+from tinyvllm.ops.gpu.attention_decode import decode_kernel
+from tinyvllm.ops.gpu.attention_decode_row import DecodeSpec
 from tinyvllm.ops.gpu.gemm import METAL_TILES
 from tinyvllm.ops.gpu.quantized_vector import QuantizedVectorSpec, quantized_vector_kernel
-from tinyvllm.ops.kernel.body import F16, F32, Body, finish
-from tinyvllm.ops.kernel.lanes import Lanes, Mma
+from tinyvllm.ops.kernel.body import F16, F32, I32, Body, balanced, finish
+from tinyvllm.ops.kernel.lanes import SHARED_BYTES, Lanes, Mma, carry, hold
 from tinyvllm.ops.kernel.metal_counts import MetalCounts, count_kernel
+from tinyvllm.ops.step_inputs import StepLayout
 from tinyvllm.profiling.apple import PUBLISHED, REST, issue_cycles, step_arithmetic
 from tinyvllm.profiling.chips import CHIPS
 from tinyvllm.profiling.predict import predict
 
-from tinygrad import UOp, dtypes  # isort: skip  (tinyvllm makes its settings first)
+from tinygrad import Tensor, UOp, dtypes  # isort: skip  (tinyvllm makes its settings first)
 from tinygrad.dtype import _from_np_dtype  # isort: skip
 
 
@@ -118,6 +122,54 @@ def test_the_attention_of_a_prompt_reaches_three_quarters_of_the_peak_by_counts(
         assert kernel.shares[0] > 0.75 and kernel.shares[1] > 0.8
         assert kernel.issued.registers <= 128
         assert kernel.resident >= 8
+
+
+DECODING = [  # heads of 128, 64 and 256, rows, partial sums of qkv
+    ("llama-3.1-8b", 8, 2),
+    ("llama-3.1-8b", 1, 1),
+    ("llama-3.2-1b", 64, 1),
+    ("llama-3.2-1b", 8, 2),
+    ("gemma-3-4b", 1, 1),
+    ("gemma-3-4b", 8, 2),
+]
+
+
+@pytest.mark.parametrize(("shape", "num_rows", "partials"), swept(DECODING, DECODING[:1]))
+def test_the_attention_of_a_decode_step_stays_within_a_threads_registers(
+    shape: str, num_rows: int, partials: int
+) -> None:
+    layer, layout = find_shape(shape).layers[0], StepLayout(num_rows, num_rows, 128, 16)
+    num_blocks, cols = num_rows * layout.max_blocks + 1, layer.q_size + 2 * layer.kv_size
+    rope = Tensor.empty(2048 * layer.head_dim, dtype=F32, device="CPU")
+    stands, lanes = AttentionLayer(0, layer, (cols,), rope=rope), Lanes("METAL", (dtypes.half,))
+    own = {"lanes": lanes, "mma": Mma("METAL", dtypes.half), "qkv_partials": (partials,)}
+    spec = DecodeSpec.of(stands, layout, num_blocks, **own)
+    out, pool = num_rows * layer.q_size, (num_blocks * layout.block_size * spec.slot_elements, F16)
+    splits = [(spec.num_splits * size, F32) for size in (out, num_rows * layer.num_heads)]
+    sizes = [*(splits if spec.is_split else [(out, F16)]), pool, pool, (layout.size, I32)]
+    sizes += [(2048 * spec.rope_cols, F32), (partials * num_rows * cols, F32)]
+    placeholders = [UOp.placeholder((size,), dtype, slot) for slot, (size, dtype) in enumerate(sizes)]
+    (counts,) = count_kernel(decode_kernel(spec)(*placeholders))
+    assert counts.registers <= 128
+    assert counts.threadgroup_bytes <= SHARED_BYTES and 32 * counts.simdgroups <= Metal.safe_threads
+
+
+def test_declared_registers_hold_values_from_a_store_to_the_last_load() -> None:
+    """One value is loaded into the registers in each iteration and used in it; the sum lives throughout."""
+
+    def kernel(out: UOp, x: UOp) -> UOp:
+        body = Body()
+        lane = body.threads(32)
+
+        def add(i: UOp | int, old: list[UOp]) -> list[UOp]:
+            values = [x[(i * 32 + lane) * 16 + j].load() for j in range(16)]
+            held, _ = hold(body, values)
+            return [old[0] + balanced(held)]
+
+        (total,) = carry(body, [UOp.const(0.0, F32)], 4, (lane,), add)
+        return finish(out[lane].store(total).end(lane), "tested")
+
+    assert 17 <= counted(kernel, 32, 2048).registers <= 24  # 16 values, the sum, and places
 
 
 def test_the_rule_is_taken_from_a_published_speed_and_says_what_it_makes_of_others() -> None:

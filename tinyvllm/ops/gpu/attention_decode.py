@@ -38,7 +38,7 @@ from tinyvllm.ops.gpu.attention_split import NOTHING, TILE_TOKENS
 from tinyvllm.ops.gpu.kv_codes import StoredHeads
 from tinyvllm.ops.kernel.body import F32, LOG2E, U16, U32, KernelFn, balanced, cached_kernel, clamp, finish
 from tinyvllm.ops.kernel.hopper import share_multiprocessor
-from tinyvllm.ops.kernel.lanes import carry, dot, zeros
+from tinyvllm.ops.kernel.lanes import LANES, carry, dot, hold, zeros
 from tinyvllm.ops.kernel.tiles import pack_words, together
 
 FENCE = 'asm volatile("" ::: "memory");'  # the compiler moves no load from after it to before, nor back
@@ -78,7 +78,7 @@ def decode_kernel(spec: DecodeSpec) -> KernelFn:
             state, passes = softmax.add(early, state), (passes - 1).maximum(0)
         skipped = int(bool(early))
         has_words = spec.in_words(spec.kv.keys) or spec.in_words(spec.kv.values)
-        writes_first = spec.is_wide or has_words  # frees their registers
+        writes_first = spec.loads_values_late or has_words  # frees their registers
         outer = (*group.axes, *writes) if writes_first else group.axes
         if spec.fetches_ahead:
             state = _walk_ahead(softmax, context, state, passes, skipped, outer)
@@ -104,7 +104,7 @@ def _begin(
 ) -> tuple[_Softmax, StagedOwn | None, list[UOp]]:
     """(the softmax; the row's own token, unless it is in the softmax's first state; stores of it)."""
     if stage is None:
-        query = _load_query(row)
+        query = _Query.of(row)
         own = _OwnToken(row, buffers, query) if row.spec.adds_own else None
         return _Softmax(row, context, query, own), None, [] if own is None else own.writes
     softmax = _Softmax(row, context, stage.store(buffers))
@@ -135,21 +135,53 @@ def _walk_ahead(
     return carry(softmax.row.group.body, [*state, *begun], passes, outer, step)[: len(state)]
 
 
-def _load_query(row: Row) -> Runs:
+@dataclass(frozen=True)
+class _Query:
     """The lane's share of the row's query, rounded as an operand of the matrix unit."""
-    spec = row.spec
-    query_head = row.group.heads * spec.tile_heads + row.head % spec.tile_heads
-    return _cast(row.rotated(QUERIES, query_head), spec.mma.dtype)
+
+    row: Row
+    runs: Runs
+    staged: UOp | None  # the same in threadgroup memory, where registers do not hold it
+
+    @classmethod
+    def of(cls, row: Row) -> _Query:
+        spec = row.spec
+        query_head = row.group.heads * spec.tile_heads + row.head % spec.tile_heads
+        runs = row.rounded(QUERIES, query_head, spec.mma.dtype)
+        if not spec.takes_parts:
+            return cls(row, runs, None)
+        memory, warp, stores = row.group.body.shared(spec.query_size, spec.mma.dtype), row.group.warp, []
+        for c, chunk in enumerate(runs):
+            places = [_staged_place(row, c) + i for i in range(2 * RUN)]
+            wanted = [place.valid(warp.eq(0)) if isinstance(warp, UOp) else place for place in places]
+            values = [value for pair in zip(*chunk, strict=True) for value in pair]  # neighbors are an operand
+            stores += [memory[place].store(value) for place, value in zip(wanted, values, strict=True)]
+        staged = memory.after(UOp(Ops.BARRIER, src=(UOp.group(*stores),)))
+        row.load_after(staged)
+        query = cls(row, [], staged)
+        return replace(query, runs=[query.chunk(c) for c in range(spec.chunks)])
+
+    def chunk(self, c: int, *after: UOp) -> list[list[UOp]]:
+        """The runs of a chunk; if they are in threadgroup memory, loaded after `after`."""
+        if self.staged is None:
+            return self.runs[c]
+        staged = self.staged.after(*after) if after else self.staged
+        values = [staged[_staged_place(self.row, c) + i].load() for i in range(2 * RUN)]
+        return [values[0::2], values[1::2]]
+
+
+def _staged_place(row: Row, c: int) -> UOp:
+    """Where the lane's two runs of a chunk begin in threadgroup memory."""
+    return (row.group.lane + c * LANES) * (2 * RUN)
 
 
 class _OwnToken:
     """The lane's share of the row's own key and value, rounded as they are stored, and their stores."""
 
-    def __init__(self, row: Row, buffers: Buffers, query: Runs) -> None:
+    def __init__(self, row: Row, buffers: Buffers, query: _Query) -> None:
         self.row, self.buffers, self.query = row, buffers, query
-        key, value = row.rotated(KEYS, row.group.kv_head), row.value()
-        self.key, key_stores = self._kept_key(key)
-        self.value, value_stores = self._kept_value(value)
+        self.key, key_stores = self._kept_key()
+        self.value, value_stores = self._kept_value()
         self.writes = [*key_stores, *value_stores]
 
     @property
@@ -158,11 +190,12 @@ class _OwnToken:
         is_writer = group.has_own_token & row.head.eq(0)
         return is_writer & group.is_first_of_kv_head if row.spec.tile_heads < row.spec.group else is_writer
 
-    def _kept_key(self, key: Runs) -> tuple[Runs, list[UOp]]:
+    def _kept_key(self) -> tuple[Runs, list[UOp]]:
         row, keys, is_writer = self.row, self.buffers.keys, self._is_writer
         if keys.form.is_quantized:
-            return own_key(row, keys, key, is_writer)
-        rounded = _cast(key, keys.codes.dtype)
+            numbers, stores = own_key(row, keys, row.rotated(KEYS, row.group.kv_head), is_writer)
+            return [row.held(chunk) for chunk in numbers], stores
+        rounded = row.rounded(KEYS, row.group.kv_head, keys.codes.dtype)
         runs = [
             (d, is_writer if ok is None else is_writer & ok, run)
             for dims, runs in zip(row.query_dims, rounded, strict=True)
@@ -170,11 +203,11 @@ class _OwnToken:
         ]
         return rounded, self._stores(keys.codes, runs)
 
-    def _kept_value(self, value: list[list[UOp]]) -> tuple[list[list[UOp]], list[UOp]]:
+    def _kept_value(self) -> tuple[list[list[UOp]], list[UOp]]:
         row, values, is_writer = self.row, self.buffers.values, self._is_writer
         if values.form.is_quantized:
-            return own_value(row, values, value, is_writer)
-        rounded = [[v.cast(values.codes.dtype) for v in span] for span in value]
+            return own_value(row, values, row.value(), is_writer)
+        rounded = row.rounded_value(values.codes.dtype)
         runs = [(row.spec.value_dim(row.column + e, 0), is_writer, span) for e, span in enumerate(rounded)]
         return rounded, self._stores(values.codes, runs)
 
@@ -189,12 +222,8 @@ class _OwnToken:
     def score(self) -> UOp:
         """The own token's score for the lane's head."""
         spec = self.row.spec
-        product = spec.lanes.sum(dot(_flat(self.query), _flat(self.key)), spec.mma.row_masks)
+        product = spec.lanes.sum(dot(_flat(self.query.runs), _flat(self.key)), spec.mma.row_masks)
         return spec.score(product * self.row.query_scale, spec.exp2)
-
-
-def _cast(runs: Runs, dtype: DType) -> Runs:
-    return [[[v.cast(dtype) for v in run] for run in chunk] for chunk in runs]
 
 
 def _flat(runs: Runs) -> list[UOp]:
@@ -295,28 +324,33 @@ class _Context:
         size = spec.layout.block_size
         block = clamp(row.inputs[row.table + first // size].load(), 0, spec.num_blocks - 1)
         slot = block * size + first % size
-        tile = _Tile(first, is_used, self._load_keys(slot, is_used), [], slot)
-        return tile if spec.is_wide else replace(tile, values=self.load_values(tile))
+        tile = _Tile(first, is_used, self._load_keys(slot, first, is_used), [], slot)
+        return tile if spec.loads_values_late else replace(tile, values=self.load_values(tile, range(spec.value_size)))
 
-    def _load_keys(self, slot: UOp, is_used: UOp) -> list[Runs] | list[list[UOp]]:
-        """The lane's keys of a tile whose first token is in `slot`."""
-        spec, mma, lane, keys = self.row.spec, self.row.spec.mma, self.row.group.lane, self.buffers.keys
+    def _load_keys(self, slot: UOp, first: UOp, is_used: UOp) -> list[Runs] | list[list[UOp]]:
+        """The lane's keys of a tile whose first token is number `first`, in `slot`."""
+        spec, keys = self.row.spec, self.buffers.keys
         if spec.in_words(keys.form):
             return [load_keys(self.row, keys, slot, half, is_used) for half in range(2)]
+        if spec.takes_parts:
+            return []
+        return [[self.load_chunk(slot, first, n, c) for c in range(spec.chunks)] for n in range(2)]
+
+    def load_chunk(self, slot: UOp, first: UOp, n: int, c: int, *after: UOp) -> list[list[UOp]]:
+        """The lane's runs of a chunk of keys: of half a tile whose first token is number `first`, in `slot`."""
+        spec, mma, lane = self.row.spec, self.row.spec.mma, self.row.group.lane
+        keys = self.buffers.keys.after(*after) if after else self.buffers.keys
         places = [(lane // 4, lane % 4)] if mma.kind == "CUDA" else mma.row_runs(lane)
+        # of a dimension that does not exist any other's: the query has a zero there
+        runs = [(n * HALF_TILE + token, spec.bounded(spec.run_dim(at, c), c)[0]) for token, at in places]
+        if spec.saves_registers:  # the row's own key may be on its way to the pool
+            runs = [(self._clamped(token, first), dim) for token, dim in runs]
+        return [self._load(keys, slot, token, dim, RUN) for token, dim in runs]
 
-        def chunk(n: int, c: int) -> list[list[UOp]]:
-            # of a dimension that does not exist any other's: the query has a zero there
-            runs = [(n * HALF_TILE + token, spec.bounded(spec.run_dim(at, c), c)[0]) for token, at in places]
-            return [self._load(keys, slot, token, dim, RUN) for token, dim in runs]
-
-        return [[chunk(n, c) for c in range(spec.chunks)] for n in range(2)]
-
-    def load_values(self, tile: _Tile, *after: UOp) -> list[list[UOp]]:
-        """The lane's values of a tile."""
+    def load_values(self, tile: _Tile, part: range, *after: UOp) -> list[list[UOp]]:
+        """The lane's values of a tile, of part of its dimensions."""
         row, spec, lane = self.row, self.row.spec, self.row.group.lane
         # slots after the split's last token may hold another sequence's NaN, and a weight of 0 would not erase it
-        last = (self.high - 1 - tile.first).maximum(0)
         values = self.buffers.values.after(*after) if after else self.buffers.values
         if spec.mma.kind == "CUDA":
             tokens = [lane % 4 * 2 + a + HALF_TILE * h for h in range(2) for a in range(2)]
@@ -324,19 +358,26 @@ class _Context:
         else:
             tokens = [row.head, row.head, row.head + HALF_TILE, row.head + HALF_TILE]
             columns = [row.column + e for _ in range(2) for e in range(2)]
-        tokens = [token.minimum(last) for token in tokens]
+        tokens = [self._clamped(token, tile.first) for token in tokens]
         if spec.in_words(values.form):
             return load_values(row, values, tile.slot, tokens, tile.is_used)
-        size = spec.head_dim // RUN
-        most = size // 2 if values.form.bits == 4 else size  # neighbors
+        most = spec.value_size // 2 if values.form.bits == 4 else spec.value_size  # neighbors
+        most = min(most, len(part))
         return [
             [
                 v
-                for start in range(0, size, most)
+                for start in part[::most]
                 for v in self._load(values, tile.slot, token, spec.value_dim(column, start), most)
             ]
             for token, column in zip(tokens, columns, strict=True)
         ]
+
+    def _clamped(self, token: UOp, first: UOp) -> UOp:
+        """A token of a tile that begins at `first`, or the split's last."""
+        last = (self.high - 1 - first).maximum(0)
+        if self.row.spec.saves_registers:  # tinygrad's minimum takes three more instructions
+            return (token < last).where(token, last)
+        return token.minimum(last)
 
     def _load(self, heads: StoredHeads, slot: UOp, token: UOp, dim: UOp, count: int) -> list[UOp]:
         """Neighbors of the key or the value of a tile's token."""
@@ -358,13 +399,13 @@ class _Softmax:
     """A warp's online softmax. Its state, for the lane's head: the maximum score, the lane's share of the sum of
     weights, and the lane's sums of weighted values (`DecodeSpec.value_dim`)."""
 
-    def __init__(self, row: Row, context: _Context, query: Runs | StagedHeads, own: _OwnToken | None = None) -> None:
+    def __init__(self, row: Row, context: _Context, query: _Query | StagedHeads, own: _OwnToken | None = None) -> None:
         self.row, self.context, self.query, self.own = row, context, query, own
         self.packed_query: list[list[UOp]] = []
         if isinstance(query, StagedHeads):
             self.packed_query = self._staged_words(query, row.head % row.spec.tile_heads)
         elif row.spec.in_words(row.spec.kv.keys):
-            self.packed_query = query_words(row, query)
+            self.packed_query = query_words(row, query.runs)
 
     def _staged_words(self, heads: StagedHeads, head: UOp | int) -> list[list[UOp]]:
         """By chunk, the lane's words of one of the row's own heads."""
@@ -407,7 +448,7 @@ class _Softmax:
     def add(self, tiles: list[_Tile], old: list[UOp]) -> list[UOp]:
         """The state after a pass."""
         spec, (best, total, *acc) = self.row.spec, old
-        scores = [self._scores(tile, half) for tile in tiles for half in range(2)]
+        scores = [pair for tile in tiles for pair in self._scores(tile)]
         top = balanced([v for pair in scores for v in pair], spec.maximum)
         new_best = spec.maximum(best, spec.lanes.maximum(top, spec.mma.row_masks))
         decay = spec.exp2(best - new_best)
@@ -418,40 +459,68 @@ class _Softmax:
             rounded = [[pack_words(*pair)] for pair in weights]
         else:
             rounded = [[w.cast(spec.mma.dtype) for w in pair] for pair in weights]
-        if spec.is_wide:
-            tiles, rounded = self._load_values(tiles, rounded)
-        operands = [self.context.value_operands(tile) for tile in tiles]
+        done: list[UOp] = []
+        if spec.loads_values_late:
+            rounded, done = self._held(rounded)
         new = []
-        for j in range(spec.head_dim // RUN):
-            sums = [acc[j * 2] * decay, acc[j * 2 + 1] * decay]
-            for i, values in enumerate(operands):
-                sums = _add_values(spec, rounded[2 * i : 2 * i + 2], values[j], sums)
-            new += sums
+        for part in spec.value_parts:
+            if spec.loads_values_late:
+                tiles = [replace(tile, values=self.context.load_values(tile, part, *done)) for tile in tiles]
+            operands = [self.context.value_operands(tile) for tile in tiles]
+            sums = []
+            for k, j in enumerate(part):
+                one = [acc[j * 2] * decay, acc[j * 2 + 1] * decay]
+                for i, values in enumerate(operands):
+                    one = _add_values(spec, rounded[2 * i : 2 * i + 2], values[k], one)
+                sums.append(one)
+            if spec.takes_parts:
+                sums, done = self._held(sums)
+            new += [value for one in sums for value in one]
         return [new_best, new_total, *new]
 
-    def _load_values(self, tiles: list[_Tile], weights: list[list[UOp]]) -> tuple[list[_Tile], list[list[UOp]]]:
-        """(tiles with their values, which are loaded after their weights are known, the weights)."""
-        flat, size = [w for pair in weights for w in pair], len(weights[0])
-        held = self.row.group.body.registers(len(flat), flat[0].dtype)
-        held = held.after(UOp.group(*[held[i].store(w) for i, w in enumerate(flat)]))
-        loaded = [replace(tile, values=self.context.load_values(tile, held)) for tile in tiles]
-        return loaded, [[held[i + k].load() for k in range(size)] for i in range(0, len(flat), size)]
+    def _held(self, values: list[list[UOp]]) -> tuple[list[list[UOp]], list[UOp]]:
+        """(the same values, what is to be waited for before anything else is loaded)."""
+        flat, size = [v for some in values for v in some], len(values[0])
+        held, done = hold(self.row.group.body, flat)
+        return [held[i : i + size] for i in range(0, len(flat), size)], [done]
 
-    def _scores(self, tile: _Tile, half: int) -> list[UOp]:
-        """The scores of the lane's two tokens of half a tile."""
-        products = self._products(tile, half)
-        tokens = [tile.first + half * HALF_TILE + self.row.column + e for e in range(2)]
-        return [self._score(tile, token, product) for token, product in zip(tokens, products, strict=True)]
+    def _scores(self, tile: _Tile) -> list[list[UOp]]:
+        """The scores of the lane's two tokens of each half of a tile."""
+        products = self._products_in_parts(tile) if self.row.spec.takes_parts else self._products(tile)
+        tokens = [[tile.first + half * HALF_TILE + self.row.column + e for e in range(2)] for half in range(2)]
+        return [
+            [self._score(tile, *pair) for pair in zip(*pairs, strict=True)]
+            for pairs in zip(tokens, products, strict=True)
+        ]
 
-    def _products(self, tile: _Tile, half: int) -> list[UOp]:
-        """q . k of the lane's head and two tokens of half a tile."""
-        row, keys = self.row, self.context.buffers.keys
-        if not row.spec.in_words(keys.form):
-            assert isinstance(self.query, list)
-            return _multiply_keys(row.spec, self.query, tile.keys[half])
-        words = key_words(row, keys, tile.keys[half])
-        left, right = ([word for chunk in chunks for word in chunk] for chunks in (self.packed_query, words))
-        return multiply_heads(left, right, zeros(2))
+    def _products(self, tile: _Tile) -> list[list[UOp]]:
+        """q . k of the lane's head and two tokens of each half of a tile."""
+        row, keys, products = self.row, self.context.buffers.keys, []
+        for half in tile.keys:
+            if row.spec.in_words(keys.form):
+                words = key_words(row, keys, half)
+                left, right = ([word for chunk in chunks for word in chunk] for chunks in (self.packed_query, words))
+                products.append(multiply_heads(left, right, zeros(2)))
+                continue
+            assert isinstance(self.query, _Query)
+            sums = UOp.stack(*zeros(row.spec.mma.elements))
+            for q, k in zip(self.query.runs, half, strict=True):
+                sums = _multiply_chunk(row.spec, q, k, sums)
+            products.append([sums.index(e) for e in range(2)])
+        return products
+
+    def _products_in_parts(self, tile: _Tile) -> list[list[UOp]]:
+        """The same by chunks, each loaded when the one before has been used."""
+        spec, products = self.row.spec, [zeros(2), zeros(2)]
+        assert isinstance(self.query, _Query)
+        done = [tile.slot]  # otherwise the first chunk of the query would be loaded before the loop
+        for c in range(spec.chunks):
+            query, sums = self.query.chunk(c, *done), []
+            for half, old in enumerate(products):
+                keys = self.context.load_chunk(tile.slot, tile.first, half, c, *done)
+                sums.append(_multiply_chunk(spec, query, keys, UOp.stack(*old)))
+            products, done = self._held([[pair.index(e) for e in range(2)] for pair in sums])
+        return products
 
     def _score(self, tile: _Tile, token: UOp, product: UOp) -> UOp:
         """A token's score; NOTHING if the row does not attend to it here."""
@@ -463,20 +532,17 @@ class _Softmax:
         return is_seen.where(score, UOp.const(NOTHING, F32))
 
 
-def _multiply_keys(spec: DecodeSpec, query: Runs, keys: Runs) -> list[UOp]:
-    """q . k of the lane's head and two tokens of the eight."""
-    mma = spec.mma
-    sums = UOp.stack(*[UOp.const(0.0, F32)] * mma.elements)
-    zero = UOp.const(0.0, mma.dtype)
-    for q, k in zip(query, keys, strict=True):
-        if mma.kind == "METAL":
-            for i in range(RUN):
-                sums = mma.tile((q[0][i], q[1][i]), (k[0][i], k[1][i]), sums)
-        else:  # heads fill half of a tile's 16 rows
-            for i in range(0, RUN, 4):
-                left = (*q[0][i : i + 2], zero, zero, *q[0][i + 2 : i + 4], zero, zero)
-                sums = mma.tile(left, k[0][i : i + 4], sums)
-    return [sums.index(e) for e in range(2)]
+def _multiply_chunk(spec: DecodeSpec, q: list[list[UOp]], k: list[list[UOp]], sums: UOp) -> UOp:
+    """sums + q . k of a chunk: of the lane's head and two tokens of eight."""
+    mma, zero = spec.mma, UOp.const(0.0, spec.mma.dtype)
+    if mma.kind == "METAL":
+        for i in range(RUN):
+            sums = mma.tile((q[0][i], q[1][i]), (k[0][i], k[1][i]), sums)
+        return sums
+    for i in range(0, RUN, 4):  # heads fill half of a tile's 16 rows
+        left = (*q[0][i : i + 2], zero, zero, *q[0][i + 2 : i + 4], zero, zero)
+        sums = mma.tile(left, k[0][i : i + 4], sums)
+    return sums
 
 
 def _add_values(spec: DecodeSpec, weights: list[list[UOp]], values: list[UOp], sums: list[UOp]) -> list[UOp]:

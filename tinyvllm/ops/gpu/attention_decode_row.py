@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinygrad import UOp, dtypes
+from tinygrad.dtype import DType
 
 from tinyvllm.config import KVFormat
 from tinyvllm.ops.attention_spec import VALUES
@@ -22,6 +23,7 @@ from tinyvllm.ops.kernel.lanes import (
     axes_of,
     dot,
     grid,
+    hold,
     load_floats,
     warps,
 )
@@ -240,7 +242,7 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
         if self.is_wide:
             wanted = min(wanted, 8)
             shared = CUDA_SHARED_BYTES if self.lanes.kind == "CUDA" else SHARED_BYTES
-        while wanted > 1 and wanted * self.tile_heads * (self.head_dim + 2) * 4 > shared:
+        while wanted > 1 and wanted * self.tile_heads * (self.head_dim + 2) * 4 + 2 * self.query_size > shared:
             wanted //= 2
         return self.knob("num_warps", wanted)
 
@@ -267,10 +269,10 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
 
     @property
     def shared_bytes(self) -> int:
-        """Of the warps' states, and of the row's heads with scores of its own token."""
+        """Of the warps' states, of the row's heads with scores of its own token, and of the query."""
         states = self.num_warps * self.tile_heads * (self.state_stride + 2) * 4
         heads = (self.tile_heads + 2) * self.staged_stride * 2 + self.tile_heads * 4
-        return states + (heads if self.stages_heads else 0) + 4
+        return states + (heads if self.stages_heads else 0) + 2 * self.query_size + 4
 
     @property
     def staged_stride(self) -> int:
@@ -295,6 +297,38 @@ class DecodeSpec(FusedAttentionSpec, Tunable):
     def is_wide(self) -> bool:
         """Whether a lane's registers hold either keys or values of a tile next to its sums."""
         return self.head_dim >= WIDE_HEAD
+
+    @property
+    def saves_registers(self) -> bool:
+        """Whether a lane holds at most 128 registers, which are all that METAL's threads have, in the order of the
+        source."""
+        return self.lanes.kind == "METAL"
+
+    @property
+    def loads_values_late(self) -> bool:
+        """Whether a tile's values are loaded when its keys have been used."""
+        return self.is_wide or self.saves_registers
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether a tile's keys and values are loaded in parts, and the query lies in threadgroup memory."""
+        return self.saves_registers and self.is_wide
+
+    @property
+    def query_size(self) -> int:
+        """Elements of the query in threadgroup memory: those of each lane."""
+        return TILE_HEADS * self.head_dim if self.takes_parts else 0
+
+    @property
+    def value_size(self) -> int:
+        """Dimensions of each of the eight spans of a value."""
+        return self.head_dim // RUN
+
+    @property
+    def value_parts(self) -> list[range]:
+        """Of a span, those that are loaded at once."""
+        count = RUN if self.takes_parts else self.value_size
+        return [range(start, start + count) for start in range(0, self.value_size, count)]
 
     @property
     def loads_early(self) -> bool:
@@ -504,10 +538,55 @@ class Row:
         """The lane's runs (`query_dims`) of a head of queries or keys, normed if the model norms heads, and rotated by
         the row's position. Zeros for dimensions that do not exist."""
         scale = self._head_scale(section, head)
-        return [
-            [_zeros_outside(self._rotated_run(section, head, dim, scale), ok) for dim, ok in runs]
-            for runs in self.query_dims
-        ]
+        return [[self._run(section, head, place, scale) for place in runs] for runs in self.query_dims]
+
+    def rounded(self, section: int, head: UOp | int, dtype: DType) -> Runs:
+        """`rotated` in a dtype, in turns."""
+        scale, dims = self._head_scale(section, head), self.query_dims
+        found: dict[tuple[int, int], list[UOp]] = {}
+        for turn in self.turns:
+            runs = [[v.cast(dtype) for v in self._run(section, head, dims[c][n], scale)] for c, n in turn]
+            found |= dict(zip(turn, self.held(runs), strict=True))
+        return [[found[c, n] for n in range(len(runs))] for c, runs in enumerate(dims)]
+
+    @property
+    def turns(self) -> list[list[tuple[int, int]]]:
+        """(chunk, run) of those that are computed at once: all, or where that takes too many registers, those that are
+        each other's partners under RoPE."""
+        chunks = self.spec.chunks
+        runs = [(c, n) for c in range(chunks) for n in range(len(self.query_dims[0]))]
+        if not self.has_turns:
+            return [runs]
+        count = chunks // 2 if self.spec.head_dim % (2 * self.spec.chunk_dims) == 0 else chunks
+        return [[(c, n) for c, n in runs if (c % count, n) == first] for first in runs if first[0] < count]
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether a lane's part of a head, with the partial sums and partners that it is computed from, takes more than
+        about a third of its registers."""
+        spec = self.spec
+        has_more = spec.head_eps is not None or spec.has_bias or spec.head_dim % spec.chunk_dims != 0
+        return spec.saves_registers and (has_more or spec.head_dim // 4 * max(spec.qkv_partials) > 128 // 3)
+
+    def held(self, runs: list[list[UOp]]) -> list[list[UOp]]:
+        """The same runs, before which nothing more of qkv is loaded, if that saves registers."""
+        if not self.spec.saves_registers:
+            return runs
+        values, done = hold(self.group.body, [v for run in runs for v in run])
+        self.load_after(done)
+        rest = iter(values)
+        return [[next(rest) for _ in run] for run in runs]
+
+    def load_after(self, done: UOp) -> None:
+        """Load what is still to be loaded of qkv, and in turns of cosines and sines, after `done`."""
+        self.qkv = [part.after(done) for part in self.qkv]
+        if self.has_turns and self.tables.rope is not None:
+            self.tables = replace(self.tables, rope=self.tables.rope.after(done))
+
+    def _run(self, section: int, head: UOp | int, place: tuple[UOp, UOp | None], scale: UOp | None) -> list[UOp]:
+        """A run of `query_dims`, as `rotated` has it."""
+        dim, is_inside = place
+        return _zeros_outside(self._rotated_run(section, head, dim, scale), is_inside)
 
     def _rotated_run(self, section: int, head: UOp | int, dim: UOp, scale: UOp | None) -> list[UOp]:
         if self.tables.rope is None:
@@ -525,25 +604,44 @@ class Row:
         """1 / sqrt(mean square + eps) of the lane's head, in each lane that holds some of it; None without a norm."""
         if self.spec.head_eps is None:
             return None
-        runs = [_zeros_outside(self.loaded(section, head, d), ok) for runs in self.query_dims for d, ok in runs]
-        return self._rms_factor(runs, self.spec.head_eps)
+        squares = []
+        for turn in self.turns:
+            places = [self.query_dims[c][n] for c, n in turn]
+            runs = [_zeros_outside(self.loaded(section, head, d), ok) for d, ok in places]
+            partial = [[balanced(dot(run, run) for run in runs)]]
+            squares += self.held(partial)[0] if self.has_turns else partial[0]
+        return self._rms_factor(squares, self.spec.head_eps)
 
-    def _rms_factor(self, runs: list[list[UOp]], eps: float) -> UOp:
-        total = self.spec.lanes.sum(balanced(dot(run, run) for run in runs), self.spec.mma.row_masks)
+    def _rms_factor(self, squares: list[UOp], eps: float) -> UOp:
+        """`squares`: sums of them in this lane."""
+        total = self.spec.lanes.sum(balanced(squares), self.spec.mma.row_masks)
         return (total * (1.0 / self.spec.head_dim) + eps).sqrt().reciprocal()
 
     def value(self) -> list[list[UOp]]:
         """The lane's two spans (`DecodeSpec.value_dim`) of the KV head's value, normed if the model norms values."""
-        size, spans = self.spec.head_dim // RUN, []
-        most = size // 2 if self.spec.kv.values.bits == 4 else size  # neighbors
-        for e in range(2):
-            runs = [(start + i, min(RUN, most - i)) for start in range(0, size, most) for i in range(0, most, RUN)]
-            loads = [(self.spec.value_dim(self.column + e, start), count) for start, count in runs]
-            spans.append([v for dim, count in loads for v in self.loaded(VALUES, self.group.kv_head, dim, count)])
+        spans = [self._span(e, range(self.spec.value_size)) for e in range(2)]
         if self.spec.value_eps is None:
             return spans
-        factor = self._rms_factor(spans, self.spec.value_eps)
+        factor = self._rms_factor([balanced(dot(span, span) for span in spans)], self.spec.value_eps)
         return [[value * factor for value in span] for span in spans]
+
+    def rounded_value(self, dtype: DType) -> list[list[UOp]]:
+        """`value` in a dtype, in turns."""
+        if not self.has_turns or self.spec.value_eps is not None:
+            return [[v.cast(dtype) for v in span] for span in self.value()]
+        spans = []
+        for e in range(2):
+            parts = [self.held([[v.cast(dtype) for v in self._span(e, part)]])[0] for part in self.spec.value_parts]
+            spans.append([v for part in parts for v in part])
+        return spans
+
+    def _span(self, e: int, part: range) -> list[UOp]:
+        """Part of one of the two spans, not normed."""
+        most = self.spec.value_size // 2 if self.spec.kv.values.bits == 4 else self.spec.value_size  # neighbors
+        most = min(most, len(part))
+        runs = [(start + i, min(RUN, most - i)) for start in part[::most] for i in range(0, most, RUN)]
+        loads = [(self.spec.value_dim(self.column + e, start), count) for start, count in runs]
+        return [v for dim, count in loads for v in self.loaded(VALUES, self.group.kv_head, dim, count)]
 
     @property
     def query_dims(self) -> list[list[tuple[UOp, UOp | None]]]:

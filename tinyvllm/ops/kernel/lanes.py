@@ -487,6 +487,14 @@ def _words_of(loads: Sequence[UOp], size: int) -> list[UOp]:
     return [UOp(Ops.CUSTOMI, dtypes.uint, src=(load,), arg=f"{{0}}.{name}") for load in loads for name in "xyzw"[:size]]
 
 
+def hold(body: Body, values: Sequence[UOp]) -> tuple[list[UOp], UOp]:
+    """(the same values in registers, a UOp after which they are there: what is loaded from a buffer after it is not
+    loaded before they have been computed)."""
+    registers = body.registers(len(values), values[0].dtype)
+    registers = registers.after(UOp.group(*[registers[i].store(value) for i, value in enumerate(values)]))
+    return [registers[i].load() for i in range(len(values))], registers
+
+
 def used_after(values: Sequence[UOp], done: Sequence[UOp]) -> list[UOp]:
     """The same values, computed from their loads after `done` are. tinygrad would compute them as early as it can, and
     hold them all in registers until each is used."""

@@ -243,29 +243,62 @@ def _is_conversion(uop: UOp) -> bool:
     return kinds[0] != kinds[1] and uop.src[0].dtype != dtypes.bool and uop.dtype != dtypes.bool
 
 
+def _is_rounding(uop: UOp) -> bool:
+    """Whether it makes a float16 of a float32, which then has a register of its own."""
+    if uop.op is not Ops.CAST or _is_const(uop.src[0]) or not hasattr(uop.src[0], "dtype"):
+        return False
+    are_floats = dtypes.is_float(uop.dtype) and dtypes.is_float(uop.src[0].dtype)
+    return are_floats and uop.dtype.itemsize < uop.src[0].dtype.itemsize
+
+
 # -- registers ---------------------------------------------------------------------------------------------------------
 
 
 def _live_bytes(uops: Sequence[UOp]) -> int:
     """The most bytes of values that a lane holds at once: each from where it is computed to its last use, or to the end
-    of the loop in which it is used."""
+    of the loop in which it is used. A register that is declared holds one from a store to the last load of it."""
     changes: Counter[int] = Counter()
-    loops, begins = _loops(uops), _first_stores(uops)
+    loops = _loops(uops)
     for value, (begin, end) in _spans(uops).items():
-        begin = begins.get(value, begin)
         for first, final in loops:
             if begin < first <= end < final:
                 end = final
         changes[begin] += _register_bytes(value)
         changes[end] -= _register_bytes(value)
     live = most = 0
-    for i, uop in enumerate(uops):
+    for i, (uop, declared) in enumerate(zip(uops, _declared_bytes(uops), strict=True)):
         live += changes[i]
         if uop.op is Ops.CUSTOM:
             live += _kept_bytes(str(uop.arg))
-            most = max(most, live + _operand_bytes(str(uop.arg)))
-        most = max(most, live)
+            most = max(most, live + declared + _operand_bytes(str(uop.arg)))
+        most = max(most, live + declared)
     return most
+
+
+def _declared_bytes(uops: Sequence[UOp]) -> list[int]:
+    """After each instruction, the bytes of declared registers whose values are still to be loaded."""
+    loops = dict(_loops(uops))
+    begins = {end: begin for begin, end in loops.items()}
+    live: list[set[tuple[UOp, int]]] = [set() for _ in range(len(uops) + 1)]  # before each instruction
+    after: list[set[tuple[UOp, int]]] = [set() for _ in uops]
+    for _ in range(1 + len(loops)):  # what is live where a loop begins is so at its end
+        for i in reversed(range(len(uops))):
+            after[i] = live[i + 1] | live[begins[i]] if i in begins else live[i + 1]
+            loaded, stored = _touched(uops[i])
+            live[i] = (after[i] - stored) | loaded
+    return [sum(max(2, buffer.dtype.itemsize) for buffer, _ in some) for some in after]
+
+
+def _touched(uop: UOp) -> tuple[set[tuple[UOp, int]], set[tuple[UOp, int]]]:
+    """The declared registers that an instruction loads, and that it overwrites."""
+    if uop.op not in (Ops.LOAD, Ops.STORE) or uop.src[0].addrspace is not AddrSpace.REG:
+        return set(), set()
+    buffer, place = uop.src[0].buf_uop, uop.src[0].src[1] if uop.src[0].op is Ops.INDEX else None
+    is_known = place is not None and _is_const(place)
+    touched = {(buffer, _const(place))} if is_known else {(buffer, i) for i in range(_elements(buffer))}
+    if uop.op is Ops.LOAD:
+        return touched, set()
+    return set(), touched if is_known else set()
 
 
 def _spans(uops: Sequence[UOp]) -> dict[UOp, tuple[int, int]]:
@@ -277,15 +310,6 @@ def _spans(uops: Sequence[UOp]) -> dict[UOp, tuple[int, int]]:
             if holder in place:
                 spans[holder] = (place[holder], i)
     return spans
-
-
-def _first_stores(uops: Sequence[UOp]) -> dict[UOp, int]:
-    """Where registers are written first."""
-    found: dict[UOp, int] = {}
-    for i, uop in enumerate(uops):
-        if uop.op is Ops.STORE and uop.src[0].addrspace is AddrSpace.REG:
-            found.setdefault(uop.src[0].buf_uop, i)
-    return found
 
 
 def _loops(uops: Sequence[UOp]) -> list[tuple[int, int]]:
@@ -305,20 +329,22 @@ def _holders(uop: UOp) -> Iterator[UOp]:
     if uop.op in (Ops.INDEX, Ops.SHRINK):
         for source in uop.src[1:]:
             yield from _holders(source)
+    if uop.op is Ops.STACK:
+        for source in uop.src:
+            yield from _holders(source)
+        return
     is_offset = uop.op is Ops.ADD and dtypes.is_int(uop.dtype) and _is_const(uop.src[1])
     is_alias = uop.op in (Ops.INDEX, Ops.SHRINK, Ops.AFTER, Ops.BITCAST) or is_offset
-    if is_alias or (uop.op is Ops.CAST and not _is_conversion(uop)):
+    if is_alias or (uop.op is Ops.CAST and not _is_conversion(uop) and not _is_rounding(uop)):
         yield from _holders(uop.src[0])
     else:
         yield uop
 
 
 def _register_bytes(uop: UOp) -> int:
-    if uop.op is Ops.BUFFER and uop.addrspace is AddrSpace.REG:
-        return _elements(uop) * max(2, uop.dtype.itemsize)
-    if uop.op is Ops.LOAD and uop.src[0].addrspace is AddrSpace.REG:
+    if _is_const(uop):
         return 0
-    if uop.op in (Ops.LOAD, Ops.WMMA, Ops.SPECIAL, Ops.RANGE) or uop.op in SIMPLE or uop.op in COMPLEX_CYCLES:
+    if uop.op in (Ops.LOAD, Ops.WMMA, Ops.SPECIAL, Ops.RANGE, Ops.CAST) or uop.op in SIMPLE or uop.op in COMPLEX_CYCLES:
         size = 4 if uop.dtype in (dtypes.weakint, dtypes.bool) else max(2, uop.dtype.itemsize)
         return size * _elements(uop)
     return 0

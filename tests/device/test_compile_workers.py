@@ -73,16 +73,16 @@ def test_jobs_end_with_their_value_their_error_or_their_process(pool: CompileWor
     wait_until_gone(list(pids))
 
 
-def test_the_most_urgent_job_is_next_and_one_that_has_not_begun_can_be_withdrawn(tmp_path: Path) -> None:
+def test_the_most_urgent_job_is_next_then_the_costliest_and_one_that_waits_can_be_withdrawn(tmp_path: Path) -> None:
     pool, go = CompileWorkers(1, f"{__name__}:begin"), tmp_path / "go"
     try:
         begun = pool.submit(_wait_for_file, go)
         wait_for(begun.answer.running)
-        later = [pool.submit(_now, None, urgency) for urgency in (3, 1, 2)]
+        later = [pool.submit(_now, None, urgency, cost) for urgency, cost in ((2, 0), (1, 5), (1, 7))]
         withdrawn = pool.submit(_now, None)
         assert withdrawn.withdraw() and not begun.withdraw()
         go.touch()
-        third, first, second = [job.result() for job in later]
+        third, second, first = [job.result() for job in later]
         assert first < second < third
     finally:
         pool.terminate()

@@ -56,7 +56,7 @@ def test_a_kernel_that_fails_is_raised_to_who_waits_and_tried_again_when_asked_f
 class SlowPool:
     """Its jobs never end."""
 
-    def submit(self, function: Any, argument: Any, urgency: int = 0) -> Job:
+    def submit(self, function: Any, argument: Any, urgency: int = 0, cost: int = 0) -> Job:
         return Job(function, argument)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import os
 import runpy
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,12 @@ def test_they_do_not_begin_where_this_process_is_as_fast(begun: list[str], monke
     monkeypatch.setenv("NUM_CPU_THREADS", "1")
     begin_early(CONFIG, 30)
     assert begun == []
+
+
+def test_they_begin_before_the_large_imports() -> None:
+    program = "import sys, tinyvllm.execution.early_start; print({'numpy', 'tinygrad'} & sys.modules.keys())"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout == "set()\n"
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def load_before_any_trace(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(EarlyTraces, "advance", lambda self: None)
         runner = load_runner(files, replace(TINY, compile_cache=False))
     early = runner.captures._early
-    assert early is not None and len(early.traces) == 2 and len(early._parts) == 3
+    assert early is not None and len(early.traces) == 2 and len(early._parts) == 4
     pending = [*early._parts, *[trace._pending for trace in early.traces.values()]]
     wait_for(lambda: all(one.is_done for one in pending))
     return runner, early
@@ -133,7 +133,7 @@ def test_parts_that_the_load_overtakes_are_compiled(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(early.compiler, "begin_packed", begin_packed)
     runner.warm_up_first()
-    assert begun[:3] == [set(part.wait()) for part in parts], "before the whole steps, which are larger"
+    assert begun[:4] == [set(part.wait()) for part in parts], "before the whole steps, which are larger"
     late.withdraw.assert_called_once_with()
     assert not early._parts and runner.captures._early is None
 
@@ -167,7 +167,7 @@ def test_a_load_that_fails_takes_back_its_jobs(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(early_traces, "MANY_WORKERS", 1)
     with pytest.raises(EngineDeadError):
         load_runner(write_tiny_gguf(tmp_path / "tiny.gguf"), replace(TINY, compile_cache=False), fail)
-    assert len(jobs) == 5 and all(job.answer.cancelled() for job in jobs)
+    assert len(jobs) == 6 and all(job.answer.cancelled() for job in jobs)
 
 
 def _shape(files: ModelFiles) -> ModelConfig:
@@ -207,12 +207,13 @@ def test_an_early_trace_of_another_step_is_refused(
 @pytest.mark.parametrize(
     ("gigabytes", "hidden_size", "ffn_size", "num_heads", "num_jobs", "num_quantized"),
     [
-        pytest.param(32, 4096, 14336, 32, 5, 5, id="8B beside 32 GB"),
-        pytest.param(16, 4096, 14336, 32, 2, 5, id="8B beside 16 GB"),
+        pytest.param(32, 4096, 14336, 32, 6, 6, id="8B beside 32 GB"),
+        pytest.param(16, 4096, 14336, 32, 2, 6, id="8B beside 16 GB"),
         pytest.param(8, 4096, 14336, 32, 0, 2, id="8B beside 8 GB"),
         pytest.param(4, 4096, 14336, 32, 0, 0, id="8B beside 4 GB"),
-        pytest.param(32, 8192, 28672, 64, 2, 5, id="70B beside 32 GB"),
-        pytest.param(64, 8192, 28672, 64, 5, 5, id="70B beside 64 GB"),
+        pytest.param(32, 8192, 28672, 64, 2, 6, id="70B beside 32 GB"),
+        pytest.param(64, 8192, 28672, 64, 2, 6, id="70B beside 64 GB"),
+        pytest.param(80, 8192, 28672, 64, 6, 6, id="70B beside 80 GB"),
     ],
 )
 def test_early_traces_leave_half_of_the_host_memory_to_the_load(

@@ -128,16 +128,16 @@ class CompileWorkers:
         for _ in range(self.size):
             self.submit(_call, (function, argument), -1)
 
-    def submit(self, function: Callable[[Any], Any], argument: Any, urgency: int = 0) -> Job:
-        """Run `function(argument)` in one of the processes. Of the jobs that wait, the one of the lowest `urgency`, and
-        among those the oldest, is next."""
+    def submit(self, function: Callable[[Any], Any], argument: Any, urgency: int = 0, cost: int = 0) -> Job:
+        """Run `function(argument)` in one of the processes. Of the jobs that wait, the one of the lowest `urgency` is
+        next; among those the one of the highest `cost`, in any unit, and then the oldest."""
         job = Job(function, argument)
         with self._lock:
             if len(self._workers) < self.size:
                 with contextlib.suppress(RuntimeError):  # no more threads: those that run do the work
                     self._workers.append(_Worker(self._jobs, self._initialize, self._template))
             if self._workers:
-                self._jobs.put(job, urgency)
+                self._jobs.put(job, urgency, cost)
             else:
                 job.answer.set_exception(LostJobError("this process may not start another thread"))
         return job
@@ -166,7 +166,7 @@ class CompileWorkers:
                 self._template = _Template(self._initialize)
         for worker in workers:
             worker.end()
-            jobs.put(None, 0)
+            jobs.put(None)
         if template is not None:
             _join(workers, _COLLECT_S)
             template.end()
@@ -186,15 +186,15 @@ class _Jobs:
     """Jobs that wait. None ends the thread that gets it."""
 
     def __init__(self) -> None:
-        self._queue: queue.PriorityQueue[tuple[int, int, Job | None]] = queue.PriorityQueue()
+        self._queue: queue.PriorityQueue[tuple[int, int, int, Job | None]] = queue.PriorityQueue()
         self._numbers = itertools.count()
 
-    def put(self, job: Job | None, urgency: int) -> None:
-        self._queue.put((urgency, next(self._numbers), job))
+    def put(self, job: Job | None, urgency: int = 0, cost: int = 0) -> None:
+        self._queue.put((urgency, -cost, next(self._numbers), job))
 
     def get(self, *, block: bool = True) -> Job | None:
         """Raises queue.Empty."""
-        return self._queue.get(block)[2]
+        return self._queue.get(block)[-1]
 
 
 class _Worker:

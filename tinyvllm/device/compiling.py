@@ -131,7 +131,8 @@ class Compiler:
         for key, kernel in sorted(kernels.items(), key=lambda item: -len(item[1].sink)):
             if not self._is_known(key):
                 task = (kernel.sink, Device[kernel.device].renderer, settings())
-                pending = _begin_there(pool, _compile_packed, task, f"kernel {kernel.name}", urgency)
+                what, cost = f"kernel {kernel.name}", len(kernel.sink)
+                pending = _begin_there(pool, _compile_packed, task, what, urgency, cost)
                 self._begun[key] = _Begun(pending, kernel)
         return self._pending(kernels)
 
@@ -213,14 +214,19 @@ def settings() -> dict[str, Any]:
 
 
 def _begin_there(
-    pool: CompileWorkers | None, function: Callable[[Any], Any], argument: Any, what: str, urgency: int = 0
+    pool: CompileWorkers | None,
+    function: Callable[[Any], Any],
+    argument: Any,
+    what: str,
+    urgency: int = 0,
+    cost: int = 0,
 ) -> Pending | None:
     """None if no process takes it, for example for lack of memory."""
     if pool is None:
         return None
     try:
         reach("compile.begin")
-        return Pending(pool.submit(function, argument, urgency), what)
+        return Pending(pool.submit(function, argument, urgency, cost), what)
     except (OSError, MemoryError, RuntimeError) as error:
         logger.warning("%s is done here, because no process takes it: %s: %s", what, type(error).__name__, error)
         return None

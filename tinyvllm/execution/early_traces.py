@@ -120,9 +120,10 @@ def begin_early_traces(
 
     traces = {bucket: begin(_trace_early, bucket.name, bucket) for bucket in first}
     parts: list[Pending | None] = []
-    if num_workers() >= MANY_WORKERS and has_room(2 * len(first) + 1, each_bytes):
+    if num_workers() >= MANY_WORKERS and has_room(2 * len(first) + 2, each_bytes):
         parts = [begin(_kernels_of_layers, f"some layers of {bucket.name}", bucket) for bucket in first]
         parts.append(begin(_kernels_of_sampling, "sampling", first[0]))
+        parts.append(begin(_kernels_of_processed, "sampling from processed logits", first[0]))
     return EarlyTraces(
         {bucket: EarlyTrace(one, bucket.name) for bucket, one in traces.items() if one is not None},
         [one for one in parts if one is not None],
@@ -186,14 +187,19 @@ def _kernels_of_layers(task: Task) -> dict[Key, PackedKernel]:
         return _packed(trace_step(code.forward, shares_rows=True))
 
 
-def _kernels_of_sampling(task: Task) -> dict[Key, PackedKernel]:
+def _kernels_of_sampling(task: Task, *, are_processed: bool = False) -> dict[Key, PackedKernel]:
     """Those of sampling, which all steps share."""
     with _early_code(task) as code:
         context = code.context
         size = code.layout.num_seqs * context.model.logit_stride
         logits = meta.make_tensor(context.backend.device.name, size, dtypes.float)
-        steps = [trace_step(partial(code.sample, logits, state), shares_rows=True) for state in (None, context.state)]
-        return {key: kernel for step in steps for key, kernel in _packed(step).items()}
+        state = context.state if are_processed else None
+        return _packed(trace_step(partial(code.sample, logits, state), shares_rows=True))
+
+
+def _kernels_of_processed(task: Task) -> dict[Key, PackedKernel]:
+    """Those of sampling from processed logits."""
+    return _kernels_of_sampling(task, are_processed=True)
 
 
 def _packed(step: TracedStep) -> dict[Key, PackedKernel]:

@@ -1,4 +1,7 @@
-"""What the engine asks of a kind of device, with defaults that suit most GPUs."""
+"""What the engine asks of a kind of device, with defaults that suit most GPUs.
+
+The kinds import NumPy where they use it: the compiling processes begin before large imports, and ask the kind first.
+"""
 
 from __future__ import annotations
 

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from tinyvllm.config import Limits, usable_cores
 from tinyvllm.device.kinds.base import DeviceKind, ProgramLimits
 from tinyvllm.errors import DeviceError
 
 if TYPE_CHECKING:
+    import numpy as np
     from tinygrad.device import Buffer
 
     from tinyvllm.device.block_copies import BlockCopies, Plane
@@ -133,6 +132,8 @@ class _Staging:
         self._next = 0
 
     def copy_in(self, buffer: Buffer, data: np.ndarray) -> None:
+        import numpy as np
+
         source = data.reshape(-1).view(np.uint8)
         filling: deque[tuple[int, int, Future[None]]] = deque()  # (slot, place, when it is full), in order
         with ThreadPoolExecutor(min(NUM_SLOTS, usable_cores())) as threads:
@@ -190,6 +191,7 @@ class _Pinned:
     """Int32 words of pinned host memory, which a CUDA device accesses directly."""
 
     def __init__(self, device: str, words: int) -> None:
+        import numpy as np
         from tinygrad import dtypes
         from tinygrad.device import Buffer, BufferSpec
 

@@ -7,11 +7,10 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tinyvllm.device.kinds.base import DeviceKind, ProgramLimits
 
 if TYPE_CHECKING:
+    import numpy as np
     from tinygrad.device import Buffer
 
 

@@ -8,11 +8,10 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tinyvllm.device.kinds.base import DeviceKind
 
 if TYPE_CHECKING:
+    import numpy as np
     from tinygrad.device import Buffer
 
     from tinyvllm.device.mapping import RowWriter
@@ -40,6 +39,7 @@ class OpenCl(DeviceKind):
 
     def row_writer(self, buffer: Buffer, row_size: int) -> RowWriter:
         """By offset copies, since OpenCL has no addresses inside a buffer."""
+        import numpy as np
         from tinygrad import Device
         from tinygrad.runtime.ops_cl import check, cl, from_mv  # loads OpenCL
 

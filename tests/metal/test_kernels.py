@@ -88,6 +88,25 @@ def test_products_equal_the_reference(fmt: str, tokens: int, operation: str) -> 
     assert difference < TOLERANCE[DTYPE_OF.get(fmt, "float16")]
 
 
+@pytest.mark.parametrize(
+    ("fmt", "down_fmt", "tokens"),
+    swept(
+        [("Q4_K", "Q4_K", 3), ("affine4_g64-bfloat16", "Q6_K", 12), ("Q8_0", "bfloat16", 3), ("Q4_K", "Q4_K", 70)],
+        [("affine4_g64-bfloat16", "Q6_K", 12)],
+    ),
+)
+def test_hidden_values_of_a_bfloat16_model_may_exceed_float16(fmt: str, down_fmt: str, tokens: int) -> None:
+    """Products with quantized weights compute in float16 there, as exactly as in a float16 model."""
+    from tests.ops.builders import largest_difference
+    from tests.ops.gpu.products import wide_feed_forward
+    from tinyvllm.ops.gpu.fused import FusedGpuBackend
+
+    backend, _ = backends("bfloat16")
+    assert isinstance(backend, FusedGpuBackend)
+    difference = largest_difference(*wide_feed_forward(backend, fmt, down_fmt, tokens, 512))
+    assert difference < TOLERANCE["bfloat16" if down_fmt == "bfloat16" else "float16"]
+
+
 @pytest.mark.parametrize("tokens", swept((5, 16), [5]))
 def test_rows_are_put_in_order_and_back(tokens: int) -> None:
     """By the norm that writes them, and by kernels of their own: for products on other GPUs, which share both."""

@@ -12,9 +12,11 @@ from tinygrad import Tensor, dtypes
 
 from tests.ops.builders import make_epilogue, make_host, normal, run_product
 from tests.ops.formats.drawn import BY_NAME
+from tinyvllm.arrays import to_float32
 from tinyvllm.device.cuda_graph import ChainReplay
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import record
+from tinyvllm.ops.activation import gated_exact
 from tinyvllm.ops.backend import Backend, Epilogue, Norm
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, NUM_MAPS, StreamSpec
@@ -68,6 +70,29 @@ def multiply(backend: Backend, fmt: str, tokens: int, operation: str, rows: int,
     norm = Norm(backend.device.upload(normal(rows, seed=8)), 1e-5)
     out = run_product(backend, added, second, tokens, norm if has_norm else None)
     return np.concatenate([read(backend, tensor, tokens) for tensor in (out, added)], axis=1)
+
+
+def wide_feed_forward(
+    backend: FusedGpuBackend, fmt: str, down_fmt: str, tokens: int, cols: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(the results (tokens, cols) of a feed-forward of which some hidden values exceed float16's range, the same in
+    float64)."""
+    hosts, down = [make_host(fmt, cols, cols, seed=i) for i in range(2)], make_host(down_fmt, cols, cols, seed=6)
+    x, weight, last = normal(tokens, cols, seed=3), 300 * (1 + 0.3 * normal(cols, seed=4)), normal(cols, seed=5)
+    norms = [Norm(backend.device.upload(values), 1e-5) for values in (weight, last)]
+    rows, gate = upload(backend, x), Epilogue(activation="silu")
+    (hidden,) = backend.linear("gate_up", rows, [backend.gate_up(*hosts)], tokens, norms[0], gate)
+    epilogue = Epilogue(residual=rows, post_norm=norms[1])
+    (out,) = backend.linear("down", hidden, [backend.matrix(down)], tokens, None, epilogue)
+
+    def scale(values: np.ndarray) -> np.ndarray:
+        return np.sqrt((values.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5)
+
+    normed = x / scale(x) * weight
+    want = gated_exact("silu", *[normed @ to_float32(host).astype(np.float64).T for host in hosts])
+    assert np.abs(want).max() > 65504
+    want = want @ to_float32(down).astype(np.float64).T
+    return read(backend, out, tokens), want / scale(want) * last + x
 
 
 def chained_products(

@@ -54,6 +54,7 @@ from tests.ops.gpu.products import (
     multiply,
     read,
     upload,
+    wide_feed_forward,
 )
 from tests.ops.rendering import (
     KINDS,
@@ -75,7 +76,6 @@ from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import AWAIT_PREVIOUS, record, trace_step
 from tinyvllm.device.replay import make_replay
 from tinyvllm.model.weights.quant import QUANTIZED_KINDS
-from tinyvllm.ops.activation import gated_exact
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue, Norm, Step, pool_groups
 from tinyvllm.ops.formats.matrix import Matrix
 from tinyvllm.ops.gpu.attention_decode import existing_tile
@@ -541,26 +541,10 @@ def test_hidden_values_of_a_bfloat16_model_may_exceed_float16(
     device: DeviceHandle, lanes: Lanes, fmt: str, down_fmt: str, tokens: int
 ) -> None:
     """Products with quantized weights compute in float16 there, as exactly as in a float16 model."""
-    cols = 4096
-    backend, hosts = FusedGpuBackend(device, "bfloat16", lanes), [make_host(fmt, cols, cols, seed=i) for i in range(2)]
-    x, weight, last = normal(tokens, cols, seed=3), 300 * (1 + 0.3 * normal(cols, seed=4)), normal(cols, seed=5)
-    down = make_host(down_fmt, cols, cols, seed=6)
-    norms = [Norm(device.upload(values), 1e-5) for values in (weight, last)]
-    (hidden,) = backend.linear(
-        "gate_up", upload(backend, x), [backend.gate_up(*hosts)], tokens, norms[0], Epilogue(activation="silu")
-    )
-    (out,) = backend.linear(
-        "down", hidden, [backend.matrix(down)], tokens, None, Epilogue(residual=upload(backend, x), post_norm=norms[1])
-    )
-    normed = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5) * weight
-    want = gated_exact("silu", *[normed @ to_float32(host).astype(np.float64).T for host in hosts])
-    is_packed = down_fmt != "bfloat16"
-    assert np.abs(want).max() > 65504
-    want = want @ to_float32(down).astype(np.float64).T
-    want = want / np.sqrt((want**2).mean(1, keepdims=True) + 1e-5) * last + x
-    difference = largest_difference(read(backend, out, tokens), want)
+    backend = FusedGpuBackend(device, "bfloat16", lanes)
+    difference = largest_difference(*wide_feed_forward(backend, fmt, down_fmt, tokens, 4096))
     print(f"{fmt} {down_fmt} {tokens}: {difference:.1e}")
-    assert difference < TOLERANCE["float16" if is_packed else "bfloat16"]
+    assert difference < TOLERANCE["bfloat16" if down_fmt == "bfloat16" else "float16"]
     assert not backend.coverage.lines()
 
 

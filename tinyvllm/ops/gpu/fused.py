@@ -411,7 +411,7 @@ class FusedGpuBackend(GpuBackend):
         float16 if a product in float16 reads it (it is a mean of values, which the pool holds in float16)."""
         dtype, has_bits, reader = self.float, False, layer.reader
         if reader is not None and num_tokens > 1 and self._half_unit() is not None:
-            has_bits = not reader.format.is_quantized and self._takes_words([reader], num_tokens)
+            has_bits = not reader.format.is_quantized and self._takes_bits(reader, num_tokens)
             dtype = dtypes.half if has_bits or reader.format.is_quantized else dtype
         return empty(num_tokens * num_cols, dtype, self.device.name), has_bits
 
@@ -555,7 +555,7 @@ class FusedGpuBackend(GpuBackend):
         """The matrix unit in which products of several rows with quantized weights compute in a bfloat16 model, if it
         is another one: float16's, because quantized weights become float16 in half the instructions."""
         half = self._mma(dtypes.half)
-        return half if self.dtype == "bfloat16" and half is not None and half.kind == "CUDA" else None
+        return half if self.dtype == "bfloat16" else None
 
     def _unit(self, matrices: Sequence[Matrix]) -> Mma | None:
         """The matrix unit of products of several rows with these, if x is in float16's range."""
@@ -737,7 +737,7 @@ class FusedGpuBackend(GpuBackend):
         if not isinstance(x, Halves) or x.is_written:
             return None
         if x.has_bits:
-            return x if mma == self.mma and self._takes_words([matrix], num_tokens) else None
+            return x if mma == self.mma and self._takes_bits(matrix, num_tokens) else None
         return x if mma.dtype == dtypes.half else None
 
     def _passed_on(self, activation: str | None, matrix: Matrix, num_tokens: int, mma: Mma) -> _Passed:
@@ -749,7 +749,7 @@ class FusedGpuBackend(GpuBackend):
             factor = HALF_FACTORS.get(activation, HALF_FACTOR)
             return _Passed(scaled(activation, round(math.log2(factor))), dtypes.half, factor)
         back = replace(matrix, num_rows=matrix.num_cols, num_cols=matrix.num_rows // 2)
-        if self._half_unit() is not None and self._takes_words([back], num_tokens):
+        if self._takes_bits(back, num_tokens):
             return _Passed(rounded(activation), dtypes.half, has_bits=True)
         return _Passed(activation, self.float)
 
@@ -825,6 +825,10 @@ class FusedGpuBackend(GpuBackend):
             return False
         specs = [self._matrix_spec("", self.mma, matrix, num_tokens, None, dtypes.half) for matrix in matrices]
         return all(isinstance(spec, StreamSpec) or (isinstance(spec, GemmSpec) and spec.uses_wgmma) for spec in specs)
+
+    def _takes_bits(self, matrix: Matrix, num_tokens: int) -> bool:
+        """The same of what attention or a gate writes: METAL's write numbers."""
+        return self.lanes.kind == "CUDA" and self._takes_words([matrix], num_tokens)
 
     def _pending_sum(self, partials: Tensor, num_partials: int, num_tokens: int, epilogue: Epilogue) -> Summed:
         """The lazy sum of partial products: in float32 if it is qkv or logits, which nothing is added to, otherwise in

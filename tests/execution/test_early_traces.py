@@ -16,12 +16,14 @@ import pytest
 
 from tests.builders import write_tiny_gguf, write_tiny_hf_llama
 from tests.execution.driver import TINY, generate, make_request
+from tests.ops.builders import make_host
 from tests.ops.rendering import rendered
 from tests.patience import wait_for
 from tests.sweeps import swept
 from tinyvllm.config import CACHE_DIR_VARIABLE, Limits, ModelConfig, ModelFiles
 from tinyvllm.device.compile_workers import Job
 from tinyvllm.device.compiling import Pending
+from tinyvllm.device.handle import upload
 from tinyvllm.errors import EngineDeadError
 from tinyvllm.execution import early_traces, pending_steps, tracing
 from tinyvllm.execution.buckets import first_buckets, make_buckets
@@ -30,6 +32,7 @@ from tinyvllm.execution.runner import ModelRunner, load_random_runner, load_runn
 from tinyvllm.execution.setting import Setting
 from tinyvllm.model.weights.quant import decompose
 from tinyvllm.ops.backend import Backend
+from tinyvllm.ops.formats.matrix import pack
 from tinyvllm.storage.gguf_types import BLOCK_SIZES
 from tinyvllm.storage.model_config import read_model_config
 
@@ -260,6 +263,14 @@ def test_every_loader_of_a_backend_packs_equal_matrices_once() -> None:
         if any("HostMatrix" in str(one.annotation) for one in inspect.signature(method).parameters.values())
     }
     assert loaders == set(early_traces._LOADING)
+
+
+def test_alike_matrices_have_maps_of_their_own() -> None:
+    matrix = replace(pack(make_host("Q4_0", 64, 64), "row", None, "CPU"), maps=upload(np.zeros(64, np.uint32), "CPU"))
+    like = early_traces._like(matrix)
+    assert matrix.maps is not None and like.maps is not None
+    assert like.maps.uop.base.buffer is not matrix.maps.uop.base.buffer and like.maps.shape == matrix.maps.shape
+    assert early_traces._like(replace(matrix, maps=None)).maps is None
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])

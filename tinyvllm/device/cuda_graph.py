@@ -15,10 +15,9 @@ from typing import Any
 from tinygrad import Device
 from tinygrad.engine.realize import get_runtime
 from tinygrad.runtime.autogen import cuda
-from tinygrad.runtime.ops_cuda import check
+from tinygrad.runtime.ops_cuda import check, encode_args
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.device.cuda_programs import encode_arguments
 from tinyvllm.device.recording import AWAIT_PREVIOUS, Call, RecordedStep
 
 MARK = AWAIT_PREVIOUS.encode()
@@ -60,7 +59,7 @@ class ChainReplay:
     def _launch(self, device: str, call: Call, stream: Any, *, is_early: bool) -> None:
         info, runtime = call.target.arg, get_runtime(device, call.target)
         buffers = [call.buffers[i].ensure_allocated()._buf for i in info.globals]
-        arguments, extra = encode_arguments(buffers, [], runtime.signature)
+        arguments, extra = encode_args(buffers, [], runtime.signature)
         attribute = cuda.CUlaunchAttribute(id=cuda.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
         attribute.value.programmaticStreamSerializationAllowed = 1
         attributes = (cuda.CUlaunchAttribute * 1)(attribute)

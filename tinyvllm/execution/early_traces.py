@@ -264,6 +264,8 @@ def _key_of(argument: Any) -> Any:
 
 def _like(matrix: Matrix) -> Matrix:
     planes = tuple(meta.make_tensor(str(one.device), one.numel(), one.dtype) for one in matrix.own_planes)
-    shared = matrix.planes[len(planes) :]
+    shared, maps = matrix.planes[len(planes) :], matrix.maps
+    if maps is not None:
+        maps = meta.make_tensor(str(maps.device), maps.numel(), maps.dtype)
     shards = tuple(map(_like, matrix.row_shards))
-    return replace(matrix, planes=(*planes, *shared), row_shards=shards)
+    return replace(matrix, planes=(*planes, *shared), maps=maps, row_shards=shards)

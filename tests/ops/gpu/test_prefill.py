@@ -50,7 +50,6 @@ from tests.sweeps import swept
 from tinyvllm.arrays import Format
 from tinyvllm.config import LayerKind, Rope
 from tinyvllm.device.handle import FLOATS, DeviceHandle
-from tinyvllm.device.tensor_map import Box
 from tinyvllm.ops.backend import PLAIN, Backend, Epilogue
 from tinyvllm.ops.gpu import attention_prefill as gpu_prefill
 from tinyvllm.ops.gpu.attention_prefill_hopper import swizzled_place
@@ -76,6 +75,7 @@ from tinyvllm.ops.kernel.hopper import (
     MULTIPROCESSORS,
     WGMMA_COLS,
     WGMMA_TOKENS,
+    Box,
     declared_bytes,
 )
 from tinyvllm.ops.kernel.lanes import Lanes, Mma

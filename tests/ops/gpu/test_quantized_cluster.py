@@ -19,7 +19,6 @@ from tests.ops.rendering import check_limits, make_renderer, rendered, unwritten
 from tests.sweeps import swept
 from tinyvllm.arrays import to_float32
 from tinyvllm.device.handle import open_device
-from tinyvllm.device.tensor_map import Box
 from tinyvllm.ops.formats.matrix import Matrix, pack
 from tinyvllm.ops.gpu import quantized_cluster
 from tinyvllm.ops.gpu.plane_ring import CHUNK_COLS, LEAST_BYTES, TILE_ROWS
@@ -30,12 +29,15 @@ from tinyvllm.ops.gpu.quantized_cluster import (
     MAX_TOKENS,
     ClusteredMatrixSpec,
     clustered_matrix_kernel,
+    make_maps,
     sum_place,
     takes_clusters,
 )
-from tinyvllm.ops.kernel.body import F16, F32, empty, run_kernel
+from tinyvllm.ops.kernel.body import F16, F32, U32, empty, run_kernel
 from tinyvllm.ops.kernel.hopper import (
     HOPPER_SHARED_BYTES,
+    MAP_WORDS,
+    Box,
     HopperRenderer,
     declared_bytes,
 )
@@ -113,7 +115,7 @@ def test_threadgroups_share_a_tiles_sums(cluster: int) -> None:
 
 
 def render(spec: ClusteredMatrixSpec) -> UOp:
-    sizes = [(spec.num_tokens * spec.out_rows, F16 if spec.activation else F32)]
+    sizes = [(spec.num_tokens * spec.out_rows, F16 if spec.activation else F32), (len(spec.planes) * MAP_WORDS, U32)]
     sizes += [(int(spec.num_rows * spec.num_cols * size) // dtype.itemsize, dtype) for dtype, size in spec.planes]
     sizes.append((spec.num_tokens * spec.num_cols, F16))
     buffers = [UOp.placeholder((size,), dtype, slot) for slot, (size, dtype) in enumerate(sizes)]
@@ -158,6 +160,19 @@ def test_a_copy_takes_as_many_rows_of_each_half(rows: int) -> None:
     assert {*clustered("Q4_K", MAX_TOKENS, rows, 5120).map_boxes} == {0, 2, 4}  # 40 bytes of scales
 
 
+def test_a_matrix_has_maps_if_clusters_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = rendered("CUDA", is_chained=True)
+    matrix = pack(make_host("Q4_0", 64, 16 * CHUNK_COLS), "row", None, "CPU")
+    backend.has_wgmma = True
+    assert backend.with_maps(matrix).maps is None  # too small
+    for name in ("FEWEST_CODES", "LEAST_SIDE"):
+        monkeypatch.setattr(quantized_cluster, name, 0)
+    maps = backend.with_maps(matrix).maps
+    assert maps is not None and maps.shape == (2 * MAP_WORDS,)
+    backend.has_wgmma = False
+    assert backend.with_maps(matrix).maps is None
+
+
 def test_products_that_clusters_cover_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = rendered("CUDA", is_chained=True)
     backend.has_wgmma = True
@@ -167,8 +182,9 @@ def test_products_that_clusters_cover_take_them(monkeypatch: pytest.MonkeyPatch)
         scale = rows * cols // (small.num_rows * small.num_cols)
         planes = [unwritten(backend, plane.numel() * scale, plane.dtype) for plane in small.planes]
         large = replace(small, num_rows=rows, num_cols=cols, used_rows=rows, planes=tuple(planes))
+        matrix = backend.with_maps(large)
         tokens = (2, MAX_TOKENS, MAX_TOKENS + 1)
-        return [type(backend._matrix_spec("x", Mma("CUDA", F16), large, t, None, F16)).__name__ for t in tokens]
+        return [type(backend._matrix_spec("x", Mma("CUDA", F16), matrix, t, None, F16)).__name__ for t in tokens]
 
     assert kinds("Q4_0", 64, 16 * CHUNK_COLS) == ["MatrixSpec"] * 3  # too small
     for name, value in (("FEWEST_CODES", 0), ("FEWEST_FLOATS", 0), ("LEAST_SIDE", 0)):
@@ -237,5 +253,5 @@ def product(spec: ClusteredMatrixSpec, matrix: Matrix, x: np.ndarray) -> np.ndar
     device = open_device()
     out = empty(spec.num_tokens * spec.out_rows, F16 if spec.activation else F32, device.name)
     operands: list[Tensor] = [*matrix.planes, device.upload(x).reshape(-1)]
-    result, *_ = run_kernel(clustered_matrix_kernel(spec), [out], operands)
+    result, *_ = run_kernel(clustered_matrix_kernel(spec), [out], [make_maps(spec, matrix), *operands])
     return result.float().numpy().reshape(spec.num_tokens, -1)

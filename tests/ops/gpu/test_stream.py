@@ -19,11 +19,10 @@ from tests.ops.gpu.products import TOLERANCE, chained_products, multiply
 from tests.ops.rendering import make_renderer
 from tinyvllm.device.handle import DeviceHandle
 from tinyvllm.device.recording import AWAIT_PREVIOUS
-from tinyvllm.device.tensor_map import Box
 from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.gpu.stream_hopper import MAP_SIZE, NUM_MAPS, StreamSpec, row_of, stream_kernel
 from tinyvllm.ops.kernel.body import F16, F32
-from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, WGMMA_COLS, declared_bytes
+from tinyvllm.ops.kernel.hopper import HOPPER_SHARED_BYTES, MULTIPROCESSORS, WGMMA_COLS, Box, declared_bytes
 from tinyvllm.ops.kernel.lanes import Lanes, Mma
 from tinyvllm.ops.kernel.tuning import candidates
 from tinyvllm.ops.reference import ReferenceBackend

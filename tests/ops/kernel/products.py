@@ -73,7 +73,9 @@ class Bench:
         own = [_plane_maker(plane, rows // BLOCK_ROWS, is_dry=is_dry) for plane in block.own_planes]
         shared = block.planes[len(own) :]
         self.matrices = [
-            replace(block, num_rows=rows, used_rows=rows, planes=(*[make() for make in own], *shared))
+            backend.with_maps(
+                replace(block, num_rows=rows, used_rows=rows, planes=(*[make() for make in own], *shared))
+            )
             for _ in range(copies)
         ]
         self.x = empty(tokens * cols, dtypes.half)

@@ -6,9 +6,8 @@ import pytest
 from tinygrad.runtime.support.compiler_cuda import NVRTCCompiler
 
 from tinyvllm.device.recording import AWAIT_PREVIOUS
-from tinyvllm.device.tensor_map import Box, MapOfArgument
 from tinyvllm.errors import InvariantError
-from tinyvllm.ops.kernel.hopper import MAP, MachineCodeCompiler, declared_bytes, in_one_memory, with_maps
+from tinyvllm.ops.kernel.hopper import MachineCodeCompiler, declared_bytes, in_one_memory
 
 CODE = b"\x7fELF code"
 
@@ -53,20 +52,3 @@ def test_kernels_of_others_may_have_arrays_of_any_type() -> None:
     assert in_one_memory(array) == array
     with pytest.raises(InvariantError, match="array of long"):
         in_one_memory(array + OWN)
-
-
-def test_a_kernel_has_its_maps_as_parameters(compiler: MachineCodeCompiler) -> None:
-    boxes = [Box((64, 8), (128,), (64, 8)), Box((64, 4, 2), (128, 512), (8, 4, 2), is_swizzled=False)]
-    said = [MAP.format(MapOfArgument(i, 0, box)).format(f"(data{5 - i}_512+0)") for i, box in enumerate(boxes)]
-    source = with_maps(
-        f'extern "C" __global__ void f(half* a) {{ {" ".join(said[::-1])} }}', "f", ["a", "data4_512", "data5_512"]
-    )
-    assert (
-        "f(half* a, const __grid_constant__ TensorMap tensor_map_0, const __grid_constant__ TensorMap tensor_map_1)"
-        in source
-    )
-    assert MapOfArgument.all_of(compiler.compile(source)) == [
-        MapOfArgument(0, 2, boxes[0]),
-        MapOfArgument(1, 1, boxes[1]),
-    ]
-    assert with_maps("void f(half* a) {}", "f", ["a"]) == "void f(half* a) {}"

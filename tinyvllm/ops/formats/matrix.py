@@ -98,6 +98,7 @@ class Matrix:
     layout: str  # "panel", "dot" or "row"
     planes: tuple[Tensor, ...]
     row_shards: tuple[Matrix, ...] = ()  # each core's rows, if several cores hold them; `planes` is empty then
+    maps: Tensor | None = None  # the planes' tensor maps, for kernels of Hopper that copy by them
     num_experts: int = 0  # each with the same number of rows, one after the other; 0: no axis of experts
 
     @property

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 from tinygrad import UOp
 
-from tinyvllm.device.tensor_map import Box
 from tinyvllm.ops.attention_spec import VALUES
 from tinyvllm.ops.gpu.attention_fused import FusedAttentionSpec
 from tinyvllm.ops.kernel.body import F16, balanced, clamp
-from tinyvllm.ops.kernel.hopper import GROUP_WARPS, HOPPER_SHARED_BYTES, MAP_WORDS, MULTIPROCESSORS, WGMMA_COLS
+from tinyvllm.ops.kernel.hopper import GROUP_WARPS, HOPPER_SHARED_BYTES, MAP_WORDS, MULTIPROCESSORS, WGMMA_COLS, Box
 from tinyvllm.ops.kernel.lanes import LANES, dot, load_cuda_floats, load_floats
 from tinyvllm.ops.kernel.tiles import PIECE, TILE_COLS, TileMma
 from tinyvllm.ops.kernel.tuning import Tunable

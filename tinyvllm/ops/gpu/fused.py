@@ -46,7 +46,8 @@ from tinyvllm.ops.gpu.latent_fused import FusedLatentSpec, combine_latents_kerne
 from tinyvllm.ops.gpu.matrix import MatrixSpec, fits_matrix_unit, matrix_kernel
 from tinyvllm.ops.gpu.plane_ring import is_worth_streaming, is_worth_streaming_row
 from tinyvllm.ops.gpu.product import plane_sizes
-from tinyvllm.ops.gpu.quantized_cluster import ClusteredMatrixSpec, clustered_matrix_kernel, takes_clusters
+from tinyvllm.ops.gpu.quantized_cluster import MAX_TOKENS as CLUSTER_TOKENS
+from tinyvllm.ops.gpu.quantized_cluster import ClusteredMatrixSpec, clustered_matrix_kernel, make_maps, takes_clusters
 from tinyvllm.ops.gpu.quantized_stream import StreamedVectorSpec, streamed_vector_kernel
 from tinyvllm.ops.gpu.quantized_stream_floats import StreamedFloatSpec, streamed_float_kernel
 from tinyvllm.ops.gpu.quantized_stream_rows import MAX_TOKENS as STREAMED_TOKENS
@@ -220,7 +221,15 @@ class FusedGpuBackend(GpuBackend):
         takes_runs = mma is not None and mma.dtype == dtypes.half and reads_runs(matrix.format)
         is_streamed = self.has_wgmma and (takes_runs or reads_codes(matrix.format))
         self.has_quantized |= matrix.format.is_quantized and not is_streamed
-        return matrix
+        return self.with_maps(matrix)
+
+    def with_maps(self, matrix: Matrix) -> Matrix:
+        """The matrix with the tensor maps of its planes, if a kernel reads them by such."""
+        mma = self._unit([matrix])
+        if not self.has_wgmma or mma is None or not takes_clusters(matrix.format):
+            return matrix
+        spec = ClusteredMatrixSpec.of("", self.lanes, mma, matrix, CLUSTER_TOKENS)
+        return replace(matrix, maps=make_maps(spec, matrix)) if spec.is_wanted and spec.is_possible() else matrix
 
     def kv_dtype(self, wanted: str, stored: str) -> str:
         """float16 unless another dtype is requested, or float32 if the activations are. Not bfloat16, which cannot be
@@ -795,7 +804,8 @@ class FusedGpuBackend(GpuBackend):
         if isinstance(spec, StreamedMatrixSpec):
             return run_kernel(streamed_matrix_kernel(spec), [out], [*matrix.planes, x])[0]
         if isinstance(spec, ClusteredMatrixSpec):
-            return run_kernel(clustered_matrix_kernel(spec), [out], [*matrix.planes, x])[0]
+            assert matrix.maps is not None
+            return run_kernel(clustered_matrix_kernel(spec), [out], [matrix.maps, *matrix.planes, x])[0]
         self.maps.append(self.maps.pop(0))
         rest = [] if residual is None else [residual]
         spec = replace(spec, adds_residual=residual is not None)
@@ -858,7 +868,7 @@ class FusedGpuBackend(GpuBackend):
             return None
         shared = (name, self._lanes(num_tokens), mma, matrix, num_tokens, activation)
         clustered, streamed = ClusteredMatrixSpec.of(*shared), StreamedMatrixSpec.of(*shared)
-        if takes_clusters(matrix.format) and clustered.is_wanted and clustered.is_possible():
+        if matrix.maps is not None and clustered.is_wanted and clustered.is_possible():
             return choose(clustered)
         is_worth = is_worth_streaming(matrix.format, matrix.num_rows, matrix.num_cols)
         return choose(streamed) if is_worth and streamed.is_possible() else None

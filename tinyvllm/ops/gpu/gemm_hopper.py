@@ -18,7 +18,6 @@ from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
-from tinyvllm.device.tensor_map import Box
 from tinyvllm.ops.activation import Arithmetic, gated
 from tinyvllm.ops.formats.matrix import PANEL
 from tinyvllm.ops.gpu.product import GatedRows
@@ -44,6 +43,7 @@ from tinyvllm.ops.kernel.hopper import (
     MULTIPROCESSORS,
     WGMMA_COLS,
     WGMMA_TOKENS,
+    Box,
     acquire_map,
     arrive,
     declare,

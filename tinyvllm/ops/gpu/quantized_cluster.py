@@ -23,14 +23,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-from tinygrad import UOp
+import numpy as np
+from tinygrad import Tensor, UOp
 from tinygrad.dtype import DType
 from tinygrad.uop.ops import Ops
 
 from tinyvllm.arrays import Format
-from tinyvllm.device.tensor_map import Box
+from tinyvllm.device.handle import upload
 from tinyvllm.ops.activation import gated
-from tinyvllm.ops.formats.matrix import PANEL, Planes, high_bits
+from tinyvllm.ops.formats.matrix import PANEL, Matrix, Planes, high_bits
 from tinyvllm.ops.formats.pairs import code_order
 from tinyvllm.ops.formats.runs import groups_in_run, packed_bits
 from tinyvllm.ops.gpu.chunk_scales import ChunkScales, Scaled
@@ -49,18 +50,21 @@ from tinyvllm.ops.kernel.body import F16, F32, U32, Body, KernelFn, balanced, ca
 from tinyvllm.ops.kernel.hopper import (
     HINT,
     HOPPER_SHARED_BYTES,
+    MAP_WORDS,
     ONCE,
     POLICY,
     WAIT,
+    Box,
+    acquire_map,
     declare,
     hidden,
     make_clusters,
-    map_of,
     share_multiprocessor,
     statement,
     wait,
 )
 from tinyvllm.ops.kernel.lanes import LANES, await_previous, multiply_tf32, warps, zeros
+from tinyvllm.ops.kernel.tensor_map import encode_map
 
 # of products that are worth it: rows, codes of a matrix, columns that K quants and e4m3 have a multiple of
 MIN_TOKENS, FEWEST_CODES, FEWEST_FLOATS, EVEN_COLS = 2, 24 << 20, 16 << 20, 2048
@@ -98,11 +102,11 @@ BARRIERS = """if (threadIdx.x == 0 && threadIdx.y == {warp}) {{{{
 if (threadIdx.y == 0 && threadIdx.x < {stages}) ((int*)(shared_memory + {counts}))[threadIdx.x] = 0;"""
 MEET_CLUSTER = 'asm volatile("barrier.cluster.arrive.release;" ::: "memory");'
 AWAIT_CLUSTER = 'asm volatile("barrier.cluster.wait.acquire;" ::: "memory");'
-# {0}: the team's first tile; {1}: its steps; {2}: the team; {3}: the rank in the cluster; then planes, and their maps
+# {0}: maps; {1}: the team's first tile; {2}: its steps; {3}: the team; {4}: the rank in the cluster; then the planes
 FETCH = """auto fetch = [&](int turn) {{{{
-  if (turn < (int)({{1}})) {{{{
-    int slot = (int)({{2}}) * {stages} + turn % {stages}, row = ((int)({{0}}) + turn * {stride}) * {out_tile};
-    int rank = (int)({{3}});
+  if (turn < (int)({{2}})) {{{{
+    int slot = (int)({{3}}) * {stages} + turn % {stages}, row = ((int)({{1}}) + turn * {stride}) * {out_tile};
+    int rank = (int)({{4}});
     unsigned full = shared + {full} + slot * 8, to = shared + slot * {stage_bytes};
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], {bytes};" :: "r"(full) : "memory");
 {copies}
@@ -111,7 +115,7 @@ FETCH = """auto fetch = [&](int turn) {{{{
 COPY = (
     f'    asm volatile("{{{{{{{{ {ONCE}cp.async.bulk.tensor.{{dims}}d.shared::cluster.global.mbarrier::complete_tx::'
     f'bytes{HINT} [%0], [%1, {{{{{{{{{{coordinates}}}}}}}}}}], [%2]{POLICY}; }}}}}}}}" :: '
-    '"r"(to + {place}), "l"({map}), "r"(full), '
+    '"r"(to + {place}), "l"((const char*)({{0}}) + {map}), "r"(full), '
     '{operands} : "memory");'
 )
 COPY_ROWS = (
@@ -367,6 +371,14 @@ class ClusteredMatrixSpec(PackedProductSpec):
         )
 
 
+def make_maps(spec: ClusteredMatrixSpec, matrix: Matrix) -> Tensor:
+    """The tensor maps of a matrix's planes, one after the other; of those that are copied without, zeros."""
+    words = np.zeros((len(matrix.planes), MAP_WORDS), np.uint32)
+    for i, box in spec.map_boxes.items():
+        words[i] = encode_map(matrix.planes[i].uop.base.buffer, box)
+    return upload(words.reshape(-1), str(matrix.planes[0].device))
+
+
 def takes_clusters(fmt: Format) -> bool:
     """Whether codes are of 4 bits that stand for integers, in groups of whole runs, or e4m3."""
     if fmt.grid is not None or not fmt.is_quantized or groups_in_run(fmt) > 1 or high_bits(fmt):
@@ -390,11 +402,11 @@ def sum_place(cluster: int, rank: Number, place: Number) -> tuple[Number, Number
 
 @cached_kernel
 def clustered_matrix_kernel(spec: ClusteredMatrixSpec) -> KernelFn:
-    """fn(out, *planes, x): see ClusteredMatrixSpec."""
+    """fn(out, maps, *planes, x): see ClusteredMatrixSpec. maps: of the planes, as `map_boxes` describes them."""
 
-    def kernel(out: UOp, *operands: UOp) -> UOp:
+    def kernel(out: UOp, maps: UOp, *operands: UOp) -> UOp:
         *planes, x = operands
-        rows = _ClusteredRows(spec, out, planes)
+        rows = _ClusteredRows(spec, out, maps, planes)
         (x,) = await_previous(spec.lanes, x, ahead=[rows.begun])
         end = rows.multiply(rows.keep(x))
         size = spec.num_rows * spec.num_cols
@@ -420,7 +432,7 @@ class _HeldX:
 class _ClusteredRows:
     """A threadgroup's share of the product."""
 
-    def __init__(self, spec: ClusteredMatrixSpec, out: UOp, planes: Sequence[UOp]) -> None:
+    def __init__(self, spec: ClusteredMatrixSpec, out: UOp, maps: UOp, planes: Sequence[UOp]) -> None:
         self.spec, self.out, self.body = spec, out, Body()
         self.group, self.lane = self.body.grid(spec.clusters * spec.cluster), self.body.threads(LANES)
         warp = warps(self.body, spec.warps)
@@ -431,7 +443,8 @@ class _ClusteredRows:
         self.first = self.team * spec.clusters + self.group // spec.cluster  # the team's first tile
         self.steps = (spec.num_tiles - 1 - self.first) // self.stride + 1
         memory = make_clusters(spec.cluster, declare(spec.dynamic_bytes), share_multiprocessor(1))
-        maps = [map_of(at, planes[i][0], box) for at, (i, box) in enumerate(spec.map_boxes.items())]
+        # one thread for the threadgroup: each of 16 that acquired them would take as long as writing them
+        maps_read = [acquire_map(maps[i * MAP_WORDS], memory, warp=0) for i in spec.map_boxes]
         count = spec.teams * (spec.stages + SLOT_TILES) + 1
         barriers = BARRIERS.format(
             warp=spec.warps - 1,
@@ -443,7 +456,7 @@ class _ClusteredRows:
             stages=spec.teams * spec.stages,
             counts=spec.counts_at,
         )
-        made = statement(MEET_ALL, statement(barriers, memory))
+        made = statement(MEET_ALL, *maps_read, statement(barriers, memory))
         text = FETCH.format(
             stages=spec.stages,
             stride=self.stride,
@@ -454,7 +467,7 @@ class _ClusteredRows:
             copies="\n".join(self._copy(i, box) for i, box in enumerate(spec.boxes)),
         )
         numbers = [number(value) for value in (self.first, self.steps, self.team, self.rank)]
-        operands = [*numbers, *[plane[0] for plane in planes], *maps]
+        operands = [maps[0], *numbers, *[plane[0] for plane in planes]]
         fetch = statement(text, *operands, statement(MEET_CLUSTER, made))
         self.begun = statement(BEGIN.format(warps=spec.team_warps, first=0, end=spec.early), fetch)
 
@@ -464,7 +477,7 @@ class _ClusteredRows:
             size, half = HALF_ROWS * box.row_bytes, spec.num_rows // 2
             return "\n".join(
                 COPY_ROWS.format(
-                    place=box.place + i * size, plane=4 + index, first=i * half, size=size, row=box.row_bytes
+                    place=box.place + i * size, plane=5 + index, first=i * half, size=size, row=box.row_bytes
                 )
                 for i in range(2)
             )
@@ -476,7 +489,7 @@ class _ClusteredRows:
             coordinates=", ".join(f"%{3 + i}" for i in range(len(at))),
             operands=", ".join(f'"r"({text})' for text in at),
             place=box.place,
-            map=f"{{{4 + len(spec.boxes) + [*spec.map_boxes].index(index)}}}",
+            map=index * MAP_WORDS * 4,
         )
 
     # -- x -------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from typing import TypeVar
 from tinygrad import UOp
 from tinygrad.uop.ops import Ops
 
-from tinyvllm.device.tensor_map import Box
 from tinyvllm.ops.activation import gated
 from tinyvllm.ops.gpu.gemm_hopper import HOPPER_ARITHMETIC
 from tinyvllm.ops.gpu.plane_ring import LEAST_BYTES
@@ -30,6 +29,7 @@ from tinyvllm.ops.kernel.hopper import (
     MULTIPROCESSORS,
     WGMMA_COLS,
     WGMMA_TOKENS,
+    Box,
     acquire_map,
     arrive,
     declare,

@@ -16,7 +16,6 @@ from functools import cache
 from tinygrad import UOp, dtypes
 
 from tinyvllm.arrays import Format
-from tinyvllm.device.tensor_map import Box
 from tinyvllm.ops.activation import gated
 from tinyvllm.ops.formats.matrix import Planes, float_of_scale
 from tinyvllm.ops.gpu.gemm_hopper import HOPPER_ARITHMETIC
@@ -38,6 +37,7 @@ from tinyvllm.ops.kernel.hopper import (
     GROUP_WARPS,
     WGMMA_COLS,
     WGMMA_TOKENS,
+    Box,
     arrive,
     await_products,
     fetch,

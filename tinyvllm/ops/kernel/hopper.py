@@ -1,21 +1,21 @@
 """NVIDIA Hopper's wgmma, TMA, mbarrier and cluster instructions as inline PTX.
 
 The copy engine (TMA) fetches a tile with one instruction of one thread. It follows a description of the matrix, a
-tensor map, which the kernel has as a parameter (`map_of`) or writes itself, and counts the bytes that have arrived on a
-barrier in threadgroup memory (mbarrier). Two threadgroups may form a cluster; a tile that both need is then fetched
-once. The matrix unit (wgmma) reads both operands from threadgroup memory, for four warps together. (PTX ISA,
-"cp.async.bulk.tensor", "tensormap.replace", "mbarrier", "wgmma".)
+tensor map, which the kernel writes itself, and counts the bytes that have arrived on a barrier in threadgroup memory
+(mbarrier). Two threadgroups may form a cluster; a tile that both need is then fetched once. The matrix unit (wgmma)
+reads both operands from threadgroup memory, for four warps together. (PTX ISA, "cp.async.bulk.tensor",
+"tensormap.replace", "mbarrier", "wgmma".)
 
 `allows_wgmma` prepares tinygrad for them. Its compiler needs the full target, sm_90a, because these instructions belong
 to one generation and not to its successors, and goes on to machine code; its renderer, the number of threadgroups of a
-cluster, and the tensor maps among a kernel's parameters; and a launch, these maps (device/cuda_programs.py) and the
-threadgroup memory of the kernel, which exceeds what CUDA allocates statically.
+cluster; and a launch, the threadgroup memory of the kernel, which exceeds what CUDA allocates statically.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tinygrad import Device, UOp, dtypes
@@ -27,7 +27,6 @@ from tinygrad.uop.ops import Ops
 
 from tinyvllm.device.program_store import digest_of, file_facts, nvrtc_path
 from tinyvllm.device.recording import AWAIT_PREVIOUS
-from tinyvllm.device.tensor_map import MAP_ALIGNED, MAP_BYTES, Box, MapOfArgument
 from tinyvllm.errors import InvariantError
 from tinyvllm.ops.kernel.body import F16, F32, I32
 from tinyvllm.ops.kernel.lanes import WAITED
@@ -40,7 +39,7 @@ WGMMA_TOKENS = 64  # left rows of one instruction
 MULTIPROCESSORS = 132  # of an H100 or H200; with fewer, threadgroups take turns
 GROUP_WARPS = 4  # warps that issue one wgmma together
 WGMMA_COLS = 64  # columns of a tile: 128 bytes, the span that the copy engine swizzles
-MAP_WORDS = MAP_BYTES // 4  # words of a tensor map
+MAP_WORDS = 32  # words of a tensor map
 HOPPER_SHARED_BYTES = 227 << 10  # threadgroup memory that a kernel may use
 
 # The size is only known to the launch, so the kernel states it: as a comment, which stays with the machine code
@@ -62,13 +61,8 @@ IS_RESIDENT = re.compile(r"// threadgroups of a multiprocessor: (\d+)")
 LAUNCH_BOUNDS = re.compile(r"__launch_bounds__\((\d+)\)")
 SHARE_REGISTERS = 'asm volatile("setmaxnreg.%s.sync.aligned.u32 %d;");'
 DECLARED = re.compile(rb"// dynamic shared memory: (\d+) bytes")
-FOR_LAUNCH = re.compile(rf"{DECLARED.pattern.decode()}|{re.escape(AWAIT_PREVIOUS)}|{MapOfArgument.TEXT.pattern}")
+FOR_LAUNCH = re.compile(rf"{DECLARED.pattern.decode()}|{re.escape(AWAIT_PREVIOUS)}")
 NEEDLESS_BARRIER = re.compile(rf"{re.escape(WAITED)}\s*__syncthreads\(\);")
-# A map that the launch passes, of a buffer that tinygrad names
-MAP = "/* {} {{0}} */"
-IS_MAP = re.compile(r"(tensor map \d+ of argument )0(: \S+, strides \S*, box \S+, swizzled \d) \((\w+)\+0\)")
-GLOBAL = 'extern "C" __global__'
-PARAMETER = f"struct __align__({MAP_ALIGNED}) TensorMap {{ unsigned words[{MAP_WORDS}]; }};\n"
 # Written in threadgroup memory, the only place where fields of a map can be set, and then copied to where the copy
 # engine reads it. The fields that are not set here stay 0. What is set: float16 (6), swizzle by 128 bytes (3), zeros
 # outside the matrix.
@@ -153,7 +147,6 @@ class HopperRenderer(CUDARenderer):
     def render_kernel(self, function_name: str, kernel: list[str], *args: Any, **more: Any) -> str:
         source = in_one_memory(super().render_kernel(function_name, kernel, *args, **more))
         source = NEEDLESS_BARRIER.sub(WAITED, source)
-        source = with_maps(source, function_name, [name for name, _ in args[0]])
         if resident := IS_RESIDENT.search(source):
             source = LAUNCH_BOUNDS.sub(rf"__launch_bounds__(\1, {resident[1]})", source, count=1)
         if not any(CLUSTERED in line for line in kernel):
@@ -161,23 +154,6 @@ class HopperRenderer(CUDARenderer):
         found = IS_CLUSTER_OF.search(source)
         size = CLUSTER if found is None else int(found[1])
         return source.replace("__launch_bounds__", f"__cluster_dims__({size}) __launch_bounds__", 1)
-
-
-def with_maps(source: str, function_name: str, names: Sequence[str]) -> str:
-    """A kernel's source with the tensor maps of its arguments, whose names are given, as its last parameters."""
-    count = 0
-
-    def numbered(found: re.Match[str]) -> str:
-        nonlocal count
-        count += 1
-        return f"{found[1]}{names.index(found[3])}{found[2]}"
-
-    source = IS_MAP.sub(numbered, source)
-    if not count:
-        return source
-    maps = "".join(f", const __grid_constant__ TensorMap tensor_map_{i}" for i in range(count))
-    start, end = source.index(GLOBAL), source.index(") {", source.index(f" {function_name}("))
-    return source[:start] + PARAMETER + source[start:end] + maps + source[end:]
 
 
 def in_one_memory(source: str) -> str:
@@ -227,13 +203,13 @@ def allows_wgmma(device_name: str) -> bool:
     if type(renderer) is CUDARenderer:
         renderer.compiler = MachineCodeCompiler()
         renderer.__class__ = HopperRenderer  # tinygrad's compiling processes create a renderer of this class
-        from tinyvllm.device.cuda_programs import HopperProgram, pass_maps  # loads the driver
+        make = device.runtime_t
+        assert make is not None
 
         def program(owner: Any, compiled: TinyELF) -> Any:
-            return HopperProgram(owner, compiled, smem=declared_bytes(compiled.lib))
+            return make(owner, compiled, smem=declared_bytes(compiled.lib))
 
         device.runtime_t = program
-        pass_maps()
     return True
 
 
@@ -275,11 +251,16 @@ def share_multiprocessor(count: int) -> UOp:
     return statement(RESIDENT % count, UOp.const(0.0, F16))
 
 
-def map_of(number: int, matrix: UOp, box: Box, *after: UOp) -> UOp:
-    """Where the kernel's tensor map of a number is, a parameter that the launch sets. The maps of a kernel have the
-    numbers from 0 on."""
-    said = statement(MAP.format(MapOfArgument(number, 0, box)), matrix, *after)
-    return UOp(Ops.CUSTOM, dtypes.ulong, src=(UOp.const(0, I32), said), arg=f"(unsigned long long)&tensor_map_{number}")
+@dataclass(frozen=True)
+class Box:
+    """The box that one copy fetches from a float16 matrix with dimensions of `sizes`, innermost first. `strides`: in
+    bytes, of all dimensions but the innermost, whose values are contiguous. It begins at a multiple of 16 bytes. The
+    copy engine swizzles rows of 128 bytes, unless it shall not."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    is_swizzled: bool = True
 
 
 def describe(warp: int, place: int, target: UOp, matrix: UOp, box: Box, *after: UOp, by_first: bool = False) -> UOp:

@@ -15,6 +15,7 @@ a stage fills it again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ FETCH = """auto fetch = [&](int unit) {{{{
     long long first = (long long)(tile * {groups} + (int)({{0}})) * {out_tile};
     unsigned full = shared + {barriers} + unit % {stages} * 8, to = shared + unit % {stages} * {stage_bytes};
     unsigned slot = shared + {slots_at} + tile % {slots} * {tile_bytes};
-    unsigned bytes = part == 0 ? {first_bytes} : {bytes};
+    unsigned bytes = (part == 0 ? {first_bytes} : {bytes}){missing};
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(full), "r"(bytes) : "memory");
 {copies}
   }}}}
@@ -127,8 +128,8 @@ def number(value: UOp | int) -> UOp:
 
 @dataclass(frozen=True)
 class PlaneCopy:
-    """How a plane of a tile is copied: `part_bytes` of each row with every part of the columns, `stride` bytes apart;
-    or all of the rows' bytes at once, with the first part (`stride` 0)."""
+    """How a plane of a tile is copied: `part_bytes` of each row with every part of the columns, or what is left with
+    the last one, `stride` bytes apart; or all of the rows' bytes at once, with the first part (`stride` 0)."""
 
     dtype: DType
     row_bytes: int
@@ -143,6 +144,10 @@ class PlaneCopy:
     @property
     def copied_bytes(self) -> int:
         return TILE_ROWS * (self.part_bytes if self.stride else self.row_bytes)
+
+    def missing_bytes(self, num_parts: int) -> int:
+        """How much less of each row the last part has."""
+        return num_parts * self.part_bytes - self.row_bytes if self.stride else 0
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,11 @@ class Ring:
     groups: int  # threadgroups of a split
     warps: int
     teams: int = 1  # of warps, which take the tiles in turn
+
+    @property
+    def all_parts(self) -> int:
+        """Parts of the columns, of which the last one may have fewer."""
+        return self.splits * self.parts
 
     @property
     def team_warps(self) -> int:
@@ -216,7 +226,8 @@ class Ring:
     def is_possible(self) -> bool:
         piece = TILE_ROWS // 2 if self.is_gated else TILE_ROWS
         fits = [
-            (copy.part_bytes if copy.stride else piece * copy.row_bytes) % 16 == 0 and copy.row_bytes % 2 == 0
+            (math.gcd(copy.part_bytes, copy.row_bytes) if copy.stride else piece * copy.row_bytes) % 16 == 0
+            and copy.row_bytes % 2 == 0
             for copy in self.copies
         ]
         return 2 <= self.stages <= MAX_STAGES and all(fits)
@@ -318,6 +329,7 @@ class RingWalk:
             barriers=ring.barriers_at,
             counts=ring.counts_at,
             bytes=sum(copy.copied_bytes for copy in ring.copies if copy.stride),
+            missing=self._if_last(TILE_ROWS * sum(copy.missing_bytes(ring.all_parts) for copy in ring.copies)),
             first_bytes=sum(copy.copied_bytes for copy in ring.copies),
             copies="\n".join(self._copies()),
         )
@@ -364,7 +376,8 @@ class RingWalk:
                 to = f"to + {at} + row * {copy.stride}"
                 source += f" + (first + {own}) * {copy.row_bytes} + (part + {{2}}) * {copy.part_bytes}"
                 lines.append(f"    #pragma unroll\n    for (int row = 0; row < {TILE_ROWS}; row++)")
-                lines.append("      " + BULK.format(to=to, source=source, count=copy.part_bytes))
+                count = f"{copy.part_bytes}{self._if_last(copy.missing_bytes(ring.all_parts))}"
+                lines.append("      " + BULK.format(to=to, source=source, count=count))
                 at += copy.bytes
                 continue
             size = copy.copied_bytes // pieces
@@ -374,6 +387,10 @@ class RingWalk:
                 lines.append("    if (part == 0) " + BULK.format(to=to, source=source + rows, count=size))
             tile_at += copy.bytes
         return lines
+
+    def _if_last(self, missing: int) -> str:
+        """What is subtracted from a number of bytes, in the source: those that the last part has not."""
+        return f" - (part + (int)({{2}}) == {self.ring.all_parts - 1} ? {missing} : 0)" if missing else ""
 
     def loop(self) -> tuple[UOp | None, UOp | int]:
         """A loop over the tiles of the warp's team, if there are several, and the tile's number in it."""
@@ -465,17 +482,23 @@ def wanted_warps(chunks: int) -> int:
 
 
 def chunks_of_warp(
-    chunks: int, num_warps: int, warp: UOp | int, old: list[UOp], add: Callable[[UOp | int, list[UOp]], list[UOp]]
+    chunks: int,
+    num_warps: int,
+    warp: UOp | int,
+    old: list[UOp],
+    add: Callable[[UOp | int, list[UOp]], list[UOp]],
+    existing: UOp | None = None,
 ) -> list[UOp]:
-    """A lane's sums after its warp's share of a stage's chunks, each of which `add` adds."""
+    """A lane's sums after its warp's share of a stage's chunks, each of which `add` adds. `existing`: how many of them
+    there are, if the last part has fewer."""
     share = -(-chunks // num_warps)
     new = old
     for i in range(share):
         local = warp * share + i
-        if share * num_warps == chunks:
+        if existing is None and share * num_warps == chunks:
             new = add(local, new)
             continue
-        inside = number(local) < chunks
+        inside = number(local) < (chunks if existing is None else existing)
         added = add(inside.where(local, 0), new)
         new = [inside.where(value, before) for value, before in zip(added, new, strict=True)]
     return new

@@ -79,18 +79,32 @@ class StreamedVectorSpec(QuantizedVectorSpec):
 
     @property
     def parts(self) -> int:
-        """Parts of the columns: a stage holds one of a tile's rows. The fewest with which some stages fit beside x, if
-        each of the fewest warps still has a chunk. (NVIDIA H200, 5,120 rows of 27,648 columns in Q4_K: 6 parts, two
-        stages, 26.4 us; 9 parts, three stages, 24.0. 4,096 rows of 14,336 columns in Q8_0: 4 parts, two stages, 18.2;
-        7 parts, four stages, 16.2.)"""
-        chunks, best = self.num_cols // CHUNK_COLS, 1
-        room = HOPPER_SHARED_BYTES - X_BYTES * self.num_cols - OTHER_BYTES
+        """Parts of the columns: a stage holds one of a tile's rows. The fewest equal ones with which some stages fit
+        beside x, if each of the fewest warps still has a chunk. (NVIDIA H200, 5,120 rows of 27,648 columns in Q4_K: 6
+        parts, two stages, 26.4 us; 9 parts, three stages, 24.0. 4,096 rows of 14,336 columns in Q8_0: 4 parts, two
+        stages, 18.2; 7 parts, four stages, 16.2.) If there are none: see `_uneven_parts`."""
+        chunks = self.num_cols // CHUNK_COLS
+        even = [parts for parts in range(1, max(1, chunks // MIN_WARPS) + 1) if chunks % parts == 0]
         stages = FEWEST_STAGES if self.num_tiles > self.num_groups else 2
-        for parts in (parts for parts in range(1, chunks // MIN_WARPS + 1) if chunks % parts == 0):
-            best = parts
-            if self._ring_bytes(parts, stages) <= room:
-                break
-        return self.knob("parts", best)
+        if (fitting := next((parts for parts in even if self._fits(parts, stages)), None)) is not None:
+            return self.knob("parts", fitting)
+        # with two stages, if a warp has one chunk of each; integers of 8 bits in any case
+        is_one = chunks <= even[-1] * MAX_WARPS or (self.format.bits == 8 and not self.format.is_float8)
+        return self.knob("parts", even[-1] if is_one and self._fits(even[-1], 2) else self._uneven_parts(stages))
+
+    def _uneven_parts(self, stages: int) -> int:
+        """Parts of the columns in which a warp has one chunk, of which the last part may have fewer; the fewest with
+        which so many stages fit. (NVIDIA H200, a step of qwen2.5-7b in Q4_K with 4 layers, whose down has 74 chunks: 5
+        parts of 15 chunks, the last of 14, 251.6 us, 6 and 8 parts 253.6, 4 parts of two chunks a warp 257.9, without a
+        ring 335.2. 5,120 rows of 17,408 columns, two stages of 4 equal parts and three of uneven ones: Q6_K 25.2 us and
+        24.4, FP8 25.8 and 24.0, Q8_0 29.0 and 31.3.)"""
+        chunks = self.num_cols // CHUNK_COLS
+        counts = [-(-chunks // size) for size in range(MAX_WARPS, MIN_WARPS - 1, -1)]
+        return next((parts for parts in counts if self._fits(parts, stages)), counts[-1])
+
+    def _fits(self, parts: int, stages: int) -> bool:
+        """Whether so many stages fit beside x."""
+        return self._ring_bytes(parts, stages) <= HOPPER_SHARED_BYTES - X_BYTES * self.num_cols - OTHER_BYTES
 
     def _ring_bytes(self, parts: int, stages: int) -> int:
         """Those of a ring's stages and of the planes of its tiles."""
@@ -100,11 +114,17 @@ class StreamedVectorSpec(QuantizedVectorSpec):
         return stages * stage + -(-(stages + parts - 1) // parts) * tile
 
     def _copies(self, parts: int) -> tuple[PlaneCopy, ...]:
-        return plane_copies(self.planes, self.format, self.num_cols, self.num_cols // parts, by_words=False)
+        part_cols = -(-self.num_cols // CHUNK_COLS // parts) * CHUNK_COLS
+        return plane_copies(self.planes, self.format, self.num_cols, part_cols, by_words=False)
 
     @property
     def part_chunks(self) -> int:
-        return self.num_cols // self.parts // CHUNK_COLS
+        """Chunks of a part; the last one may have fewer."""
+        return -(-self.num_cols // CHUNK_COLS // self.parts)
+
+    @property
+    def last_chunks(self) -> int:
+        return self.num_cols // CHUNK_COLS - (self.parts - 1) * self.part_chunks
 
     @property
     def warps(self) -> int:
@@ -127,7 +147,8 @@ class StreamedVectorSpec(QuantizedVectorSpec):
     @property
     def block(self) -> int:
         """Neighboring chunks whose scales are loaded together: two, if enough warps have some."""
-        return self.knob("block", 2 if self.part_chunks % 2 == 0 and self.part_chunks >= 2 * MIN_WARPS else 1)
+        are_pairs = self.part_chunks % 2 == self.last_chunks % 2 == 0
+        return self.knob("block", 2 if are_pairs and self.part_chunks >= 2 * MIN_WARPS else 1)
 
     @property
     def part_blocks(self) -> int:
@@ -194,8 +215,8 @@ class StreamedVectorSpec(QuantizedVectorSpec):
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
         return {
-            "parts": (1, 2, 4, 7, 8, 14),
-            "warps": (7, 8, 14, 16),
+            "parts": (1, 2, 4, 5, 7, 8, 14),
+            "warps": (7, 8, 14, 15, 16),
             "stages": (2, 3, 4, 5),
             "holds_x": (0, 1),
             "block": (1, 2),
@@ -204,11 +225,10 @@ class StreamedVectorSpec(QuantizedVectorSpec):
         }
 
     def is_possible(self) -> bool:
-        chunks = self.num_cols // CHUNK_COLS
         return (
             self.num_cols % CHUNK_COLS == 0
-            and chunks % self.parts == 0
-            and self.part_chunks % self.block == 0
+            and self.last_chunks > 0
+            and self.part_chunks % self.block == self.last_chunks % self.block == 0
             and 1 < self.team_warps <= self.part_blocks
             and self.warps <= MAX_WARPS
             and self.warps % self.teams == 0
@@ -319,7 +339,11 @@ class StreamedRow(ABC, Generic[Staged]):
         def add(block: UOp | int, before: list[UOp]) -> list[UOp]:
             return self._add_block(stage, block, before)
 
-        return chunks_of_warp(spec.part_blocks, spec.team_warps, self.place.warp % spec.team_warps, old, add)
+        existing = None
+        if spec.last_chunks < spec.part_chunks:
+            is_last = number(stage.part).eq(spec.parts - 1)
+            existing = is_last.where(UOp.const(spec.last_chunks // spec.block, I32), spec.part_blocks)
+        return chunks_of_warp(spec.part_blocks, spec.team_warps, self.place.warp % spec.team_warps, old, add, existing)
 
     def _results(self) -> list[tuple[UOp, UOp, UOp, UOp]]:
         """The thread's results: the number of the tile in the threadgroup, the row in it, the row of the output, and

@@ -28,6 +28,7 @@ from tinyvllm.ops.gpu.plane_ring import (
     MAX_WARPS,
     RING_BYTES,
     SLOTS,
+    STAGE_BYTES,
     TILE_ROWS,
     Ring,
     RingWalk,
@@ -81,11 +82,22 @@ class StreamedMatrixSpec(PackedProductSpec):
     def splits(self) -> int:
         """S: so many that x fits into threadgroup memory beside the ring. Of few rows, so many that staging x does not
         take longer than the codes (NVIDIA H200, 8 tokens and 4,096 columns in Q4_K: two splits take 8.6 to 7.8 us for
-        6,144 rows, and 7.1 to 5.9 for 4,096)."""
+        6,144 rows, and 7.1 to 5.9 for 4,096). Equal ones if there are, otherwise the last one has fewer chunks (a step
+        of qwen2.5-7b in Q4_K with 4 layers: 5 splits of down's 74 chunks 413 us, 4 or 8 splits 422)."""
         most, size = FEW_BYTES if self.num_rows <= FEW_ROWS else MANY_BYTES, self.num_tokens * self.num_cols * 2
-        possible = [s for s in (1, 2, 4, 8) if self.num_cols // CHUNK_COLS % s == 0 and not (self.is_gated and s > 1)]
-        splits = next((s for s in possible if size // s <= most), possible[-1])
-        return self.knob("splits", splits)
+        counts = (1,) if self.is_gated else sorted(range(1, 9), key=lambda s: (self.chunks % s > 0, s))
+        fitting = (s for s in counts if size // s <= most and self._has_stages(s))
+        return self.knob("splits", next(fitting, counts[-1]))
+
+    def _has_stages(self, splits: int) -> bool:
+        """Whether the columns of so many splits have parts that are not too large for a stage."""
+        cols = -(-self.chunks // splits) * CHUNK_COLS
+        size = TILE_ROWS * sum(size for _, size in self.planes) * cols
+        return size <= STAGE_BYTES * wanted_parts(self.planes, cols)
+
+    @property
+    def chunks(self) -> int:
+        return self.num_cols // CHUNK_COLS
 
     @property
     def has_one_chunk(self) -> bool:
@@ -104,12 +116,14 @@ class StreamedMatrixSpec(PackedProductSpec):
 
     @property
     def split_cols(self) -> int:
-        return self.num_cols // self.splits
+        """Columns of a split; the last one may have fewer."""
+        return self.part_chunks * self.parts * CHUNK_COLS
 
     @property
     def parts(self) -> int:
         """Parts of the columns: enough for a ring beside x."""
-        parts, chunks = wanted_parts(self.planes, self.split_cols), self.split_cols // CHUNK_COLS
+        chunks = -(-self.chunks // self.splits)
+        parts = wanted_parts(self.planes, chunks * CHUNK_COLS)
         if "parts" in dict(self.chosen):
             return self.knob("parts", parts)
         for more in range(parts, chunks // 2 + 1):
@@ -120,7 +134,12 @@ class StreamedMatrixSpec(PackedProductSpec):
 
     @property
     def part_chunks(self) -> int:
-        return self.split_cols // self.parts // CHUNK_COLS
+        """Chunks of a part; the last one of all may have fewer."""
+        return -(-self.chunks // (self.splits * self.parts))
+
+    @property
+    def last_chunks(self) -> int:
+        return self.chunks - (self.splits * self.parts - 1) * self.part_chunks
 
     @property
     def warps(self) -> int:
@@ -133,7 +152,7 @@ class StreamedMatrixSpec(PackedProductSpec):
     @cached_property
     def ring(self) -> Ring:
         tiles = self.out_rows // (TILE_ROWS // 2 if self.is_gated else TILE_ROWS)
-        part_cols = self.split_cols // self.parts
+        part_cols = self.part_chunks * CHUNK_COLS
         ring = Ring(
             out_rows=self.out_rows,
             is_gated=self.is_gated,
@@ -188,15 +207,14 @@ class StreamedMatrixSpec(PackedProductSpec):
         return max(LEAST_BYTES, self.partials_at + 2 * self.partial_bytes)
 
     def knobs(self) -> Mapping[str, tuple[int, ...]]:
-        splits = () if self.is_gated else (1, 2, 4)
+        splits = () if self.is_gated else (1, 2, 4, 5)
         return {"splits": splits, "parts": (1, 2, 4, 7), "warps": (4, 8, 16), "stages": (2, 3, 4, 6)}
 
     def is_possible(self) -> bool:
-        chunks = self.num_cols // CHUNK_COLS
         return (
             self.num_tokens <= MAX_TOKENS
             and self.num_cols % CHUNK_COLS == 0
-            and chunks % (self.splits * self.parts) == 0
+            and self.last_chunks > 0
             and 1 < self.warps <= min(MAX_WARPS, self.part_chunks)
             and self.out_rows % TILE_ROWS == 0
             and self.format.grid is None
@@ -250,6 +268,8 @@ class _StreamedRows:
         for start in range(0, spec.num_tokens * pieces, threads):
             index = place.thread + start
             inside = index < spec.num_tokens * pieces
+            if spec.last_chunks < spec.part_chunks:
+                inside &= self.split * spec.split_cols + index % pieces * 8 < spec.num_cols
             index = inside.where(index, 0)
             token, piece = index // pieces, index % pieces
             words = spec.mma.load_pairs(x, token * spec.num_cols + self.split * spec.split_cols + piece * 8, 8)
@@ -325,7 +345,11 @@ class _StreamedRows:
         def add(local: UOp, before: list[UOp]) -> list[UOp]:
             return self._add_chunk(stage, staged, local, local + stage.part * spec.part_chunks, before)
 
-        return chunks_of_warp(spec.part_chunks, spec.warps, self.place.warp, old, add)
+        existing = None
+        if spec.last_chunks < spec.part_chunks:
+            is_last = number(stage.part + self.split * spec.parts).eq(spec.splits * spec.parts - 1)
+            existing = is_last.where(UOp.const(spec.last_chunks, I32), spec.part_chunks)
+        return chunks_of_warp(spec.part_chunks, spec.warps, self.place.warp, old, add, existing)
 
     def _add_chunk(self, stage: Stage, staged: UOp, local: UOp, chunk: UOp, old: list[UOp]) -> list[UOp]:
         """A lane's sums after a chunk: by its two rows, two tokens each."""

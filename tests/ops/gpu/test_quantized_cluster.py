@@ -46,7 +46,7 @@ from tinyvllm.ops.kernel.tuning import Chosen, candidates
 
 TAKEN = ("Q4_K", "affine4_g64-float16", "Q4_0", "FP8-float32")
 CHOICES: tuple[Chosen, ...] = ((), (("early", 2), ("stages", 3), ("teams", 1)))
-SHAPES = ((28672, 4096), (4096, 14336), (7168, 5120), (2048, 8192))
+SHAPES = ((28672, 4096), (4096, 14336), (7168, 5120), (37888, 3584), (2048, 8192))
 
 
 def clustered(fmt: str, tokens: int, rows: int, cols: int, **more: Any) -> ClusteredMatrixSpec:
@@ -165,7 +165,7 @@ def test_a_matrix_has_maps_if_clusters_take_it(monkeypatch: pytest.MonkeyPatch) 
     matrix = pack(make_host("Q4_0", 64, 16 * CHUNK_COLS), "row", None, "CPU")
     backend.has_wgmma = True
     assert backend.with_maps(matrix).maps is None  # too small
-    for name in ("FEWEST_CODES", "LEAST_SIDE"):
+    for name in ("FEWEST_CODES", "FEWEST_CHUNKS", "LEAST_SIDE", "LEAST_SIDE_OF_FLOATS"):
         monkeypatch.setattr(quantized_cluster, name, 0)
     maps = backend.with_maps(matrix).maps
     assert maps is not None and maps.shape == (2 * MAP_WORDS,)
@@ -187,13 +187,13 @@ def test_products_that_clusters_cover_take_them(monkeypatch: pytest.MonkeyPatch)
         return [type(backend._matrix_spec("x", Mma("CUDA", F16), matrix, t, None, F16)).__name__ for t in tokens]
 
     assert kinds("Q4_0", 64, 16 * CHUNK_COLS) == ["MatrixSpec"] * 3  # too small
-    for name, value in (("FEWEST_CODES", 0), ("FEWEST_FLOATS", 0), ("LEAST_SIDE", 0)):
-        monkeypatch.setattr(quantized_cluster, name, value)
+    for name in ("FEWEST_CODES", "FEWEST_FLOATS", "LEAST_SIDE", "LEAST_SIDE_OF_FLOATS"):
+        monkeypatch.setattr(quantized_cluster, name, 0)
     for fmt in TAKEN:
         few, many, more = kinds(fmt, 2112, 16 * CHUNK_COLS)
         assert few == many == "ClusteredMatrixSpec" != more, fmt
     assert kinds("Q4_0", 2112, 20 * CHUNK_COLS)[1] == "ClusteredMatrixSpec"
-    assert kinds("FP8-float32", 2112, 20 * CHUNK_COLS)[1] == "MatrixSpec"  # K quants and e4m3: 2,048 columns' multiples
+    assert kinds("FP8-float32", 2112, 20 * CHUNK_COLS)[1] == "MatrixSpec"  # e4m3: multiples of 2,048 columns
     assert kinds("Q4_0", 2112, 3 * CHUNK_COLS)[1] == "MatrixSpec"  # no equal shares
     assert kinds("Q4_0", 2112, 72 * CHUNK_COLS)[1] == "MatrixSpec"  # too many columns for four threadgroups
     assert kinds("Q6_K", 2112, 16 * CHUNK_COLS)[1] == "MatrixSpec"
@@ -202,7 +202,7 @@ def test_products_that_clusters_cover_take_them(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_clusters_take_the_large_matrices_of_models() -> None:
-    """As measured, from 2 rows on: those of Llama-3.1-8B and 70B, and in MLX's 4 bits of Qwen3-14B."""
+    """As measured, from 2 rows on: those of Llama-3.1-8B and 70B, and in 4 bits of Qwen3-14B and Qwen2.5-7B."""
     eight = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
     more = {"qkv": (7168, 5120), "out": (5120, 5120), "gate_up": (34816, 5120), "down": (5120, 17408)}
 
@@ -212,8 +212,16 @@ def test_clusters_take_the_large_matrices_of_models() -> None:
 
     assert taken("Q4_K", eight) == taken("Q4_0", eight) == taken("affine4_g64-float16", eight) == {*eight} - {"out"}
     assert taken("FP8-float32", eight) == {*eight}
-    assert taken("affine4_g64-float16", more) == {*more} and clustered("Q4_0", MAX_TOKENS, 5120, 17408).warps == 17
-    assert taken("FP8-float32", more) == taken("Q4_K", more) == taken("Q4_K", eight, tokens=1) == set()
+    assert taken("Q4_K", more) == taken("affine4_g64-float16", more) == {*more}
+    assert clustered("Q4_0", MAX_TOKENS, 5120, 17408).warps == 17
+    seven = {"qkv": (4608, 3584), "out": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)}
+    assert taken("Q4_K", seven) == taken("affine4_g64-float16", seven) == {"gate_up"}
+    four = {"qkv": (6144, 2560), "out": (2560, 4096), "gate_up": (19456, 2560), "down": (2560, 9728)}
+    assert taken("affine4_g64-float16", four) == {"gate_up"} and taken("Q4_K", four) == set()
+    assert (
+        taken("Q4_K", {"3 chunks": (16384, 3072)}) == taken("affine4_g64-float16", {"3 chunks": (16384, 3072)}) == set()
+    )
+    assert taken("FP8-float32", more) == taken("FP8-float32", seven) == taken("Q4_K", eight, tokens=1) == set()
     assert taken("Q4_K", eight, tokens=2) == {*eight} - {"out"} and taken("FP8-float32", eight, tokens=2) == {*eight}
     large = {"qkv": (10240, 8192), "out": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)}
     assert taken("Q4_K", large) == taken("affine4_g64-float16", large) == {*large}
@@ -227,7 +235,8 @@ def test_clusters_take_the_large_matrices_of_models() -> None:
 def test_clusters_compute_what_the_values_give(fmt: str, tokens: int) -> None:
     """In Q4_K by several choices of the knobs; a row's result does not depend on the others."""
     device = require_hopper(open_device())
-    for rows, cols, activation in ((4096, 4096, None), (8192, 2048, "silu"), (2048, 14336, None), (5120, 5120, "silu")):
+    shapes = ((4096, 4096, None), (8192, 2048, "silu"), (2048, 14336, None), (5120, 5120, "silu"), (4096, 3584, None))
+    for rows, cols, activation in shapes:
         host = make_host(fmt, rows, cols)
         matrix, x = pack(host, "row", None, device.name), normal(tokens, cols, seed=1).astype(np.float16)
         expected = x.astype(np.float64) @ to_float32(host).T.astype(np.float64)

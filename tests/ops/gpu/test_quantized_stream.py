@@ -152,15 +152,14 @@ def test_products_that_streams_cover_take_them(monkeypatch: pytest.MonkeyPatch) 
 
     usual = ["QuantizedVectorSpec", "MatrixSpec", "MatrixSpec"]
     assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == usual  # too small
-    monkeypatch.setattr(plane_ring, "FEWEST_CODES", 0)
-    monkeypatch.setattr(plane_ring, "FEWEST_CODES_OF_A_ROW", 0)
+    for name in ("FEWEST_CODES", "FEWEST_CODES_OF_A_ROW", "FEWEST_STEPS_OF_A_ROW"):
+        monkeypatch.setattr(plane_ring, name, 0)
     assert kinds("FP8-float32", 64, 14 * CHUNK_COLS) == usual  # too small
     monkeypatch.setattr(plane_ring, "FEWEST_FLOATS_OF_A_ROW", 0)
     assert kinds("Q4_K", 64, 2 * CHUNK_COLS) == ["StreamedVectorSpec", "StreamedMatrixSpec", "MatrixSpec"]
     assert kinds("affine4_g64-float16", 64, 14 * CHUNK_COLS)[1] == "MatrixSpec"
-    monkeypatch.setattr(plane_ring, "LEAST_SIDE", 0)
+    monkeypatch.setattr(plane_ring, "LEAST_SIDE_OF_FLOATS", 0)
     assert kinds("affine4_g64-float16", 64, 14 * CHUNK_COLS)[1] == "StreamedMatrixSpec"
-    assert kinds("affine4_g64-float16", 64, 10 * CHUNK_COLS)[1] == "MatrixSpec"
     assert kinds("Q6_K", 64, 2 * CHUNK_COLS) == ["StreamedVectorSpec", "MatrixSpec", "MatrixSpec"]
     assert kinds("Q4_0", 64, 7 * CHUNK_COLS) == ["StreamedVectorSpec", "MatrixSpec", "MatrixSpec"]
     assert kinds("Q4_0", 64, 6 * CHUNK_COLS) == usual  # less than a chunk a warp

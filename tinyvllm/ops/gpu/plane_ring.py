@@ -47,8 +47,9 @@ CHUNK_COLS = SLOTS * PANEL
 MAX_WARPS = 16
 MAX_STAGES = 8
 MAX_BITS, FEWEST_CODES = 4, 1 << 23  # of a matrix that is worth a ring
-LEAST_SIDE = 4096  # of its rows and columns, unless scales are bytes
+LEAST_SIDE_OF_FLOATS = 2560  # of its rows and columns, if scales and minimums are floats
 FEWEST_CODES_OF_A_ROW = 1 << 21  # the same for one row, unless scales are bytes
+FEWEST_STEPS_OF_A_ROW = 5 << 20  # the same if they are
 FEWEST_FLOATS_OF_A_ROW = 20 << 20  # the same of e4m3
 BARRIER_BYTES = 256
 MIN_WARPS = 7  # that are worth a stage
@@ -453,27 +454,28 @@ def is_worth_streaming_row(fmt: Format, num_rows: int, num_cols: int) -> bool:
     NVIDIA H200, a step: 8B in MLX's 4 bits 1,609 us instead of 1,899 (1,620 with attention_out, 4,096 rows of 4,096
     columns), in Q6_K (8 layers) 618 instead of 915, in Q8_0 (8 layers) 670 instead of 715. 1B in Q4_0, whose matrices
     have 4 to 34 million codes: 363 instead of 394 (375 with those of 8 million codes and more, 395 with 25).
-    8B in FP8 (8 layers): 627 instead of 692 (633 with attention_out)."""
+    8B in FP8 (8 layers): 627 instead of 692 (633 with attention_out). In Q4_K, whose scales are in steps of a byte: 1B
+    (8 layers) 187.8 with qkv of 6.3 million codes, 189.8 without, 189.4 with attention_out of 4.2 million as well;
+    gemma-3-4b (7 layers) 336 with attention_out of 5.2 million, 344 without."""
     if fmt.is_float8:
         return num_cols >= MIN_WARPS * CHUNK_COLS and num_rows * num_cols >= FEWEST_FLOATS_OF_A_ROW
     if fmt.scale is not None and fmt.scale.has_steps:
-        return num_rows * num_cols >= FEWEST_CODES
+        return num_rows * num_cols >= FEWEST_STEPS_OF_A_ROW
     return num_cols >= MIN_WARPS * CHUNK_COLS and num_rows * num_cols >= FEWEST_CODES_OF_A_ROW
 
 
 def is_worth_streaming(fmt: Format, num_rows: int, num_cols: int) -> bool:
     """Whether a product of a few rows is faster with a ring than with loads into registers: of codes up to 4 bits with
-    minimums, whose scales and minimums are many small loads. In steps of a byte (K quants), where a multiprocessor has
-    some tiles; others (MLX), where each of at least 14 warps has a chunk of a large matrix as well.
+    minimums, whose scales and minimums are many small loads, where a multiprocessor has some tiles. Without steps of a
+    byte (MLX), matrices must have large sides as well.
 
-    NVIDIA H200, 8B in MLX's 4 bits, a step with 4 layers: 368 us instead of 408 at 8 rows, 346 instead of 365 at 3. 1B
-    with 6 layers: 236 instead of 219."""
+    NVIDIA H200, 8B in MLX's 4 bits, a step with 4 layers: 368 us instead of 408 at 8 rows, 346 instead of 365 at 3.
+    Phi-4-mini, whose smallest matrix has 3,072 rows and columns, 267 instead of 311 at 8 rows; Qwen3-4B (2,560 columns)
+    244 instead of 249. 1B with 6 layers: 236 instead of 219."""
     if fmt.minimum is None or fmt.bits > MAX_BITS:
         return False
-    if fmt.minimum.has_steps:
-        return num_rows * num_cols >= FEWEST_CODES
-    chunks = num_cols // CHUNK_COLS
-    return min(num_rows, num_cols) >= LEAST_SIDE and any(chunks % warps == 0 for warps in (14, MAX_WARPS))
+    is_large = fmt.minimum.has_steps or min(num_rows, num_cols) >= LEAST_SIDE_OF_FLOATS
+    return is_large and num_rows * num_cols >= FEWEST_CODES
 
 
 def wanted_warps(chunks: int) -> int:

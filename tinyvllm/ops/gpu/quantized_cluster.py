@@ -38,7 +38,7 @@ from tinyvllm.ops.gpu.chunk_scales import ChunkScales, Scaled
 from tinyvllm.ops.gpu.plane_ring import (
     CHUNK_COLS,
     LEAST_BYTES,
-    LEAST_SIDE,
+    LEAST_SIDE_OF_FLOATS,
     MEET_ALL,
     SLOTS,
     TILE_ROWS,
@@ -66,8 +66,10 @@ from tinyvllm.ops.kernel.hopper import (
 from tinyvllm.ops.kernel.lanes import LANES, await_previous, multiply_tf32, warps, zeros
 from tinyvllm.ops.kernel.tensor_map import encode_map
 
-# of products that are worth it: rows, codes of a matrix, columns that K quants and e4m3 have a multiple of
+# of products that are worth it: rows, codes of a matrix, columns that e4m3 has a multiple of
 MIN_TOKENS, FEWEST_CODES, FEWEST_FLOATS, EVEN_COLS = 2, 24 << 20, 16 << 20, 2048
+LEAST_SIDE = 3584  # of rows and columns, except those of plane_ring.py
+FEWEST_CHUNKS = 5  # of a threadgroup
 FEW_THREADGROUPS = 4  # of a cluster, which has more only for longer rows
 MOST_COLS_OF_FLOATS = 3584  # of e4m3, a threadgroup's share
 MAX_TOKENS = 8  # of a tile of the matrix unit
@@ -330,20 +332,23 @@ class ClusteredMatrixSpec(PackedProductSpec):
         """Whether it is faster than the other kernels, if it is possible: for large matrices, with at least 14 warps.
 
         NVIDIA H200, 8 rows: 8B's steps, 4 layers, Q4_K 340 us instead of 377; 14B's in MLX's 4 bits, 3 layers, 365
-        (403 without down). 70B's four products in Q4_K 159 instead of 216, in MLX's 4 bits 152 instead of 203. The
-        smallest product (4,096 x 4,096) takes 8.3 us instead of 8.2 in Q4_K, 9.2 instead of 8.9 in FP8. With 5,120
-        columns (14B, 3 layers) an earlier form took 660 us instead of 567 in FP8. 1B's products in Q4_0 25.2 instead of
+        (403 without down), in Q4_K 406 instead of 428. Qwen2.5-7B's (3,584 columns), 4 layers, in Q4_K 391 instead of
+        413; Qwen3-4B's (2,560), 4 layers, in MLX's 4 bits 221 instead of 244. 70B's four products in Q4_K 159 instead
+        of 216, in MLX's 4 bits 152 instead of 203. Phi-4-mini's (3,072, of which a threadgroup of four would have three
+        chunks), 4 layers, in Q4_K 289 instead of 276. The smallest product (4,096 x 4,096) takes 8.3 us instead of 8.2
+        in Q4_K, 9.2 instead of 8.9 in FP8. With 5,120 columns (14B, 3 layers) an earlier form took 660 us instead of
+        567 in FP8. 1B's products in Q4_0 25.2 instead of
         22.9. 3 rows: 8B's step in FP8, 4 layers, 401 instead of 443; its products in Q4_K 56.2 instead of 58.9, in
         MLX's 4 bits 53.7 instead of 56.0. 2 rows, whole steps of 8B: 1.95 ms instead of 2.13 in Q4_K, 1.78 instead of
         2.04 in MLX's 4 bits, 2.31 instead of 2.60 in FP8."""
         fmt, side = self.format, min(self.num_rows, self.num_cols)
         least = FEWEST_FLOATS if fmt.is_float8 else FEWEST_CODES
-        is_even = self.num_cols % EVEN_COLS == 0 or not (
-            fmt.is_float8 or (fmt.scale is not None and fmt.scale.has_steps)
-        )
+        is_even = self.num_cols % EVEN_COLS == 0 or not fmt.is_float8
+        has_floats = fmt.minimum is not None and not fmt.minimum.has_steps
         return (
             self.num_tokens >= MIN_TOKENS
-            and side >= LEAST_SIDE
+            and side >= (LEAST_SIDE_OF_FLOATS if has_floats else LEAST_SIDE)
+            and self.chunks >= FEWEST_CHUNKS
             and self.num_rows * self.num_cols >= least
             and is_even
             and (self.cluster <= FEW_THREADGROUPS or self.num_cols > FEW_THREADGROUPS * MOST_WARPS * CHUNK_COLS)

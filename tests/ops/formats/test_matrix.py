@@ -13,6 +13,8 @@ from tests.ops.builders import DENSE, FORMATS, QUANTIZED, make_host, make_step, 
 from tests.sweeps import swept
 from tinyvllm.arrays import QuantizedMatrix, to_float32
 from tinyvllm.device.handle import DeviceHandle, has_half
+from tinyvllm.model.weights.quant import QUANTIZED_KINDS
+from tinyvllm.model.weights.random import FILE_FORMATS, RandomWeights
 from tinyvllm.ops.backend import Backend
 from tinyvllm.ops.formats import matrix as matrices
 from tinyvllm.ops.formats.matrix import Planes, pack, unpack
@@ -59,6 +61,18 @@ def test_packing_some_rows_at_a_time_gives_the_same_planes(monkeypatch: pytest.M
     for plane, expected in zip(pack(host, layout, None, "CPU").planes, whole, strict=True):
         np.testing.assert_array_equal(plane.numpy(), expected)
     np.testing.assert_array_equal(pack(host, layout, "float32", "CPU", dequantize=True).planes[0].numpy(), dense)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "dot"])
+@pytest.mark.parametrize("kind", [*QUANTIZED_KINDS, *FILE_FORMATS])
+def test_planes_that_nobody_reads_have_the_same_sizes(kind: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a step that is traced without memory is the one that is traced with it."""
+    host = RandomWeights(kind, 0).take("w", (200, 512))
+    monkeypatch.setattr(matrices, "CHUNK_WEIGHTS", 64 * 512)
+    (fmt, planes), (same, unread) = (matrices.planes_of(host, layout, are_read=are_read) for are_read in (True, False))
+    assert fmt == same and len(planes) == len(unread) > 1
+    for plane, other in zip(planes, unread, strict=True):
+        assert plane.shape == other.shape and plane.dtype == other.dtype
 
 
 @pytest.mark.parametrize("fmt", [*DENSE, "Q4_K"])

@@ -41,6 +41,7 @@ from tinyvllm.arrays import (
 )
 from tinyvllm.config import usable_cores
 from tinyvllm.device.handle import has_half, upload
+from tinyvllm.device.meta import has_memory
 from tinyvllm.errors import InvariantError, UnsupportedModelError
 from tinyvllm.ops.formats.dots import dot_code, dot_cols, pack_dots, unpack_dots
 from tinyvllm.ops.kernel.body import F16, F32, I32, U32
@@ -439,7 +440,7 @@ def pack(
         host = _dequantized(host, dtype or "float16")
     check_shape(host, num_experts)
     padded = -(-rows // PANEL) * PANEL
-    fmt, planes = planes_of(host, layout, dtype, keeps_half=has_half(device))
+    fmt, planes = planes_of(host, layout, dtype, keeps_half=has_half(device), are_read=has_memory(device))
     tensors = tuple(upload(plane, device) for plane in planes)
     if fmt.grid is not None:
         tensors += (_table_on(device, fmt.grid),)
@@ -447,12 +448,13 @@ def pack(
 
 
 def planes_of(
-    host: HostMatrix, layout: str, dtype: str | None = None, *, keeps_half: bool = True
+    host: HostMatrix, layout: str, dtype: str | None = None, *, keeps_half: bool = True, are_read: bool = True
 ) -> tuple[Format, list[np.ndarray]]:
-    """(the format, the planes) of a host matrix as `pack` puts them on a device, without a grid's table."""
+    """(the format, the planes) of a host matrix as `pack` puts them on a device, without a grid's table. are_read: else
+    most of a quantized matrix is not packed, and its planes have any values."""
     padded = -(-host.shape[0] // PANEL) * PANEL
     if isinstance(host, QuantizedMatrix):
-        fmt, planes = host.format, _quantized_planes(host, padded, layout, keeps_half)
+        fmt, planes = host.format, _quantized_planes(host, padded, layout, keeps_half, are_read)
     else:
         fmt, planes = _dense_planes(host, dtype, padded, layout)
     if layout == "row":
@@ -517,7 +519,9 @@ def _as_bits(values: np.ndarray) -> np.ndarray:
     return values.view(np.uint16 if values.dtype.itemsize == 2 else np.uint8)
 
 
-def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str, keeps_half: bool) -> list[np.ndarray]:
+def _quantized_planes(
+    host: QuantizedMatrix, padded: int, layout: str, keeps_half: bool, are_read: bool
+) -> list[np.ndarray]:
     """Packed some rows at a time, so that unpacked codes and copies of them take little memory, by a few threads, which
     NumPy lets run at the same time."""
     begin, *rest = _row_slices(padded, host.shape[1])
@@ -525,6 +529,8 @@ def _quantized_planes(host: QuantizedMatrix, padded: int, layout: str, keeps_hal
     if not rest:
         return parts
     planes = [np.empty((len(part) * padded // begin.stop, *part.shape[1:]), part.dtype) for part in parts]
+    if not are_read:
+        return planes
 
     def write(rows: slice) -> None:
         parts = _pack_rows(host.rows(rows), rows.stop - rows.start, layout, keeps_half)

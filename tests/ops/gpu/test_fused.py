@@ -323,12 +323,13 @@ def test_only_cuda_has_graphs_for_short_contexts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "context", "is_ahead"), [(64, 4096, True), (128, 4096, True), (128, 1024, False), (96, 4096, False)]
+    ("dim", "context", "is_ahead"),
+    [(64, 4096, True), (128, 4096, True), (128, 1024, False), (96, 4096, False), (256, 4096, False)],
 )
 def test_keys_of_long_contexts_are_fetched_a_pass_ahead(dim: int, context: int, is_ahead: bool) -> None:
     spec = decode_spec(8, 2, dim, context)
     assert spec.fetches_ahead == is_ahead and spec.in_words(spec.kv.keys) == (dim != 96)
-    assert spec.knobs().get("fetches_ahead", (0,)) == ((0,) if dim == 96 else (0, 1))
+    assert spec.knobs().get("fetches_ahead", (0,)) == ((0,) if dim in (96, 256) else (0, 1))
     for one in candidates(spec):
         assert one.shared_bytes <= one.lanes.shared_bytes
 

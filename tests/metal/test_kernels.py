@@ -236,6 +236,23 @@ def test_attention_equals_the_reference_and_writes_its_slots_alone(
             np.testing.assert_array_equal(now[others], then[others])
 
 
+SUMMED = [((8, 2, 128), 2), ((8, 2, 128), 5), ((4, 2, 64), 3), ((2, 1, 256), 4)]
+
+
+@pytest.mark.parametrize(("heads", "partials"), swept(SUMMED, SUMMED[1:2]), ids=str)
+@pytest.mark.parametrize("normed", swept((False, True), (True,)))
+def test_decoding_adds_up_the_partial_sums_of_qkv(heads: tuple[int, int, int], partials: int, normed: bool) -> None:
+    from tests.ops.attention import Case, attend, make_history
+    from tests.ops.builders import Piece, largest_difference, make_step
+    from tinyvllm.ops.step_inputs import StepLayout
+
+    layout = StepLayout(2, 2, 4, 16)
+    case = Case(*heads, layout, True, "float16", normed=normed, partials=partials)
+    buffer, history = make_step(layout, [Piece(37), Piece(5)]), make_history(case)
+    found, expected = (attend(ops, case, buffer, history) for ops in backends("float16", heads))
+    assert largest_difference(found.out, expected.out) < TOLERANCE["float16"]
+
+
 WINDOWED = [((3, 3, 12, 16), True), ((40, 2, 12, 16), False)]
 
 

@@ -12,9 +12,12 @@ from tests.ops.builders import Piece, make_pool, make_step_of, normal, read_pool
 from tinyvllm.config import KVFormat, KVFormats, LayerKind, QueryScaling, Rope
 from tinyvllm.model.rope import rope_table
 from tinyvllm.ops.attention_spec import AttentionLayer
-from tinyvllm.ops.backend import Backend
+from tinyvllm.ops.backend import PLAIN, Backend
+from tinyvllm.ops.gpu.fused import FusedGpuBackend
 from tinyvllm.ops.kv_reference import dequantize, quantize
 from tinyvllm.ops.step_inputs import StepLayout
+
+from tinygrad import Tensor  # isort: skip  (tinyvllm makes its settings first)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Case:
     features: tuple[tuple[str, Any], ...] = ()  # fields of LayerKind beyond these
     padding: int = 0
     verifies: bool = False  # rows of few sequences, by the kernels of decodes
+    partials: int = 1  # sums that qkv's parts come in
 
     @property
     def kind(self) -> LayerKind:
@@ -140,12 +144,21 @@ def attend(ops: Backend, case: Case, buffer: np.ndarray, history: tuple[np.ndarr
     pool = make_pool(ops, case.kind, size, case.dtype, *history)
     before = read_pool(ops, case.kind, size, pool)
     qkv = normal(case.layout.num_tokens, sum(case.parts), seed=3)
-    parts = [ops.device.upload(part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
+    parts = [_uploaded(ops, case, part) for part in np.split(qkv, np.cumsum(case.parts)[:-1], axis=1)]
     step = make_step_of(ops, case.layout, buffer, pool, is_decode=case.is_decode, verifies=case.verifies)
     out = ops.attend(parts, make_layer(ops, case), step)
     parts_out = [part.numpy().reshape(case.layout.num_tokens, -1) for part in ops.parts_of(out)]
     rows = np.concatenate(parts_out, axis=1).reshape(-1, case.heads, case.dim)
     return Result(rows, before, read_pool(ops, case.kind, size, pool))
+
+
+def _uploaded(ops: Backend, case: Case, part: np.ndarray) -> Tensor:
+    """A part of qkv, in partial sums if the backend has such."""
+    if case.partials == 1 or not isinstance(ops, FusedGpuBackend):
+        return ops.device.upload(part)
+    sums = normal(case.partials, *part.shape, seed=7)
+    sums[-1] += part - sums.sum(axis=0)
+    return ops._pending_sum(ops.device.upload(sums), case.partials, case.layout.num_tokens, PLAIN)
 
 
 def make_layer(ops: Backend, case: Case) -> AttentionLayer:

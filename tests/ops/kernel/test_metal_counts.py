@@ -125,7 +125,7 @@ def test_the_attention_of_a_prompt_reaches_three_quarters_of_the_peak_by_counts(
 
 
 DECODING = [  # heads of 128, 64 and 256, rows, partial sums of qkv
-    ("llama-3.1-8b", 8, 2),
+    ("llama-3.1-8b", 8, 8),
     ("llama-3.1-8b", 1, 1),
     ("llama-3.2-1b", 64, 1),
     ("llama-3.2-1b", 8, 2),

@@ -41,6 +41,7 @@ FEW_ROWS = 8  # of steps that have graphs of their own for short contexts
 TILE_HEADS = 8  # query heads that are rows of a matrix tile
 WIDE_HEAD = 256  # dimensions of heads of which a lane's registers do not hold keys and values of a tile at once
 CUDA_SHARED_BYTES = 48 << 10
+PARTIALS_AT_ONCE = 2  # partial sums of qkv that a lane of METAL's loads before it adds them up
 STATE_GAP = 4  # numbers between spans of a warp's state in threadgroup memory
 GROUP = 32  # dimensions that share a scale where keys or values are quantized
 
@@ -526,11 +527,18 @@ class Row:
         part, start = spec.section(section)
         cols = spec.qkv_cols[part]
         offset = start + head * spec.head_dim + dim
-        partials = [
-            load_floats(self.qkv[part], (self.group.row + s * spec.layout.num_tokens) * cols + offset, count)
-            for s in range(spec.qkv_partials[part])
-        ]
-        values = [balanced(column) for column in zip(*partials, strict=True)]
+        all_partials = spec.qkv_partials[part]
+        values: list[UOp] = []
+        at_once = PARTIALS_AT_ONCE if spec.saves_registers else all_partials
+        for first in range(0, all_partials, at_once):
+            earlier = self.held([values]) if first else []  # the sums of those before
+            partials = [
+                load_floats(self.qkv[part], (self.group.row + s * spec.layout.num_tokens) * cols + offset, count)
+                for s in range(first, min(first + at_once, all_partials))
+            ]
+            values = [balanced(column) for column in zip(*earlier, *partials, strict=True)]
+        if all_partials > at_once:
+            (values,) = self.held([values])
         if self.tables.bias is None:
             return values
         biases = load_floats(self.tables.bias, spec.bias_start(section) + head * spec.head_dim + dim, count)

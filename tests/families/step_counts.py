@@ -31,7 +31,7 @@ from tests.metal.limits import ShapeWeights, without_weights
 from tests.ops.rendering import rendered, unwritten
 from tinyvllm.bench.shapes import find_shape
 from tinyvllm.device.handle import open_device
-from tinyvllm.device.recording import sized, trace_step
+from tinyvllm.device.recording import trace_step
 from tinyvllm.model.registry import Model, make_model
 from tinyvllm.ops.backend import Step, pool_groups
 from tinyvllm.ops.cpu.backend import CpuBackend
@@ -108,11 +108,10 @@ def _launches(target: str, model: Model, backend: Any, bucket: str) -> Iterator[
         mock.patch.object(attention_prefill, "has_wgmma", lambda device: is_hopper),
         tuning.current.watching() as asked,
     ):
-        traced = trace_step(run, shares_rows=target != "CPU")  # there attention is one of many rows too
+        launches = trace_step(run, shares_rows=target != "CPU").launches  # there attention is one of many rows too
     looked_up = _bases([inputs, *pool.tensors, *model.embedding.planes, *model.ropes])
     predictions = {_kernel_name(spec): spec.predicted_s for spec in asked.values()}
-    for (launched, buffers), extent in zip(traced.launches, traced.extents, strict=True):
-        sink = sized(launched, extent) if launched.op is Ops.SINK and extent.rows is None else launched
+    for sink, buffers in launches:
         name = sink.arg.name if sink.op is Ops.SINK else str(sink.op)
         left_out = set() if name.startswith("lm_head") else looked_up  # the head may share its table's planes
         own = {id(buffer.base): buffer for buffer in buffers if id(buffer.base) not in left_out}

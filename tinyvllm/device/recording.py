@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from math import prod
 from typing import Any
 
 from tinygrad import Tensor, UOp
@@ -84,48 +83,37 @@ class SavedStep:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How much of its kernel a launch runs. rows: how many, if the kernel is one for any number of rows. part: a
+    numerator and a denominator, of the operations and bytes of as many rows, if it is one for cores' different shares.
+    """
+
+    rows: int | None = None
+    part: tuple[int, int] = (1, 1)
+
+
+WHOLE = Extent()
+
+
+@dataclass(frozen=True)
 class Share:
-    """What a launch computes of a kernel that is made for the most: for the largest share of any core, or the most rows
-    of a bucket. own, most: units of both, as panels, heads or rows. scaled: the tensors whose sizes are in proportion
-    to them. scales_bytes: the bytes that it moves are too, as its operations are."""
+    """A core's share of a result, computed by a kernel for any core's share, which is made for the largest one. own,
+    most: units of both, as panels or heads. scaled: the tensors whose sizes are in proportion to them."""
 
     own: int
     most: int
     scaled: tuple[Tensor, ...]
-    scales_bytes: bool = True
 
+    def sizes_of_most(self, tensors: Sequence[Tensor]) -> list[int]:
+        """The tensors' elements, as those of the largest share."""
+        scaled = set(map(id, self.scaled))
+        sizes = [(tensor, tensor.uop.max_numel()) for tensor in tensors]
+        return [size * self.most // self.own if id(tensor) in scaled else size for tensor, size in sizes]
 
-def _sizes_of_most(tensors: Sequence[Tensor], shares: Sequence[Share]) -> list[int]:
-    """The tensors' elements, as a kernel for the most has them."""
-    sizes = [tensor.uop.max_numel() for tensor in tensors]
-    for share in shares:
-        scaled = set(map(id, share.scaled))
-        for place, tensor in enumerate(tensors):
-            if id(tensor) in scaled:
-                sizes[place] = sizes[place] * share.most // share.own
-    return sizes
-
-
-@dataclass(frozen=True)
-class Extent:
-    """How much of its kernel a launch runs. rows: how many, if the kernel is one for any number of rows. ops, nbytes: a
-    numerator and a denominator, of the operations and bytes of as many rows."""
-
-    rows: int | None = None
-    ops: tuple[int, int] = (1, 1)
-    nbytes: tuple[int, int] = (1, 1)
-
-    @classmethod
-    def of(cls, rows: int | None, shares: Sequence[Share]) -> Extent:
-        sized = [share for share in shares if share.scales_bytes]
-        return cls(rows, _part(shares), _part(sized))
-
-
-def _part(shares: Sequence[Share]) -> tuple[int, int]:
-    return prod(share.own for share in shares), prod(share.most for share in shares)
-
-
-WHOLE = Extent()
+    @property
+    def part(self) -> tuple[int, int]:
+        """`Extent.part`."""
+        return self.own, self.most
 
 
 @dataclass(frozen=True)
@@ -195,17 +183,17 @@ def trace_step(trace: Callable[[], Tensor], *, shares_rows: bool = True) -> Trac
     return TracedStep(launches, tuple(recorder.extents), output, borrowed, cut, kept)
 
 
-def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor], shares: Sequence[Share] = ()) -> bool:
+def launch(fn: Callable[..., UOp], tensors: Sequence[Tensor], share: Share | None = None) -> bool:
     """While a step is traced: note that the kernel `fn` runs on these tensors next. Returns False at any other time.
-    shares: what it computes, if the kernel is made for more."""
+    share: this core's, if the kernel is one for all cores."""
     if not (_kept and realize.capturing):
         return False
     _realize(tensors)
     shapes = [tensor.uop.max_shard_shape for tensor in tensors]
-    if shares:
-        shapes = [(size,) for size in _sizes_of_most(tensors, shares)]
+    if share is not None:
+        shapes = [(size,) for size in share.sizes_of_most(tensors)]
     kernel = fn(*[_placeholder(shape, tensors[slot].dtype, slot) for slot, shape in enumerate(shapes)])
-    _note(realize.capturing[0], kernel, tensors, Extent.of(None, shares))
+    _note(realize.capturing[0], kernel, tensors, Extent(part=(1, 1) if share is None else share.part))
     return True
 
 
@@ -215,7 +203,7 @@ def launch_rows(
     num_rows: int,
     shared: Sequence[Tensor],
     most: int = MOST_ROWS,
-    shares: Sequence[Share] = (),
+    share: Share | None = None,
 ) -> bool:
     """`launch` for `make(most)`, of whose rows only `num_rows` run. Except for the `shared` tensors, each has as
     many elements in every row. Returns False also if steps of different numbers of rows do not share the kernel.
@@ -224,7 +212,7 @@ def launch_rows(
     if not isinstance(recorder, _Recorder) or not recorder.shares_rows or num_rows > most:
         return False
     common = set(map(id, shared))
-    sizes = _sizes_of_most(tensors, shares)
+    sizes = [tensor.uop.max_numel() for tensor in tensors] if share is None else share.sizes_of_most(tensors)
     if any(size % num_rows for tensor, size in zip(tensors, sizes, strict=True) if id(tensor) not in common):
         return False
     _realize(tensors)
@@ -232,7 +220,7 @@ def launch_rows(
         _placeholder((size if id(tensor) in common else size // num_rows * most,), tensor.dtype, slot)
         for slot, (tensor, size) in enumerate(zip(tensors, sizes, strict=True))
     ]
-    _note(recorder, make(most)(*slots), tensors, Extent.of(num_rows, shares))
+    _note(recorder, make(most)(*slots), tensors, Extent(num_rows, (1, 1) if share is None else share.part))
     return True
 
 
@@ -263,22 +251,21 @@ def with_extent(program: UOp, extent: Extent) -> UOp:
         return program
     info, sink = program.arg, program.src[0]
     if extent.rows is None:
-        return program.replace(src=(sized(sink, extent), *program.src[1:]))
+        return program.replace(src=(_scaled(sink, *extent.part), *program.src[1:]))
     most = next((most for most in (MOST_ROWS, MOST_BLOCKS) if most in info.global_size), MOST_ROWS)
     sizes = tuple(extent.rows if size == most else size for size in info.global_size)
     if sum(size == most for size in info.global_size) != 1:
         raise InvariantError(
             f"{info.name} has work items {info.global_size}, of which one should be {MOST_ROWS} or {MOST_BLOCKS}"
         )
-    sink = sized(sink, extent, extent.rows, most)
+    sink = _scaled(sink, extent.rows * extent.part[0], most * extent.part[1])
     return program.replace(src=(sink, *program.src[1:]), arg=replace(info, global_size=sizes))
 
 
-def sized(sink: UOp, extent: Extent, rows: int = 1, most: int = 1) -> UOp:
-    """A kernel with the operations and bytes of a launch, in so many rows of the most."""
-    old, (ops, of_ops), (nbytes, of_bytes) = sink.arg.estimates, extent.ops, extent.nbytes
-    moved = (amount * rows * nbytes // (most * of_bytes) for amount in (old.lds, old.mem))
-    estimates = Estimates(old.ops * rows * ops // (most * of_ops), *moved)
+def _scaled(sink: UOp, numerator: int, denominator: int) -> UOp:
+    """A kernel with a part of its operations and bytes."""
+    old = sink.arg.estimates
+    estimates = Estimates(*(amount * numerator // denominator for amount in (old.ops, old.lds, old.mem)))
     return sink.replace(arg=replace(sink.arg, estimates=estimates))
 
 

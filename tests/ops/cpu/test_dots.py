@@ -17,8 +17,8 @@ from tests.ops.formats.drawn import BY_NAME, affine
 from tests.sweeps import swept
 from tinyvllm.arrays import CODE_BITS, Format, to_float32
 from tinyvllm.config import LayerKind, count_physical
-from tinyvllm.device.handle import DeviceHandle, has_dot_instructions, has_many_registers, open_device
-from tinyvllm.device.recording import Call, record
+from tinyvllm.device.handle import DeviceHandle, has_dot_instructions, open_device
+from tinyvllm.device.recording import record
 from tinyvllm.device.replay import make_replay
 from tinyvllm.ops.backend import Epilogue, Norm
 from tinyvllm.ops.cpu import backend as cpu_backend
@@ -117,28 +117,11 @@ def test_a_row_does_not_depend_on_its_neighbors_or_on_the_cores(name: str, bits:
 @x86
 def test_whole_blocks_of_rows_are_computed_by_one_program() -> None:
     """That of a recorded step, which is launched for each block."""
-    names = f"norm_fixed_4096x{COLS}_32", f"test_Q4_1_4096x32x{COLS}"
-    launched = [[(call.target.arg.name, call.target.arg.global_size[0]) for call in calls] for calls in _steps(64, 192)]
-    assert launched == [[(name, blocks) for name in names] for blocks in (1, 3)]
-
-
-@x86
-@pytest.mark.skipif(has_many_registers(), reason="8 rows are multiplied at once")
-def test_eight_and_sixteen_rows_are_computed_by_one_program() -> None:
-    """Their number is data. Both read the whole matrix."""
-    (eight,), (sixteen,) = _steps(8, 16)
-    assert eight.target.src[-1].arg == sixteen.target.src[-1].arg
-    few, many = (call.target.src[0].arg.estimates for call in (eight, sixteen))
-    assert (2 * few.ops, few.mem) == (many.ops, many.mem)
-
-
-def _steps(*nums_rows: int) -> list[tuple[Call, ...]]:
-    """The calls of recorded steps of so many rows, whose products are those that run one by one."""
     device = open_device(1)
     backend = CpuBackend(device, None, [LayerKind(4, 2, 32)], x_bits=16)
     host, norm = make_host("Q4_1", 32, COLS), Norm(device.upload(np.ones(COLS, np.float32)), eps=1e-5)
-    matrix, steps = backend.matrix(host), []
-    for num_rows in nums_rows:
+    matrix, launched = backend.matrix(host), []
+    for num_rows in (64, 192):
         x = normal(num_rows, COLS)
         read, residual = device.upload(x), device.upload(normal(num_rows, 32))
 
@@ -150,8 +133,9 @@ def _steps(*nums_rows: int) -> list[tuple[Call, ...]]:
         make_replay(device, step)()
         found = device.read(step.output).view(np.float32)
         np.testing.assert_array_equal(found, np.asarray(trace().numpy()).reshape(-1))
-        steps.append(step.calls)
-    return steps
+        launched.append([(call.target.arg.name, call.target.arg.global_size[0]) for call in step.calls])
+    names = f"norm_fixed_4096x{COLS}_32", f"test_Q4_1_4096x32x{COLS}"
+    assert launched == [[(name, blocks) for name in names] for blocks in (1, 3)]
 
 
 @pytest.mark.parametrize(("normed_first", "bits"), [(False, 16), (True, 16), (True, 8)])

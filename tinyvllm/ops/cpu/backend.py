@@ -48,11 +48,9 @@ from tinyvllm.ops.cpu.fixed_rows import run_in_blocks
 from tinyvllm.ops.cpu.inputs import Inputs
 from tinyvllm.ops.cpu.latent_attention import latent_attention_kernel, write_latents_kernel
 from tinyvllm.ops.cpu.linear import (
-    ANY_TOKENS,
     EmbedSpec,
     FinishSpec,
     LinearSpec,
-    any_tokens_of,
     embed_kernel,
     finish_kernel,
     join_kernel,
@@ -145,10 +143,7 @@ class CpuBackend(DeviceSampling):
         return self._join(shards)
 
     def _join(self, shards: list[Matrix]) -> Matrix:
-        cores = [str(shard.planes[0].device) for shard in shards]
-        self._note_counts([(shard.num_rows // PANEL, core) for shard, core in zip(shards, cores, strict=True)])
-        if shards[0].layout == "dot":
-            self._note_counts([(rows, core) for core in cores for rows in ANY_TOKENS])
+        self._note_counts([(shard.num_rows // PANEL, str(shard.planes[0].device)) for shard in shards])
         return join_shards(shards)
 
     def _note_counts(self, counts: Sequence[tuple[int, str]]) -> None:
@@ -584,7 +579,7 @@ class CpuBackend(DeviceSampling):
                 x_bits=self.x_bits,
                 any_panels=any_panels,
             )
-            spec = choose(any_tokens_of(spec))
+            spec = choose(spec)
             cols = shard.num_rows // (1 if epilogue.activation is None else 2)
             out = empty(num_tokens * cols, device=core)
             operands = [*shard.planes, *x.tensors, *([] if x.norm is None else [x.norm.weight])]
@@ -597,15 +592,12 @@ class CpuBackend(DeviceSampling):
             if epilogue.out_scale is not None:
                 operands.append(epilogue.out_scale)
                 shared.append(epilogue.out_scale)
-            shares = []
+            share = None
             if any_panels:
-                shares.append(Share(shard.num_rows, most, (out, *shard.planes, *residual)))
+                share = Share(shard.num_rows, most, (out, *shard.planes, *residual))
                 operands.append(self._counts[shard.num_rows // PANEL, core])
                 shared.append(operands[-1])
-            if spec.any_tokens:
-                shares.append(Share(num_tokens, STAGED_ROWS, (out, *x.tensors, *residual), scales_bytes=False))
-                operands.append(self._counts[num_tokens, core])
-            outs += _run_product(spec, out, operands, shared, shares)
+            outs += _run_product(spec, out, operands, shared, share)
             widths.append(cols)
         return sharded(outs, widths)
 
@@ -650,28 +642,28 @@ class CpuBackend(DeviceSampling):
         def output(heads: int, core: str) -> Tensor:
             return empty(step.num_tokens * heads * spec.head_dim, device=core)
 
-        def shares_of(*scaled: Tensor) -> list[Share]:
-            return [Share(kv_heads, spec.num_kv_heads, scaled)] if spec.any_kv_heads else []
+        def share_with(*scaled: Tensor) -> Share | None:
+            return Share(kv_heads, spec.num_kv_heads, scaled) if spec.any_kv_heads else None
 
         rows, tokens, all_heads = [*pool, *qkv], step.num_tokens, kv_heads * spec.group
         if spec.fused_write:
             out = output(all_heads, cores[0])
             outputs, make = [out, *pool], partial(attention_kernel, spec)
             shared = [*pool, *read]
-            out = run_row_kernel(make, tokens, outputs, [*read, *qkv], shared, shares=shares_of(out, *rows))[0]
+            out = run_row_kernel(make, tokens, outputs, [*read, *qkv], shared, share=share_with(out, *rows))[0]
             return [(out, all_heads)]
         if spec.writes_kv:
             written = [*inputs, *layer.key_tables]
             make, shared = partial(write_kv_kernel, spec), [*pool, *written]
             operands = [*written, *qkv[spec.kv_parts]]
-            pool = run_row_kernel(make, tokens, pool, operands, shared, shares=shares_of(*rows))
+            pool = run_row_kernel(make, tokens, pool, operands, shared, share=share_with(*rows))
         outs = []
         for (first, end), core in share(all_heads, cores) if len(cores) > 1 else [((0, all_heads), cores[0])]:
             own = spec if len(cores) == 1 else spec.with_queries(first, end)
             kernel = attention_kernel if step.is_decode or tile_rows(own) == 1 else tile_attention_kernel
             out, shared = output(end - first, core), [*pool, *read]
             operands = [*shared, *qkv[own.query_parts]]
-            (out,) = run_row_kernel(partial(kernel, own), tokens, [out], operands, shared, shares=shares_of(out, *rows))
+            (out,) = run_row_kernel(partial(kernel, own), tokens, [out], operands, shared, share=share_with(out, *rows))
             outs.append((out, end - first))
         return outs
 
@@ -699,16 +691,16 @@ def _require_panels(num_rows: int) -> None:
 
 
 def _run_product(
-    spec: LinearSpec, out: Tensor, operands: list[Tensor], shared: list[Tensor], shares: list[Share]
+    spec: LinearSpec, out: Tensor, operands: list[Tensor], shared: list[Tensor], share: Share | None
 ) -> list[Tensor]:
     """shared: the operands whose size does not depend on the number of rows of x."""
     if not spec.has_fixed_rows:
-        return run_kernel(linear_kernel(spec), [out], operands, shares)
+        return run_kernel(linear_kernel(spec), [out], operands, share)
 
     def make(num_tokens: int) -> KernelFn:
         return linear_kernel(replace(spec, num_tokens=num_tokens))
 
-    return run_in_blocks(make, spec.num_tokens, [out], operands, shared, shares)
+    return run_in_blocks(make, spec.num_tokens, [out], operands, shared, share)
 
 
 def _embed_rows(spec: EmbedSpec, num_tokens: int) -> KernelFn:

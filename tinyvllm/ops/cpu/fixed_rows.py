@@ -68,18 +68,18 @@ def run_in_blocks(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     shared: Sequence[Tensor],
-    shares: Sequence[Share] = (),
+    share: Share | None = None,
 ) -> list[Tensor]:
     """`run_kernel` for `make(num_rows)`, whose work items are blocks of rounded rows. In recorded steps of any number
     of whole blocks it is one program. `shared`: the tensors whose size does not depend on the number of rows."""
     if rows_of_block(num_rows) != BLOCK_ROWS:
-        return run_kernel(make(num_rows), outputs, inputs, shares)
+        return run_kernel(make(num_rows), outputs, inputs, share)
     num_blocks = num_rows // BLOCK_ROWS
 
     def of_blocks(count: int) -> KernelFn:
         return make(count * BLOCK_ROWS)
 
-    return run_row_kernel(of_blocks, num_blocks, outputs, inputs, shared, MOST_BLOCKS, shares)
+    return run_row_kernel(of_blocks, num_blocks, outputs, inputs, shared, MOST_BLOCKS, share)
 
 
 def groups_of_chunk(num_cols: int, group: int) -> int:
@@ -124,7 +124,6 @@ class FixedRows:
     num_rows: int  # T
     num_cols: int  # K
     form: RowForm
-    used: UOp | None = None  # how many rows of the only block are there, if that is data
 
     @property
     def group(self) -> int:
@@ -133,11 +132,6 @@ class FixedRows:
     @property
     def block_rows(self) -> int:
         return rows_of_block(self.num_rows)
-
-    @property
-    def count(self) -> UOp | int:
-        """The rows of a block that are there."""
-        return self.block_rows if self.used is None else self.used
 
     @property
     def chunk_groups(self) -> int:
@@ -202,14 +196,13 @@ def _words(form: RowForm) -> Iterator[tuple[int, str]]:
         yield i, f"({low} & 0xFF) | {high} << 8"
 
 
-def fix_rows(body: Body, x: Shard, num_tokens: int, form: RowForm, used: UOp | None = None) -> FixedRows:
-    """x (T, K) rounded, on the kernel's stack. used: how many of its rows are there, if that is data."""
+def fix_rows(body: Body, x: Shard, num_tokens: int, form: RowForm) -> FixedRows:
+    """x (T, K) rounded, on the kernel's stack."""
     count = num_tokens * x.width // form.group
     integers, factors = body.registers(count * form.words, dtypes.short), body.registers(count * 2)
-    row = body.loop_up_to(num_tokens if used is None else used)
-    rows = FixedRows(integers.after(x.buffer), factors, num_tokens, x.width, form, used)
-    index = row.cast(dtypes.weakint)
-    done = fix_row(body, lambda col: x.buffer[x.at(index, col)], index, rows).end(row)
+    row = body.loop(num_tokens)
+    rows = FixedRows(integers.after(x.buffer), factors, num_tokens, x.width, form)
+    done = fix_row(body, lambda col: x.buffer[x.at(row, col)], row, rows).end(row)
     return replace(rows, integers=integers.after(done), factors=factors.after(done))
 
 

@@ -13,10 +13,10 @@ loops are in product.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-from tinygrad import UOp, dtypes
+from tinygrad import UOp
 
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import gated, tanh
@@ -39,7 +39,6 @@ from tinyvllm.ops.kernel.tuning import Tunable
 from tinyvllm.ops.sampling.token_ids import token_id
 
 ROWS_PER_PASS = (8, 4, 2, 1)  # to be searched
-ANY_TOKENS = (8, 12, STAGED_ROWS)  # numbers of rows whose products of integers may have one program
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,6 @@ class LinearSpec(Tunable):
     # num_rows is the most of any core, and how many panels this one has is an operand: cores with shares of different
     # sizes have one program, which takes a cold start 0.2 s less for each
     any_panels: bool = False
-    # num_tokens is STAGED_ROWS, and how many rows there are is an operand: buckets of 8 and 16 have one program
-    any_tokens: bool = False
     tile_rows: int = 4  # input rows whose accumulators fit into the vector registers: 32 lanes each
     layout: str = "panel"  # of the matrix; "dot": x is rounded to integers (dots.py), which many rows are beforehand
     x_bits: int = 16  # of these integers, as far as the format allows it (RowForm)
@@ -112,30 +109,22 @@ class LinearSpec(Tunable):
         return None if self.norm_eps is None else NormSpec(self.num_tokens, self.num_cols, self.norm_eps)
 
 
-def any_tokens_of(spec: LinearSpec) -> LinearSpec:
-    """The spec for any number of rows, if a panel is unpacked once for all and multiplied with as many at a time."""
-    most = replace(spec, num_tokens=STAGED_ROWS, any_tokens=True)
-    has_passes = spec.num_tokens > spec.rows_per_pass == most.rows_per_pass
-    return most if spec.layout == "dot" and spec.num_tokens in ANY_TOKENS and has_passes else spec
-
-
 @cached_kernel
 def linear_kernel(spec: LinearSpec) -> KernelFn:
-    """fn(out, *planes, *x shards[, norm weight][, bias][, residual][, out scale][, panels][, rows]). With the `dot`
-    layout and more than STAGED_ROWS, x is its integers and their factors (dots.py)."""
+    """fn(out, *planes, *x shards[, norm weight][, bias][, residual][, out scale][, panels]). With the `dot` layout and
+    more than STAGED_ROWS, x is its integers and their factors (dots.py)."""
 
     def kernel(out: UOp, *rest: UOp) -> UOp:
         operands = list(rest)
         planes = Planes(spec.format, [operands.pop(0) for _ in range(Planes.count(spec.format))])
         body = Body()
-        used = clamp(operands.pop()[0].load(), 1, spec.num_tokens) if spec.any_tokens else None
-        num_panels: UOp | int = spec.num_rows // PANEL
-        if spec.any_panels:
-            num_panels = clamp(operands.pop()[0].load(), 1, spec.num_rows // PANEL)
-        x = _take_input(body, spec, operands, used)
+        x = _take_input(body, spec, operands)
         bias = operands.pop(0) if spec.bias_starts is not None else None
         ending = Ending.take(spec, operands)
         blocks = _loop_over_blocks(body, spec, x)
+        num_panels: UOp | int = spec.num_rows // PANEL
+        if spec.any_panels:
+            num_panels = clamp(operands.pop(0)[0].load(), 1, spec.num_rows // PANEL)
         panel = body.loop_up_to(num_panels)
         if spec.block_rows and not isinstance(x, FixedRows):
             stride, block = spec.num_rows // spec.block_rows * spec.block_stride, panel // (spec.block_rows // PANEL)
@@ -150,17 +139,16 @@ def linear_kernel(spec: LinearSpec) -> KernelFn:
     return kernel
 
 
-def _take_input(body: Body, spec: LinearSpec, operands: list[UOp], used: UOp | None) -> list[Shard] | FixedRows:
-    """x as the product reads it, removed from the front of the operands with the norm's weight. used: how many of its
-    rows are there, if that is data."""
+def _take_input(body: Body, spec: LinearSpec, operands: list[UOp]) -> list[Shard] | FixedRows:
+    """x as the product reads it, removed from the front of the operands with the norm's weight."""
     tokens, has_dots = spec.num_tokens, spec.layout == "dot"
     if spec.has_fixed_rows:
         return FixedRows(operands.pop(0), operands.pop(0), tokens, spec.num_cols, spec.x_form)
     x = take_shards(operands, () if spec.block_rows else spec.x_cols, spec.num_cols)
     norm_weight = operands.pop(0) if spec.norm_eps is not None else None
     if tokens <= STAGED_ROWS and not spec.block_rows and (not has_dots or spec.norm is not None or len(x) > 1):
-        x = [stage_rows(body, x, tokens, spec.norm, norm_weight, used)]
-    return fix_rows(body, x[0], tokens, spec.x_form, used) if has_dots else x
+        x = [stage_rows(body, x, tokens, spec.norm, norm_weight)]
+    return fix_rows(body, x[0], tokens, spec.x_form) if has_dots else x
 
 
 def _name(spec: LinearSpec) -> str:
@@ -230,9 +218,8 @@ def _multiply_unpacked(body: Body, spec: LinearSpec, planes: Planes, x: FixedRow
     rows = x.block_rows
     acc = fill(body, body.registers(rows * PANEL), 0.0, panel, x.integers, x.factors, block)
     product = UnpackedProduct(body, spec.format, spec.num_cols, planes, panel, block, spec.rows_per_pass)
-    row = body.loop_up_to(x.count)
-    place = row.cast(dtypes.weakint)
-    return _Tile(block * rows + place, 1, product.add(acc, x), [row], place * PANEL)
+    row = body.loop(rows)
+    return _Tile(block * rows + row, 1, product.add(acc, x), [row], row * PANEL)
 
 
 class HasEnding(Protocol):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinygrad import UOp, dtypes
+from tinygrad import UOp
 
 from tinyvllm.arrays import Format
 from tinyvllm.ops.activation import arithmetic
@@ -56,35 +56,24 @@ def take_shards(operands: list[UOp], x_cols: tuple[int, ...], num_cols: int) -> 
     return shards
 
 
-def stage_rows(
-    body: Body,
-    x: list[Shard],
-    num_tokens: int,
-    norm: NormSpec | None,
-    norm_weight: UOp | None,
-    used: UOp | None = None,
-) -> Shard:
-    """Copy x (T, K) to the stack, normed if there is a norm: x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019).
-    used: how many of its rows are there, if that is data."""
-    count = num_tokens if used is None else used
+def stage_rows(body: Body, x: list[Shard], num_tokens: int, norm: NormSpec | None, norm_weight: UOp | None) -> Shard:
+    """Copy x (T, K) to the stack, normed if there is a norm: x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019)."""
     tokens, cols = num_tokens, sum(shard.width for shard in x)
     staged = body.registers(tokens * cols)
     copies = []
     for shard in x:
-        loop, col = body.loop_up_to(count), body.loop(shard.width)
-        row = loop.cast(dtypes.weakint)
+        row, col = body.loop(tokens), body.loop(shard.width)
         value = shard.buffer[shard.at(row, col)].load()
-        copies.append(staged[row * cols + shard.start + col].store(value).end(col, loop))
+        copies.append(staged[row * cols + shard.start + col].store(value).end(col, row))
     staged = staged.after(UOp.group(*copies))
     if norm is None or norm_weight is None:
         return Shard(staged, 0, cols)
-    loop = body.loop_up_to(count)
-    token = loop.cast(dtypes.weakint)
-    scale = rms_scale(body, [Shard(staged, 0, cols)], token, norm, loop)
+    token = body.loop(tokens)
+    scale = rms_scale(body, [Shard(staged, 0, cols)], token, norm)
     col = body.loop(cols)
     target = staged.after(scale)
     normed = target[token * cols + col] * scale[0] * norm_weight[col]
-    return Shard(staged.after(target[token * cols + col].store(normed).end(col).end(loop)), 0, cols)
+    return Shard(staged.after(target[token * cols + col].store(normed).end(col).end(token)), 0, cols)
 
 
 def rms_scale(body: Body, x: list[Shard], token: UOp, spec: NormSpec, loop: UOp | None = None) -> UOp:

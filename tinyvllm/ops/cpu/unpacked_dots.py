@@ -91,11 +91,9 @@ class UnpackedProduct:
         chunk = body.fold(self.num_cols // (groups * x.group))
         words = self._unpack(chunk, groups, acc, x.form)
         factors = self._factors(chunk * groups, groups, chunk, words)
-        count = x.count // rows
-        tile = body.fold(count) if isinstance(count, int) else body.fold_while(count)
-        first = tile.cast(dtypes.weakint) * rows
-        places = [x.chunk_place(self.block, chunk, first + r) for r in range(rows)]
-        pointers = [acc.after(chunk)[first * PANEL], words[0], factors[0][0], factors[-1][0]]
+        tile = body.fold(x.block_rows // rows)
+        places = [x.chunk_place(self.block, chunk, tile * rows + r) for r in range(rows)]
+        pointers = [acc.after(chunk)[tile * (rows * PANEL)], words[0], factors[0][0], factors[-1][0]]
         pointers += [x.integers[place * x.form.words] for place in places]
         pointers += [x.factors[place * 2] for place in places]
         statement = add_statement(self.format, x.form, rows, groups, has_addend=len(factors) > 1)

@@ -129,13 +129,13 @@ def cached_kernel(make: Callable[..., KernelFn]) -> Callable[..., KernelFn]:
 
 
 def run_kernel(
-    fn: KernelFn, outputs: Sequence[Tensor], inputs: Iterable[Tensor], shares: Sequence[Share] = ()
+    fn: KernelFn, outputs: Sequence[Tensor], inputs: Iterable[Tensor], share: Share | None = None
 ) -> list[Tensor]:
     """Run `fn(*outputs, *inputs)`; returns the written `outputs`. Use the returned tensors, because they carry the
-    order of execution. (While a step is recorded, the order is that of the calls.) shares: what it computes, if the
-    kernel is made for more."""
+    order of execution. (While a step is recorded, the order is that of the calls.) share: this core's, if the kernel is
+    one for all cores."""
     tensors = [*outputs, *inputs]
-    if launch(fn, tensors, shares):
+    if launch(fn, tensors, share):
         return tensors[: len(outputs)]
     return Tensor.custom_kernel(*tensors, fxn=fn)[: len(outputs)]
 
@@ -147,15 +147,15 @@ def run_row_kernel(
     inputs: Iterable[Tensor],
     shared: Sequence[Tensor] = (),
     most: int = MOST_ROWS,
-    shares: Sequence[Share] = (),
+    share: Share | None = None,
 ) -> list[Tensor]:
     """`run_kernel` for `make(num_rows)`, a kernel whose rows are independent work items (`Body.grid`), and nothing else
     in it depends on their number. In recorded steps of any number of rows it is one program, made for `most`, of
     which each step launches as many as it has. `shared`: the tensors whose size does not depend on it."""
     tensors = [*outputs, *inputs]
-    if launch_rows(make, tensors, num_rows, shared, most, shares):
+    if launch_rows(make, tensors, num_rows, shared, most, share):
         return tensors[: len(outputs)]
-    return run_kernel(make(num_rows), outputs, tensors[len(outputs) :], shares)
+    return run_kernel(make(num_rows), outputs, tensors[len(outputs) :], share)
 
 
 def empty(size: int, dtype: DType = F32, device: str | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from tinyvllm.model.loading import Loader
 from tinyvllm.ops.adapter_spec import AdapterSite
 from tinyvllm.ops.attention_spec import AttentionLayer
 from tinyvllm.ops.backend import Epilogue, Norm, Operations, Step
-from tinyvllm.ops.formats.matrix import Matrix
+from tinyvllm.ops.formats.matrix import Matrix, without_values
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def load_attention(load: Loader, kind: LayerKind, placed: Placed, norm: str | No
     out = ops.matrix(load.take(f"{prefix}.self_attn.o_proj.weight", hidden, kind.q_size))
     tables = _load_tables(load, kind, placed, tuple(matrix.num_rows for matrix in qkv))
     return Attention(
-        attention=replace(tables, reader=out if gate is None else None),
+        attention=replace(tables, reader=without_values(out) if gate is None else None),
         attention_norm=load.optional_norm(prefix, norm),
         qkv=qkv,
         attention_out=out,

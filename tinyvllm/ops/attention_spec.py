@@ -37,7 +37,7 @@ class AttentionLayer:
     head_norm: Tensor | None = None
     bias: Tensor | None = None  # (columns of qkv,) float32
     sinks: Tensor | None = None  # (H,) float32
-    reader: Matrix | None = None  # of the product that reads the result, if nothing else does
+    reader: Matrix | None = None  # of the product that reads the result, if nothing else does; without its values
 
     @property
     def pool_layer(self) -> int:

@@ -137,6 +137,11 @@ class Matrix:
         return replace(self, num_rows=rows, used_rows=rows, planes=planes, num_experts=0)
 
 
+def without_values(matrix: Matrix) -> Matrix:
+    """Its form alone, for whom its values would be a second place where they are found."""
+    return replace(matrix, planes=(), row_shards=(), maps=None)
+
+
 def join_shards(shards: Sequence[Matrix]) -> Matrix:
     """Matrices of the same format and width, each on its core, as one matrix of all their rows (of each expert's)."""
     if len(shards) == 1:

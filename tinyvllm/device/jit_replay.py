@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from tinygrad import Tensor, TinyJit, UOp
 from tinygrad.engine.realize import get_runtime, runtime_cache
@@ -139,9 +140,15 @@ def join_steps(first: RecordedStep, second: RecordedStep) -> RecordedStep:
     return RecordedStep(calls, second.output, borrowed, len(first.calls), first.kept + second.kept)
 
 
+def _what_runs(target: UOp) -> tuple[Any, ...]:
+    """A call's target without what its code was made from: a program for a part of its work (`Extent`) gets the part's
+    operations and bytes before its code is made by TinyJit, and afterwards by us."""
+    return (target.arg, *[part.key for part in target.src[2:]]) if target.op is Ops.PROGRAM else (target.key,)
+
+
 def check_same_kernels(name: str, captured: RecordedStep, recorded: RecordedStep) -> None:
     """Raise InvariantError if TinyJit captured programs other than the recorded ones, or in another order."""
-    ours, theirs = ([call.target.key for call in step.calls] for step in (recorded, captured))
+    ours, theirs = ([_what_runs(call.target) for call in step.calls] for step in (recorded, captured))
     if ours != theirs:
         raise InvariantError(
             f"graph {name}: TinyJit captured {len(theirs)} kernels that are not the {len(ours)} recorded"

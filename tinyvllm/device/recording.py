@@ -242,6 +242,7 @@ def _note(recorder: Any, kernel: UOp, tensors: Sequence[Tensor], extent: Extent)
     if isinstance(recorder, _Recorder):
         recorder.add(kernel, args, extent)
     else:
+        kernel = kernel if extent == WHOLE else _scaled(kernel, *extent.part)
         recorder.add_linear(UOp(Ops.LINEAR, src=(kernel.call(*args),)), {})
 
 

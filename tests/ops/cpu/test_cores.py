@@ -110,8 +110,17 @@ def test_several_cores_generate_what_numpy_does(tmp_path: Path, quant: str | Non
         np.testing.assert_allclose(logprobs, rows.max(axis=1), atol=tolerance)
 
 
-def _runner(files: object, cores: int, kv: str) -> ModelRunner:
-    config = EngineConfig("tiny", cpu_cores=cores, compile_cache=False, **(SETTINGS | {"kv_cache_dtype": kv}))
+def test_tinyjit_captures_the_programs_of_shares_of_different_sizes(tmp_path: Path) -> None:
+    """As with DEBUG=2. Capturing compares them with the recorded ones."""
+    shape: dict[str, Any] = dict(hidden=96, heads=3, kv_heads=3, head_dim=32, ffn=160, layers=1, tie=False)
+    files = write_tiny_gguf(tmp_path / "model.gguf", quant="Q4_1", **shape)
+    found = [generate(_runner(files, 2, "float32", capture), [[5, 9], [7]], 3) for capture in ("replay", "tinyjit")]
+    assert found[0] == found[1]
+
+
+def _runner(files: object, cores: int, kv: str, capture: str = "replay") -> ModelRunner:
+    more = SETTINGS | {"kv_cache_dtype": kv, "capture": capture}
+    config = EngineConfig("tiny", cpu_cores=cores, compile_cache=False, **more)
     runner = load_runner(files, config)  # type: ignore[arg-type]
     runner.warm_up()
     return runner

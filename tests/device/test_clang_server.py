@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import tinyvllm.device  # noqa: F401  (before tinygrad)
+from tests.patience import wait_for
+from tests.server.test_control import is_running, wait_until_gone
 from tinyvllm.device import clang_server
 from tinyvllm.device.clang_server import ClangServer, make_library
 
@@ -112,14 +114,76 @@ def test_a_script_may_be_the_compiler(
     assert compile_all() == started
 
 
-def test_a_server_ends_with_its_parent() -> None:
+def test_a_python_without_memory_files_has_servers_too(
+    servers: dict[Any, ClangServer | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many are built for an old C library."""
+    started = compile_all()
+    monkeypatch.delattr(os, "memfd_create")
+    clang_server._make_library.cache_clear()
+    clang_server.use_servers()
+    assert compile_all() == started
+    assert len(servers) == 1 and None not in servers.values()
+
+
+def test_a_users_own_library_stays(
+    servers: dict[Any, ClangServer | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, library, seen = compile_all(), tmp_path / "own.so", tmp_path / "seen"
+    flags = ["-shared", "-fPIC", "-nostdlib", "-x", "c", "-", "-o", str(library)]
+    subprocess.run([os.environ.get("CC", "clang"), *flags], input=b"int own;", check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    compile_with(f'echo "$LD_PRELOAD" >> "{seen}"', tmp_path, monkeypatch)
+    clang_server.use_servers()
+    assert compile_all() == started
+    assert None not in servers.values()
+    assert set(seen.read_text().splitlines()) == {str(library)}
+
+
+def make_slow_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """It never ends. The file that will have its id."""
+    pid = folder / "pid"
+    script = f'case "$*" in *-shared*) ;; *) echo $$ > "{pid}.new"; mv "{pid}.new" "{pid}"; exec sleep 1000;; esac'
+    compile_with(script, folder, monkeypatch)
+    return pid
+
+
+def test_a_server_that_is_killed_while_it_compiles_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid, library = make_slow_compiler(tmp_path, monkeypatch), make_library()
+    assert library is not None
+    server = ClangServer([str(tmp_path / "cc")], library)
+    made: list[bytes | None] = []
+    thread = threading.Thread(target=lambda: made.append(server.compile(b"")), daemon=True)
+    thread.start()
+    wait_for(pid.exists)
+    server.process.kill()
+    thread.join(10.0)
+    assert made == [None]
+    server.close()
+    wait_until_gone([int(pid.read_text())])
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_server_ends_with_its_parent(is_busy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = make_slow_compiler(tmp_path, monkeypatch) if is_busy else tmp_path / "none"
     program = (
-        "import tinyvllm.device\nfrom tinyvllm.device.clang_server import ClangServer, make_library\n"
-        "server = ClangServer(['clang', '-c', '-x', 'c', '-', '-o', '-'], make_library())\n"
-        "assert server.compile(b'int one;')\nprint(server.process.pid, flush=True)\nimport os\nos._exit(0)\n"
+        "import os, sys\nimport tinyvllm.device\n"
+        "from tinyvllm.device.clang_server import ClangServer, make_library\n"
+        "server = ClangServer([os.environ.get('CC', 'clang'), '-c', '-x', 'c', '-', '-o', '-'], make_library())\n"
+        "print(server.process.pid, flush=True)\nassert server.compile(b'int one;')\n"
+        "print('done', flush=True)\nsys.stdin.read()\n"
     )
-    run = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
-    deadline = time.monotonic() + 10.0
-    while os.path.exists(f"/proc/{int(run.stdout)}"):
-        assert time.monotonic() < deadline, "the server is still there"
-        time.sleep(0.01)
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pids = [int(process.stdout.readline())]
+        if is_busy:
+            wait_for(pid.exists)
+            pids.append(int(pid.read_text()))
+        else:
+            assert process.stdout.readline() == "done\n"
+        assert all(map(is_running, pids))
+        process.kill()
+    wait_until_gone(pids)

@@ -26,20 +26,31 @@ from tinygrad.runtime.support import compiler_cpu
 LIBRARY = """
 typedef int Main(int, char **, char **);
 typedef int Start(Main *, int, char **, void *, void *, void *, void *);
-int atoi(const char *), fork(void), unsetenv(const char *), waitpid(int, int *, int);
+int atoi(const char *), close(int), fork(void), getpid(void), getppid(void), prctl(int, ...);
+int unsetenv(const char *), waitpid(int, int *, int);
 long read(int, void *, unsigned long), write(int, const void *, unsigned long);
-char *getenv(const char *);
+char *getenv(const char *), *strrchr(const char *, int);
 void *dlsym(void *, const char *);
 _Noreturn void _exit(int);
 
 static Main *compile;
 
+static int die_with_parent(void) { return prctl(1, 9); }  // PR_SET_PDEATHSIG, SIGKILL
+
 static int serve(int argc, char **argv, char **envp) {
-  const int control = atoi(getenv("TINYVLLM_CLANG_CONTROL"));
-  unsetenv("LD_PRELOAD");  // a compiler that starts another process should not have that serve
+  const int control = atoi(getenv("TINYVLLM_CLANG_CONTROL")), own = getpid();
+  char *const preload = getenv("LD_PRELOAD"), *const last = preload ? strrchr(preload, ':') : 0;
+  if (last) *last = 0;  // a compiler that starts another process should not have that serve
+  else unsetenv("LD_PRELOAD");
+  die_with_parent();
   for (char request; read(control, &request, 1) == 1;) {
     const int child = fork();
-    if (child == 0) return compile(argc, argv, envp);
+    if (child == 0) {
+      close(control);  // whoever waits for an answer learns at once that this process's parent is gone
+      die_with_parent();
+      if (getppid() != own) _exit(1);
+      return compile(argc, argv, envp);
+    }
     int status = -1;
     if (child > 0) waitpid(child, &status, 0);
     if (write(control, &status, sizeof status) != sizeof status) break;
@@ -57,14 +68,15 @@ _STATUS_BYTES = 4
 
 class ClangServer:
     """Compiles with one command, which reads its standard input and writes to its standard output. Its process ends
-    with the one that started it, whose end closes the socket. For one thread."""
+    with the thread that started it, whatever it is doing. For that thread."""
 
     def __init__(self, command: Sequence[str], library: int) -> None:
         """library: a file descriptor. Raises OSError."""
-        self._source, self._object = os.memfd_create("source"), os.memfd_create("object")
+        self._source, self._object = _make_file("source"), _make_file("object")
         self._socket, there = socket.socketpair()
         with there, open(os.devnull, "wb") as errors:  # whoever compiles after a failure shows them
-            control = {"LD_PRELOAD": f"/proc/self/fd/{library}", "TINYVLLM_CLANG_CONTROL": str(there.fileno())}
+            preload = [*filter(None, [os.environ.get("LD_PRELOAD")]), f"/proc/self/fd/{library}"]  # ours is the last
+            control = {"LD_PRELOAD": ":".join(preload), "TINYVLLM_CLANG_CONTROL": str(there.fileno())}
             self.process = subprocess.Popen(
                 command,
                 stdin=self._source,
@@ -145,7 +157,15 @@ def _make_library(compiler: str) -> int | None:
         flags = ("-O1", "-shared", "-fPIC", "-nostdlib", "-fno-builtin")
         command = [compiler, *flags, "-x", "c", "-", "-o", str(path)]
         subprocess.run(command, input=LIBRARY.encode(), capture_output=True, check=True)
-        file = os.memfd_create("library")
+        file = _make_file("library")
         os.write(file, path.read_bytes())
         return file
     return None
+
+
+def _make_file(name: str) -> int:
+    """Of no folder. Raises OSError."""
+    if hasattr(os, "memfd_create"):  # not in a Python that was built for an old C library
+        return os.memfd_create(name)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

@@ -132,6 +132,40 @@ jobs[0].result()
     wait_until_gone(pids)
 
 
+def leave_behind(seconds: float) -> int:
+    """A process that nobody collects when this one is killed, and that works; its id."""
+    program = f"import time\nwhile time.process_time() < {seconds}: pass\nprint(flush=True)\ntime.sleep(1000)"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process.pid
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_a_process_leaves_behind_is_ended_and_collected_and_its_time_counts(size: int) -> None:
+    """Even where process 1 collects nothing, as in a container: then orphans become this program's children."""
+    program = f"""
+import os
+from tests.device.test_compile_workers import leave_behind
+from tinyvllm.device.compile_workers import CompileWorkers
+from tinyvllm.processes import adopt_orphans
+adopt_orphans()
+pool = CompileWorkers({size}, "{BEGIN}")
+jobs = [pool.submit(leave_behind, 0.5) for _ in range({size})]
+pids = [job.result() for job in jobs]
+before = sum(os.times()[2:4])
+pool.terminate()
+assert sum(os.times()[2:4]) - before > 0.4 * {size}
+try:
+    assert os.waitpid(-1, os.WNOHANG) is None
+except ChildProcessError:
+    print(*pids)
+"""
+    run = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    pids = [int(pid) for pid in run.stdout.split()]
+    assert len(pids) == size and not any(map(is_running, pids))
+
+
 # ---- The template ----
 
 

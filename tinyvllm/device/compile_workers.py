@@ -35,7 +35,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from tinyvllm.late_methods import make_methods_late
-from tinyvllm.processes import die_with_parent, ignore_all_signals
+from tinyvllm.processes import adopt_orphans, die_with_parent, end_group, ignore_all_signals
 
 # Runs in the new process, whose modules are found where this one's are.
 _PROGRAM = """
@@ -48,7 +48,7 @@ _MESSAGE_BYTES = 1 << 16  # at most, of a message to the template
 BEGIN_WORKER = "tinyvllm.device.compiling:begin_worker"  # here, because whoever begins early has not imported tinygrad
 HAS_TEMPLATES = sys.platform == "linux"
 _END_S = 1.0  # for a killed process to be gone, which takes milliseconds
-_COLLECT_S = 0.1  # for a template to collect the processes that were killed; it may be busy
+_COLLECT_S = 0.1  # for a template, which may be busy, to collect a process that it has just forked
 
 
 class LostJobError(Exception):
@@ -164,10 +164,12 @@ class CompileWorkers:
             template = self._template
             if template is not None:  # for what comes after; no worker of before starts the old one again
                 self._template = _Template(self._initialize)
+        running = [worker for worker in workers if worker.pid is not None]
         for worker in workers:
             worker.end()
             jobs.put(None)
         if template is not None:
+            _join(running, _END_S)
             _join(workers, _COLLECT_S)
             template.end()
         _join(workers, _END_S)
@@ -272,6 +274,8 @@ class _Worker:
         with self._lock:
             process, self._process = self._process, None
         if process is not None:
+            if HAS_TEMPLATES and isinstance(process, subprocess.Popen):
+                end_group(process.pid)  # all of it if this is process 1
             process.kill()
             process.wait()
 
@@ -469,6 +473,7 @@ def fork_on_demand(fd: int, parent: int, initialize: str) -> None:
     """Answer the template's messages until its socket closes."""
     ignore_all_signals()
     die_with_parent(parent)
+    adopt_orphans()
     make_methods_late()
     __import__(initialize.partition(":")[0])
     server, own = socket.socket(fileno=fd), os.getpid()
@@ -478,8 +483,7 @@ def fork_on_demand(fd: int, parent: int, initialize: str) -> None:
             os._exit(0)
         what, argument = pickle.loads(message)
         if what == _REAP:
-            with contextlib.suppress(ChildProcessError):  # of a template before this one
-                os.waitpid(argument, 0)
+            end_group(argument)  # perhaps of a template before this one
             server.send(pickle.dumps(0))
         elif what != _FORK:
             with contextlib.suppress(Exception):
@@ -500,6 +504,8 @@ def fork_on_demand(fd: int, parent: int, initialize: str) -> None:
 def main(fd: int, parent: int, initialize: str) -> None:
     """Answer jobs until the pipe closes."""
     ignore_all_signals()
+    os.setpgid(0, 0)  # with the compilers that it starts, which are ended with it
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # another group than the terminal's may still write messages there
     die_with_parent(parent)
     make_methods_late()
     _find(initialize)()

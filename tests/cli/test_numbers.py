@@ -58,6 +58,9 @@ def test_no_flag_takes_a_number_that_is_not_finite_or_out_of_bounds() -> None:
     assert num_flags > 100
     result = run("serve", "x", "--idle-timeout", "1e400")
     assert result.exit_code == 1 and result.output.startswith("error: --idle-timeout is inf: give")
+    for flag, most in (("max-step-stretch", "1e+09"), ("gpu-memory-utilization", "1"), ("kv-disk-size", str(2**20))):
+        result = run("serve", "x", f"--{flag}", "nan")
+        assert result.output == f"error: --{flag} is nan: give a number between 0 and {most}\n"
 
 
 def test_serve_takes_or_refuses_every_other_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,14 @@ def test_a_prediction_lists_what_it_rests_on_and_how_far_it_is_off() -> None:
     assert 30 < document["tok_s"] < document["roof_tok_s"] < 60
 
 
+@pytest.mark.parametrize("kind", ["Q4_K", "q4_k", "mlx-4bit-g64", "IQ4_NL"])
+def test_every_format_of_random_weights_is_predicted(kind: str) -> None:
+    output = run("--predict", "m4", "--shape", "tinyllama-1.1b", "--weights", kind, "--batch", "2", "--json", "-")
+    document = json.loads(output.splitlines()[-1])
+    assert document["dtype"].lower() == kind.lower()
+    assert 0.55e9 < document["bytes"] < 0.68e9  # 1.03 billion weights of 4.5 bits, and some scales
+
+
 @pytest.mark.sweep  # the pieces are tests/profiling/test_roofline.py's
 def test_a_prompt_is_predicted_in_the_pieces_that_it_would_be_computed_in() -> None:
     flags = ("--predict", "m4", "--shape", "tinyllama-1.1b", "--prefill", "1024", "--json", "-")
@@ -119,6 +127,14 @@ def test_a_prompt_is_predicted_in_the_pieces_that_it_would_be_computed_in() -> N
         (("--predict", "m4", "--shape", "smollm2-135m", "--batch", "100000000"), "at most 8192 sequences"),
         (("--predict", "m4", "--shape", "smollm2-135m", "--context", "8192"), "takes at most 8192 tokens"),
         (("--predict", "m4", "--shape", "smollm2-135m", "--prefill", "8193"), "takes at most 8192 tokens"),
+        (("--predict", "m4", "--shape", "smollm2-135m", "--batch", "0"), "--batch is 0: give at least 1"),
+        (("--predict", "m4", "--shape", "smollm2-135m", "--context", "-1"), "--context is -1: give at least 0"),
+        (("--predict", "m4", "--shape", "smollm2-135m", "--prefill", "-5"), "--prefill is -5: give at least 1"),
+        (
+            ("--predict", "m4", "--shape", "smollm2-135m", "--prefill", "5", "--max-num-batched-tokens", "0"),
+            "--max-num-batched-tokens is 0: give at least 1",
+        ),
+        (("--predict", "m4", "--shape", "smollm2-135m", "--weights", "Q4_X"), "Q4_K, Q5_K, Q6_K"),
         (("--chip", "z80", "--from", str(DATA / "cpu.txt")), "z80"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,9 @@ def test_an_unknown_kind_is_plain_and_has_no_kernels() -> None:
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(DeviceError, match="'no-such-compiler' is not on the PATH: unset CC, or set CC=clang"):
+        open_device()
+    monkeypatch.setenv("PATH", "")
     with pytest.raises(DeviceError, match="'no-such-compiler' is not on the PATH: install clang"):
         open_device()
 
@@ -59,8 +63,11 @@ def test_another_compiler_than_clang_is_refused_by_name(
     gcc.write_text(program)
     gcc.chmod(0o755)
     monkeypatch.setenv("CC", str(gcc))
-    assert "does not take the arguments of clang: install clang" in KINDS["CPU"].why_missing()
+    assert "does not take the arguments of clang: unset CC, or set CC=clang" in KINDS["CPU"].why_missing()
+    with pytest.raises(DeviceError, match="unset CC"):
+        open_device()
     assert "CPU" not in kinds.choice(failed="CPU")  # what was asked for is no way out
+    assert ("METAL" in kinds.choice(failed="CPU")) == (sys.platform == "darwin")  # nothing makes another computer a Mac
     monkeypatch.setenv("CC", os.environ.get("TESTS_CC", "clang"))
     assert not KINDS["CPU"].why_missing()
 

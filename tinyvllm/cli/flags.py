@@ -8,9 +8,10 @@ import inspect
 import os
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from typer import Argument, Option
+from typer.models import OptionInfo
 
 from tinyvllm.cli.terminal import LOG_LEVELS, set_up_logging
 from tinyvllm.config import (
@@ -22,6 +23,7 @@ from tinyvllm.config import (
     DTYPES,
     KV_FORMATS,
     LORA_RANKS,
+    MAX_TIER_GIB,
     MODELS_DIR_VARIABLE,
     EngineConfig,
     GenerationDefaults,
@@ -38,6 +40,7 @@ from tinyvllm.text.tools import FAMILIES
 _STANDARD = EngineConfig(model="")  # for its defaults
 SERVED_STRETCH = 3.0  # of `max_step_stretch`, for servers, whose requests wait for each other
 MAX_NUMBER = 1e9  # of a flag that takes fractions: as seconds, 30 years
+LARGEST = {"SHARE": 1.0, "GIB": float(MAX_TIER_GIB)}  # by the flag's metavar, instead of MAX_NUMBER
 KV_FLAGS = ("kv_cache_dtype", "kv_cache_dtype_k", "kv_cache_dtype_v")
 _DTYPES = ", ".join(("auto", *DTYPES))
 
@@ -485,10 +488,12 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(_keyword(name, parameter.default, hints[name]))
 
+    largest = {parameter.name: _largest(parameter.annotation) for parameter in parameters}
+
     @functools.wraps(command)
     def spread_command(**values: Any) -> None:
         for name, value in values.items():
-            _check_number(name, value)
+            _check_number(name, value, largest[name])
         for name, group in groups.items():
             values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
         command(**values)
@@ -498,15 +503,22 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     return spread_command
 
 
-def _check_number(name: str, value: Any) -> None:
-    """Raises TinyvllmError for a number that is valid for no flag, and would cause a less clear error much later."""
+def _largest(annotation: Any) -> float:
+    """The largest fraction that a flag may be."""
+    metavars = [one.metavar for one in get_args(annotation) if isinstance(one, OptionInfo)]
+    return LARGEST.get(metavars[0] or "", MAX_NUMBER) if metavars else MAX_NUMBER
+
+
+def _check_number(name: str, value: Any, largest: float) -> None:
+    """Raises TinyvllmError for a number that is valid for no flag, and would cause a less clear error much later. No
+    flag that takes fractions may be negative; `largest` is what it may be."""
     flag = name.replace("_", "-")
     if isinstance(value, int) and abs(value) >= (limit := 2**63):
         raise TinyvllmError(
             f"--{flag} is a number of more than 64 bits: give a number between {1 - limit} and {limit - 1}"
         )
     if isinstance(value, float) and not abs(value) <= MAX_NUMBER:  # so is nan
-        raise TinyvllmError(f"--{flag} is {value}: give a number between -{MAX_NUMBER:.0e} and {MAX_NUMBER:.0e}")
+        raise TinyvllmError(f"--{flag} is {value}: give a number between 0 and {largest:.7g}")
 
 
 def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:

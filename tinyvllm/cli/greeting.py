@@ -12,6 +12,7 @@ from tinyvllm.cli.terminal import out
 LABEL_WIDTH = 16
 MAX_NAMES = 4
 QUESTION = "What is the capital of France?"
+ANSWER_TOKENS = 100  # at most: a small model may go on for as long as its context
 UNIX = "unix:"
 MIN_AGENT_TOKENS = 16_384  # Claude Code's first prompt has about 12,000
 
@@ -76,7 +77,7 @@ class Greeting:
             yield _labeled("Ollama clients", f"OLLAMA_HOST={self.address}")
 
     def _curl_openai(self) -> str:
-        body: dict[str, object] = {"model": self.names[0]}
+        body: dict[str, object] = {"model": self.names[0], "max_tokens": ANSWER_TOKENS}
         if self.can_chat:
             path = "/v1/chat/completions"
             body["messages"] = [{"role": "user", "content": QUESTION}]
@@ -86,11 +87,13 @@ class Greeting:
         return self._curl(path, body)
 
     def _curl_ollama(self) -> str:
-        return self._curl("/api/generate", {"model": self.names[0], "prompt": QUESTION, "stream": False})
+        options = {"num_predict": ANSWER_TOKENS}
+        body = {"model": self.names[0], "prompt": QUESTION, "stream": False, "options": options}
+        return self._curl("/api/generate", body)
 
     def _curl_anthropic(self) -> str:
         messages = [{"role": "user", "content": QUESTION}]
-        return self._curl("/v1/messages", {"model": self.names[0], "max_tokens": 100, "messages": messages})
+        return self._curl("/v1/messages", {"model": self.names[0], "max_tokens": ANSWER_TOKENS, "messages": messages})
 
     def _curl(self, path: str, body: dict[str, object]) -> str:
         """A command to paste into a shell, with KEY in place of a real key, which must not reach a log."""

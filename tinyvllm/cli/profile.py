@@ -203,16 +203,13 @@ def _recorded() -> Iterator[list[measure.Recording]]:
 def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) -> None:
     """Predict from the counts of the model's shape, without weights or graphs."""
     from tinyvllm.bench.shapes import find_shape
-    from tinyvllm.execution.stored_weights import stored_weights
+    from tinyvllm.execution.stored_weights import stored_weights, weights_of_kind
     from tinyvllm.profiling.profile_report import prediction_table
-    from tinyvllm.profiling.roofline import WeightBytes
 
     chip = _chip_to_predict(flags.predict or "", runner)
     found = subject.find(pull=runner.pull)
-    _check_prediction(flags, found.name, found.model_config.max_position)
-    weights = (
-        WeightBytes.of_kind(found.kind) if found.files is None else stored_weights(found.files, found.model_config)
-    )
+    _check_prediction(flags, runner, found.name, found.model_config.max_position)
+    weights = weights_of_kind(found.kind) if found.files is None else stored_weights(found.files, found.model_config)
     kv = runner.planned_kv
     if flags.prefill is None:
         arithmetic = _arithmetic(found.model_config, weights.name, chip, flags.batch, is_decode=True)
@@ -236,8 +233,16 @@ def _predict(flags: ProfileFlags, subject: SubjectFlags, runner: RunnerFlags) ->
     subject.write_json(document)
 
 
-def _check_prediction(flags: ProfileFlags, name: str, max_position: int) -> None:
+def _check_prediction(flags: ProfileFlags, runner: RunnerFlags, name: str, max_position: int) -> None:
     """Refuse a step that no engine runs. Raises TinyvllmError."""
+    for flag, value, least in (
+        ("batch", flags.batch, 1),
+        ("context", flags.context, 0),
+        ("prefill", flags.prefill, 1),
+        ("max-num-batched-tokens", runner.max_num_batched_tokens, 1),
+    ):
+        if value is not None and value < least:
+            raise TinyvllmError(f"--{flag} is {value}: give at least {least}")
     if flags.batch > MAX_PREDICTED_BATCH:
         raise TinyvllmError(
             f"--batch is {flags.batch}, but a step is predicted for at most {MAX_PREDICTED_BATCH} sequences: give fewer"

@@ -35,7 +35,8 @@ def choice(failed: str = "") -> str:
     others = {name: kind for name, kind in KINDS.items() if name != failed.split(":")[0].upper()}
     here = [name for name, kind in others.items() if not kind.why_missing()]
     if not here:
-        return f"give --device (or DEV) one of {', '.join(others)}, and install what it needs"
+        possible = [name for name, kind in others.items() if kind.can_be_installed()]
+        return f"give --device (or DEV) one of {', '.join(possible)}, and install what it needs"
     return f"give --device (or DEV) one of those here: {', '.join(here)}"
 
 

@@ -52,6 +52,10 @@ class DeviceKind:
         """Why this computer cannot have such a device, as far as can be told without opening it; "" if it may."""
         return ""
 
+    def can_be_installed(self) -> bool:
+        """Whether this system can have such a device, once what it needs is installed."""
+        return True
+
     def opened(self, name: str) -> None:
         """What to do once tinygrad has opened the device."""
 

@@ -12,7 +12,7 @@ from tinyvllm.config import Limits
 from tinyvllm.device.kinds.base import DeviceKind
 from tinyvllm.errors import DeviceError
 
-REMEDY = "install clang (Debian: apt-get install clang; macOS: xcode-select --install), or name it in CC"
+INSTALL = "install clang (Debian: apt-get install clang; macOS: xcode-select --install), or name it in CC"
 
 
 class Cpu(DeviceKind):
@@ -31,13 +31,15 @@ class Cpu(DeviceKind):
     def check(self) -> None:
         compiler = os.environ.get("CC", "clang")
         if shutil.which(compiler) is None:
-            raise DeviceError(f"the CPU device needs clang, and {compiler!r} is not on the PATH: {REMEDY}")
+            raise DeviceError(f"the CPU device needs clang, and {compiler!r} is not on the PATH: {_remedy()}")
+        if why := self.why_missing():  # at once: kept programs would let the device open without a compiler
+            raise DeviceError(f"the CPU device cannot be opened: {why}")
 
     def why_missing(self) -> str:
         compiler = os.environ.get("CC")
         if compiler is None or shutil.which(compiler) is None or _is_clang(compiler):
             return ""
-        return f"CC names {compiler!r}, which does not take the arguments of clang: {REMEDY}"
+        return f"CC names {compiler!r}, which does not take the arguments of clang: {_remedy()}"
 
     def opened(self, name: str) -> None:
         """Refuse renderers that do not know C, in which many kernels have statements."""
@@ -54,6 +56,11 @@ class Cpu(DeviceKind):
     def step_limits(self, free_bytes: Callable[[], int]) -> Limits:
         """A step of 256 tokens takes 0.29 s on two cores (135M parameters)."""
         return Limits(max_num_seqs=16, max_num_batched_tokens=256)
+
+
+def _remedy() -> str:
+    """Where CC names something else, the clang that is there."""
+    return INSTALL if shutil.which("clang") is None else "unset CC, or set CC=clang, which is installed"
 
 
 def _is_clang(compiler: str) -> bool:

@@ -31,6 +31,9 @@ class Metal(DeviceKind):
     def why_missing(self) -> str:
         return "" if sys.platform == "darwin" else "METAL is the GPU of a Mac, and this computer is not a Mac"
 
+    def can_be_installed(self) -> bool:
+        return sys.platform == "darwin"
+
     def free_memory(self, name: str) -> int:
         """The system's recommended maximum for the GPU, two thirds to three quarters of a Mac's memory. It must be
         asked before the weights are loaded."""

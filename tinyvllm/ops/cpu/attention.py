@@ -140,6 +140,15 @@ class Row:
             return self.spec.section_start(section) // self.spec.head_dim
         return (0, self.num_kv_heads * self.spec.group, self.num_kv_heads * (self.spec.group + 1))[section]
 
+    def head_place(self, block: UOp, head: UOp) -> UOp:
+        """The number of a KV head in a block of the pool, among those of all blocks."""
+        return block * self.num_kv_heads + head
+
+    def head_start(self, block: UOp, head: UOp) -> UOp:
+        """Where its keys (or values) begin."""
+        elements = self.spec.head_dim * self.spec.layout.block_size
+        return block * (self.num_kv_heads * elements) + head * elements
+
     def _stored(self, head: UOp, offset: UOp) -> UOp:
         """qkv[row, head * D + offset], from the part that holds it. `head` counts q heads, then k, then v."""
         start, value, first = 0, None, self.first_col
@@ -217,8 +226,7 @@ class Row:
         keys, values, groups = planes.keys, planes.values, []
         for pair in self.pairs(body):
             block, offset = self.slot // block_size, self.slot % block_size
-            elements = spec.head_dim * block_size  # of a head's keys (or values) in a block
-            base = block * (self.num_kv_heads * elements) + head * elements
+            base = self.head_start(block, head)
             low, high = self.rotated(KEYS, head, pair, self.head_scale(body, KEYS, head, self.row, head))
             scale = self.head_scale(body, VALUES, head, self.row, head)
             v_low, v_high = (self.qkv(VALUES, head, at) for at in (pair.low, pair.high))
@@ -239,7 +247,7 @@ class Row:
         spec, size, kv = self.spec, self.spec.layout.block_size, self.spec.kv
         dim, stores = spec.head_dim, []
         block, offset = self.slot // size, self.slot % size
-        place = block * self.num_kv_heads + head
+        place = self.head_place(block, head)
         halves = (
             (KEYS, kv.keys, planes.keys, planes.key_scales),
             (VALUES, kv.values, planes.values, planes.value_scales),
@@ -392,9 +400,7 @@ def _next_block(body: Body, row: Row, head: UOp) -> _Block:
     else:
         loop = number = body.fold_while(last + 1)
     block = row.block(number)
-    elements = spec.head_dim * size
-    base = block * (row.num_kv_heads * elements) + head * elements
-    return _Block(loop, number, block * row.num_kv_heads + head, base)
+    return _Block(loop, number, row.head_place(block, head), row.head_start(block, head))
 
 
 def _load_queries(body: Body, row: Row, head: UOp, keys: UOp) -> UOp:

@@ -203,7 +203,7 @@ class _Attention:
         start = loop * most + (first.cast(I32) if isinstance(first, UOp) else first)
         block = body.fold(most)
         number = (start + block).minimum(last // size)  # what is after the last block is masked
-        place = first_row.block(number) * first_row.num_kv_heads + self.head
+        place = first_row.head_place(first_row.block(number), self.head)
         keys, values = body.registers(most * dim * size), body.registers(most * size * dim)
         at, order = block * (dim * size), (loop, block, query, sums.best, sums.total, sums.acc)
         own = last.cast(I32) - number * size

@@ -554,7 +554,7 @@ class CpuBackend(DeviceSampling):
         """Each core's rows of the matrix, times its input."""
         outs: list[Tensor] = []
         widths: list[int] = []
-        all_cols = matrix.num_rows // (1 if epilogue.activation is None else 2)
+        halves = 1 if epilogue.activation is None else 2  # rows of the matrix for each column of the result
         most = max(shard.num_rows for shard in matrix.shards)
         any_panels = epilogue.bias is None and any(shard.num_rows < most for shard in matrix.shards)
         for i, shard in enumerate(matrix.shards):
@@ -572,7 +572,7 @@ class CpuBackend(DeviceSampling):
                 has_residual=epilogue.residual is not None,
                 has_out_scale=epilogue.out_scale is not None,
                 softcap=epilogue.softcap,
-                bias_starts=None if epilogue.bias is None else (sum(widths), all_cols + sum(widths)),
+                bias_starts=None if epilogue.bias is None else (sum(widths), matrix.num_rows // halves + sum(widths)),
                 x_cols=x.x_cols,
                 tile_rows=self.tile_rows if shard.layout == "panel" else self._dot_rows(num_tokens),
                 layout=shard.layout,
@@ -580,7 +580,7 @@ class CpuBackend(DeviceSampling):
                 any_panels=any_panels,
             )
             spec = choose(spec)
-            cols = shard.num_rows // (1 if epilogue.activation is None else 2)
+            cols = shard.num_rows // halves
             out = empty(num_tokens * cols, device=core)
             operands = [*shard.planes, *x.tensors, *([] if x.norm is None else [x.norm.weight])]
             shared = list(shard.planes)

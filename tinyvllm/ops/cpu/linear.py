@@ -71,10 +71,6 @@ class LinearSpec(Tunable):
     x_bits: int = 16  # of these integers, as far as the format allows it (RowForm)
 
     @property
-    def out_cols(self) -> int:
-        return self.num_rows // 2 if self.activation is not None else self.num_rows
-
-    @property
     def rows_per_pass(self) -> int:
         """Input rows of one pass over a panel: a divisor of T, up to `tile_rows`; or one row more if these are all."""
         most = self.tile_rows + (self.num_tokens == self.tile_rows + 1)  # to unpack a panel again would cost more

@@ -16,7 +16,7 @@ from tinygrad import Tensor, UOp
 from tinyvllm.ops.kernel.body import bits_of_bfloat
 
 LOG2E = 1.4426950408889634
-POWER, BITS = " * 2**", " in bfloat16"  # after an activation's name: what precedes an exponent; what says `rounded`
+TIMES, BITS = " * ", " in bfloat16"  # after an activation's name: what precedes a factor; what says `rounded`
 CLAMP, ALPHA = 7.0, 1.702  # gpt-oss: gate at most 7, up within +-7; x * sigmoid(1.702 x) approximates GELU
 
 Exp2 = Callable[[UOp], UOp]  # 2 ** x: the device's own, or one that vectorizes
@@ -49,9 +49,9 @@ class Activation:
     emit: Callable[[UOp, UOp, Arithmetic], UOp]
 
 
-def scaled(activation: str, exponent: int) -> str:
-    """The name of an activation for `gated` whose results are multiplied by 2 ** exponent."""
-    return f"{activation}{POWER}{exponent}" if exponent else activation
+def scaled(activation: str, factor: float) -> str:
+    """The name of an activation for `gated` whose results are multiplied by a factor."""
+    return activation if factor == 1.0 else f"{activation}{TIMES}{factor}"
 
 
 def rounded(activation: str) -> str:
@@ -62,10 +62,10 @@ def rounded(activation: str) -> str:
 def gated(activation: str, gates: Sequence[UOp], ups: Sequence[UOp], by: Arithmetic = DEVICE_ARITHMETIC) -> list[UOp]:
     """activation(gate) * up, elementwise, inside a kernel, in float32; or as the name from `scaled` or `rounded`
     says."""
-    name, _, exponent = activation.removesuffix(BITS).partition(POWER)
+    name, _, factor = activation.removesuffix(BITS).partition(TIMES)
     emit = ACTIVATIONS[name].emit
     values = [emit(gate, up, by) for gate, up in zip(gates, ups, strict=True)]
-    values = [value * 2.0 ** int(exponent) for value in values] if exponent else values
+    values = [value * float(factor) for value in values] if factor else values
     return [bits_of_bfloat(value) for value in values] if activation.endswith(BITS) else values
 
 

@@ -16,6 +16,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.dtype import DType
 
 from tinyvllm.device.handle import FLOATS
+from tinyvllm.ops.activation import rounded
 from tinyvllm.ops.backend import Norm
 from tinyvllm.ops.experts_spec import ExpertLayer, Routing
 from tinyvllm.ops.formats.matrix import Matrix
@@ -291,9 +292,9 @@ class ManyRows:
         read = [*matrix.planes, x, rows.tiles, rows.pairs, *([] if bias is None else [bias])]
         if self.is_few and self.mma.kind == "CUDA":
             few = ExpertMatrixSpec(name, self.lanes, self.mma, matrix.format, self.tile_rows, *shape, tiles=tiles)
-            rounds = is_first and self.passes_words
-            dtype = F16 if rounds else dtype
-            few = replace(choose(few), rounds_results=rounds, has_words=self.passes_words and not is_first)
+            few = replace(choose(few), has_words=self.passes_words and not is_first)
+            if self.passes_words and few.activation is not None:
+                few, dtype = replace(few, activation=rounded(few.activation)), F16
             fn, out_rows = matrix_kernel(few), few.out_rows
         else:
             many = ExpertGemmSpec(name, self.mma, matrix.format, x.dtype, self.num_pairs, *shape, expert_tiles=tiles)

@@ -9,7 +9,6 @@ log says so.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -285,9 +284,8 @@ class FusedGpuBackend(GpuBackend):
         if norm is not None and mma == self.mma and self._takes_words(matrices, num_tokens):
             x = self._normed_rows(x, norm, num_tokens, dtypes.half, rounds_to_bfloat=True)
         elif norm is not None:
-            dtype = self.float if mma == self.mma else dtypes.half
             orders = self._takes_order(name, matrices, num_tokens, epilogue, mma)
-            x = self._normed_rows(x, norm, num_tokens, dtype, orders=orders)
+            x = self._normed_rows(x, norm, num_tokens, self._rows_of(mma), orders=orders)
         return [self._many_rows(name, x, matrix, num_tokens, epilogue, mma) for matrix in matrices]
 
     def route(self, x: Tensor, layer: ExpertLayer, num_tokens: int, norm: Norm | None = None) -> Routing:
@@ -564,6 +562,10 @@ class FusedGpuBackend(GpuBackend):
         half = self._half_unit()
         return half if half is not None and all(matrix.format.is_quantized for matrix in matrices) else self.mma
 
+    def _rows_of(self, mma: Mma) -> DType:
+        """In which dtype a matrix unit's products read rows."""
+        return dtypes.half if mma.dtype == dtypes.half else self.float
+
     def _lanes(self, num_tokens: int, most: int = 0) -> Lanes:
         """The lanes for a step's kernels: chained only in small steps, where waiting costs more than computing. `most`:
         rows up to which these kernels are chained in any case."""
@@ -611,8 +613,8 @@ class FusedGpuBackend(GpuBackend):
         """(the matrix unit of several rows' experts, the dtype of their input and of what they pass on): float16 also
         in a bfloat16 model if x is normed, because quantized weights become float16 in half the instructions."""
         is_packed = layer.gate_up.format.is_quantized and layer.down.format.is_quantized
-        half = self._mma(dtypes.half)
-        if self.dtype == "bfloat16" and norm is not None and is_packed and half is not None:
+        half = self._half_unit()
+        if norm is not None and is_packed and half is not None:
             return half, dtypes.half
         return self.mma, self.float
 
@@ -750,7 +752,7 @@ class FusedGpuBackend(GpuBackend):
             return _Passed(None, self.float)
         if mma != self.mma:
             factor = HALF_FACTORS.get(activation, HALF_FACTOR)
-            return _Passed(scaled(activation, round(math.log2(factor))), dtypes.half, factor)
+            return _Passed(scaled(activation, factor), dtypes.half, factor)
         back = replace(matrix, num_rows=matrix.num_cols, num_cols=matrix.num_rows // 2)
         if self._takes_bits(back, num_tokens):
             return _Passed(rounded(activation), dtypes.half, has_bits=True)
@@ -792,7 +794,7 @@ class FusedGpuBackend(GpuBackend):
         self, name: str, matrices: Sequence[Matrix], num_tokens: int, epilogue: Epilogue, mma: Mma
     ) -> bool:
         """Whether the products of several rows all take x in the order of token_order.py."""
-        own = (num_tokens, epilogue.activation, self.float if mma == self.mma else dtypes.half)
+        own = (num_tokens, epilogue.activation, self._rows_of(mma))
         specs = [self._matrix_spec(name, mma, matrix, *own) for matrix in matrices]
         return all(isinstance(spec, QuantizedWgmmaSpec) for spec in specs)
 
@@ -856,8 +858,7 @@ class FusedGpuBackend(GpuBackend):
             return unpacked
         if takes_tiles(mma, num_tokens):
             shape = (num_tokens, matrix.num_rows, matrix.num_cols, activation, self.has_wgmma)
-            dtype = dtypes.half if mma.dtype == dtypes.half else self.float
-            return choose(GemmSpec(name, mma, matrix.format, dtype, *shape))
+            return choose(GemmSpec(name, mma, matrix.format, self._rows_of(mma), *shape))
         if few := self._few_spec(name, mma, matrix, num_tokens, activation, x_dtype):
             return few
         return choose(MatrixSpec(name, self._lanes(num_tokens), mma, matrix.format, *size, activation))

@@ -19,7 +19,7 @@ from tinyvllm.ops.formats.pairs import read_halves
 from tinyvllm.ops.formats.runs import read_run, run_cols
 from tinyvllm.ops.gpu.product import GatedRows
 from tinyvllm.ops.gpu.token_tiles import ExpertTile, ExpertTiles, TokenTile
-from tinyvllm.ops.kernel.body import F16, Body, KernelFn, balanced, bits_of_bfloat, cached_kernel, finish
+from tinyvllm.ops.kernel.body import F16, Body, KernelFn, balanced, cached_kernel, finish
 from tinyvllm.ops.kernel.lanes import (
     LANES,
     SHARED_BYTES,
@@ -221,7 +221,6 @@ class ExpertMatrixSpec(MatrixSpec):
     """The same with experts: T are the rows of a tile, and out has a row for each pair of a token and an expert."""
 
     tiles: ExpertTiles = field(kw_only=True)
-    rounds_results: bool = field(default=False, kw_only=True, repr=False)  # to bfloat16, in a float16 buffer
 
     @property
     def experts(self) -> ExpertTiles:
@@ -475,8 +474,6 @@ def _store(spec: MatrixSpec, place: _Place, out: UOp, kept: list[list[UOp]], fir
         for i, value in enumerate(values):
             at = _output(spec, place, place.bases[r], first + i)
             value = place.tile.passed_on(value)
-            if isinstance(spec, ExpertMatrixSpec) and spec.rounds_results:
-                value = bits_of_bfloat(value)
             stores.append(out[at].store(value.cast(out.dtype)))
     return stores
 
